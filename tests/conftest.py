@@ -1,0 +1,58 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.prompts import behaviour_prompts
+from doubles import llama3_double, tiny_llama
+
+torch.set_num_threads(1)
+RELEASED = Path(__file__).parents[2] / "shared" / "data" / "released"
+
+
+@pytest.fixture(scope="session")
+def race() -> Concept:
+    return load_concept("race")
+
+
+@pytest.fixture(scope="session")
+def released() -> Path:
+    if not RELEASED.is_dir():
+        pytest.skip(f"the released answers are not at {RELEASED} (they have no licence and are not part of the project)")
+    return RELEASED
+
+
+@pytest.fixture(scope="session")
+def texts(race: Concept) -> list[str]:
+    """Every kind of text that a study on the concept needs a tokenizer for."""
+    prompts = [p.text for cue in race.cues for kind in ("implicit", "explicit") for p in behaviour_prompts(race, cue, kind)[::7]]
+    assert race.awareness is not None
+    sentences = [s.format(x="black", y="white") for s in (*race.awareness.sentences, *race.awareness.restatements)]
+    words = [w for c in race.categories.values() for w in (*c.positive, *c.negative)]
+    asked = [q.text.format(x=q.placeholder) for q in race.interpretations.values()]
+    phrases = [race.steering_phrase(n).format(marked="black", unmarked="white") for n in (*race.senses, *race.controls)]
+    return [*prompts, *sentences, *asked, *phrases, " ".join(words), "race color black white - , . I agree disagree 1 2 3 4 5"]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    words = sorted({w for text in texts for w in re.findall(r"\[MASK\]|\w+|[^\w\s]", text)})
+    return tiny_llama(tmp_path_factory.mktemp("tiny"), words)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> HookedModel:
+    return load_model(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def llama3_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    return llama3_double(tmp_path_factory.mktemp("llama3"), texts)
+
+
+@pytest.fixture(scope="session")
+def llama3(llama3_folder: Path) -> HookedModel:
+    return load_model(str(llama3_folder))
