@@ -122,6 +122,7 @@ class Concept:
     interpretations: Mapping[str, Interpretation]
     implicit: tuple[Template, ...]
     explicit: tuple[Template, ...]
+    assignment: str
     awareness: Awareness | None = None
     description: str = ""
     digest: str = field(default="", repr=False)
@@ -195,6 +196,7 @@ def _build(data: dict[str, Any], digest: str) -> Concept:
         interpretations=_table(Interpretation, data["interpretations"]),
         implicit=tuple(_template("implicit", entry) for entry in data["implicit"]),
         explicit=tuple(_template("explicit", entry) for entry in data["explicit"]),
+        assignment=data["assignment"],
         awareness=Awareness(**_tuples(data["awareness"])) if "awareness" in data else None,
         digest=digest,
     )
@@ -244,6 +246,8 @@ def _problems(concept: Concept) -> list[str]:
             found.append(f"template {template.name!r} lacks the fields {sorted(_REQUIRED[template.kind] - fields)}")
         if template.first not in ("marked", "unmarked") or template.word1 not in ("positive", "negative"):
             found.append(f"template {template.name!r}: published.first must be a role and published.word1 a valence")
+    if template_fields(concept.assignment) != {"word1", "option1", "word2", "option2"}:
+        found.append(f"the assignment {concept.assignment!r} must have the fields {{word1}}, {{option1}}, {{word2}} and {{option2}}")
     for question in concept.interpretations.values():
         if template_fields(question.text) != {"x"}:
             found.append(f"interpretation {question.name!r} must have the one field {{x}}")

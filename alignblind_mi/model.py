@@ -453,7 +453,7 @@ def load_model(spec: ModelSpec | str, *, adapters: Sequence[Path | str] = ()) ->
     """
     spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
     check_model(spec)
-    model, tokenizer = _load_huggingface(spec)
+    model, tokenizer = load_huggingface(spec)
     peft = _with_adapters(model, adapters, spec)
     bridge = _boot(spec, model if peft is None else peft.base_model.model, tokenizer)
     return HookedModel(spec, bridge, bridge.tokenizer, _stop_ids(model, tokenizer), fingerprint(spec, model.config), peft)
@@ -499,7 +499,8 @@ def _missing(spec: ModelSpec, hub: str) -> str:
             f"accept its licence and set HF_TOKEN; or use the embedded pair ({hub}).")
 
 
-def _load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
+def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
+    """The plain transformers model (frozen, in evaluation mode) and its tokenizer. Errors: as `load_model`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert spec.dtype is not None

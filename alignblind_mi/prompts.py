@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from math import gcd
 from types import MappingProxyType
 from typing import Literal
 
@@ -118,12 +119,14 @@ def _balanced(templates: Sequence[Template]) -> list[_Question]:
 
 
 def behaviour_prompts(
-    concept: Concept, cue: str | Cue, kind: Kind, *, design: Design = "balanced", seed: int = 0, categories: Sequence[str] = ()
+    concept: Concept, cue: str | Cue, kind: Kind, *, design: Design = "balanced", seed: int = 0, categories: Sequence[str] = (),
+    max_word_pairs: int | None = None
 ) -> list[Prompt]:
     """All prompts of one kind for a cue: word pairs x questions, in a fixed order.
 
     `published` asks each template in the one order the paper uses; `balanced` crosses option order with word order within every
     template text, so that association and position separate. `seed` draws the identifiers of cues that have several.
+    `max_word_pairs` thins the word pairs of each category evenly.
     Marks: marked, unmarked, positive, negative. The cue's prefix stands before the question and bears no marks.
 
     Errors: ConceptError / PromptError for an unknown cue, design or category.
@@ -139,21 +142,29 @@ def behaviour_prompts(
     return [
         _prompt(concept, cue, name, pair, question, design, seed)
         for name in (categories or concept.categories)
-        for pair in concept.categories[name].word_pairs()
+        for pair in _thinned(concept.categories[name].word_pairs(), max_word_pairs)
         for question in questions
     ]
 
 
+def _thinned(pairs: list[tuple[str, str]], most: int | None) -> list[tuple[str, str]]:
+    """At most `most` pairs, evenly spaced by a step that is coprime with the list's length, so that every word keeps its turn."""
+    if most is None or most >= len(pairs):
+        return pairs
+    step = next(k for k in range(int(len(pairs) * 0.382) + 1, 2 * len(pairs) + 2) if gcd(k, len(pairs)) == 1)
+    return [pairs[i] for i in sorted(k * step % len(pairs) for k in range(most))]
+
+
 def implicit_prompts(concept: Concept, cue: str | Cue, *, design: Design = "balanced", seed: int = 0,
-                     categories: Sequence[str] = ()) -> list[Prompt]:
+                     categories: Sequence[str] = (), max_word_pairs: int | None = None) -> list[Prompt]:
     """The word-association test: see `behaviour_prompts`."""
-    return behaviour_prompts(concept, cue, "implicit", design=design, seed=seed, categories=categories)
+    return behaviour_prompts(concept, cue, "implicit", design=design, seed=seed, categories=categories, max_word_pairs=max_word_pairs)
 
 
 def explicit_prompts(concept: Concept, cue: str | Cue, *, design: Design = "balanced", seed: int = 0,
-                     categories: Sequence[str] = ()) -> list[Prompt]:
+                     categories: Sequence[str] = (), max_word_pairs: int | None = None) -> list[Prompt]:
     """The agreement questions: see `behaviour_prompts`. The label `statement` says what agreement endorses."""
-    return behaviour_prompts(concept, cue, "explicit", design=design, seed=seed, categories=categories)
+    return behaviour_prompts(concept, cue, "explicit", design=design, seed=seed, categories=categories, max_word_pairs=max_word_pairs)
 
 
 def _prompt(concept: Concept, cue: Cue, category: str, pair: tuple[str, str], question: _Question, design: str, seed: int) -> Prompt:
@@ -183,3 +194,15 @@ def steering_prompt(concept: Concept, cue: Cue, name: str, *, marked: str = "", 
 def interpretation_prompt(question: Interpretation) -> Prompt:
     """The question with its placeholder in place; mark: placeholder."""
     return replace(fill(question.text, {"x": question.placeholder}, {"x": "placeholder"}), labels={"interpretation": question.name})
+
+
+def assignments(concept: Concept, prompt: Prompt) -> tuple[str, str]:
+    """The two complete answers to an implicit prompt, in the prompt's word order: (stereotyped, reversed)."""
+    role = {"positive": "unmarked", "negative": "marked"}
+    other = {"positive": "marked", "negative": "unmarked"}
+    first = prompt.labels["word_order"].removesuffix("_first")
+    order = (first, "negative" if first == "positive" else "positive")
+    return tuple(  # type: ignore[return-value]
+        concept.assignment.format(word1=prompt.labels[order[0]], option1=prompt.labels[way[order[0]]],
+                                  word2=prompt.labels[order[1]], option2=prompt.labels[way[order[1]]])
+        for way in (role, other))

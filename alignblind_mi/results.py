@@ -95,10 +95,14 @@ class StudyFolder:
             write_text(note, json.dumps(dict(config), indent=1))
         return cls(path)
 
+    def has(self, name: str) -> bool:
+        """Whether the part `name` is finished."""
+        return (self.path / f"{name}.parquet").is_file()
+
     def part(self, name: str, compute: Callable[[], Result]) -> Result:
         """The result `name`: read if it is there, else computed and saved."""
         file = self.path / f"{name}.parquet"
-        if file.is_file():
+        if self.has(name):
             return load_result(file)
         result = compute()
         save_result(result, file)

@@ -1,0 +1,55 @@
+"""How far a long run has come: a rich display on a terminal, plain lines otherwise. Goes to standard error; results never do."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+Advance = Callable[[int], None]
+
+
+class Progress:
+    """Announces the parts of a run, one after the other. Use as `with progress.part(name, done) as advance: ... advance(rows)`."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self.total, self.begun, self.started = total, 0, time.monotonic()
+
+    @contextlib.contextmanager
+    def part(self, name: str, *, done: bool = False) -> Iterator[Advance]:
+        """Announce a part; `done` says that it was finished in an earlier run."""
+        self.begun += 1
+        label = f"[{self.begun:>{len(str(self.total))}}/{self.total}] {name}"
+        if done:
+            self._line(f"{label}: already there")
+            yield lambda rows: None
+            return
+        start = time.monotonic()
+        with self._rows(label) as advance:
+            yield advance
+        self._line(f"{label}: {time.monotonic() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def _rows(self, label: str) -> Iterator[Advance]:
+        if not self.console.is_terminal:
+            yield lambda rows: None
+            return
+        from rich.progress import Progress as Display
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TextColumn("{task.completed:.0f} rows"), TimeElapsedColumn())
+        with Display(*columns, console=self.console, transient=True) as display:
+            task = display.add_task(label, total=None)
+            yield lambda rows: display.advance(task, rows)
+
+    def _line(self, text: str) -> None:
+        if self.console.is_terminal:
+            self.console.print(text, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.started

@@ -1,0 +1,1 @@
+"""The questions of the paper, each a function from a model and a concept to tidy rows."""

@@ -1,0 +1,57 @@
+"""Behaviour: what does the model answer, and how probable were the two complete answers?
+
+One row per answer. Nothing here knows how a treatment works: the model it is given is already under one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+
+from alignblind_mi.answers import judge
+from alignblind_mi.concept import Concept, Cue
+from alignblind_mi.model import HookedModel
+from alignblind_mi.prompts import Design, Kind, Prompt, assignments, behaviour_prompts
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated: greedily (temperature 0, the paper's way) or sampled with a seed; at most `max_new_tokens`."""
+
+    max_new_tokens: int = 40
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, design: Design = "balanced",
+                      kinds: Sequence[Kind] = ("implicit", "explicit"), decoding: Decoding | None = None, seed: int = 0,
+                      max_word_pairs: int | None = None, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+    """Ask every prompt of a design and judge the answers with the robust rule.
+
+    Columns: the prompt's labels, model, treatment, prompt, answer, finished, n_tokens, outcome, reason, log_odds. `log_odds` (nats) is
+    log P(stereotyped assignment) - log P(reversed assignment), both in the concept's `assignment` form and the prompt's word order; it is
+    never invalid, and NaN for explicit prompts.
+
+    Errors: ModelError if the tokenizer does not know a word that would be asked.
+    """
+    prompts = [p for kind in kinds for p in behaviour_prompts(concept, cue, kind, design=design, seed=seed, max_word_pairs=max_word_pairs)]
+    return ask(model, concept, prompts, decoding or Decoding(), progress)
+
+
+def ask(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], decoding: Decoding,
+        progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+    """The rows of `measure_behaviour` for prompts of one's own choice."""
+    model.check_known(prompts)
+    rows = model.treatment.rows(prompts)
+    answers = model.generate(rows, decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed, progress=progress)
+    implicit = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == "implicit"]
+    pairs = model.continuation_log_probs([rows[i] for i in implicit], [assignments(concept, prompts[i]) for i in implicit])
+    log_odds = dict(zip(implicit, (pairs[:, 0] - pairs[:, 1]).tolist(), strict=True))
+    records = []
+    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        outcome = judge(answer.text, prompts[i].labels)
+        records.append({"model": model.spec.name, "treatment": model.treatment.name, **prompts[i].labels, "prompt": row.prompt.text,
+                        "answer": answer.text, "finished": answer.finished, "n_tokens": answer.n_tokens,
+                        "outcome": outcome.label, "reason": outcome.reason, "log_odds": log_odds.get(i, float("nan")),
+                        **{f"decoding_{key}": value for key, value in asdict(decoding).items()}})
+    return pd.DataFrame.from_records(records)

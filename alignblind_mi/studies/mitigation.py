@@ -1,0 +1,102 @@
+"""Mitigation: what does each treatment change, measured in the same way for all of them?
+
+Studies cannot tell steering from LoRA: they are given a model and a list of treatments.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from alignblind_mi.concept import Concept, Cue
+from alignblind_mi.edits import Treatment
+from alignblind_mi.model import HookedModel
+from alignblind_mi.statistics import mean_interval, summarise
+from alignblind_mi.steering import layer_windows, sense_steering
+from alignblind_mi.studies.awareness import measure_awareness
+from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
+
+EARLY_START = 5 / 32    # the paper's effective window of Llama 3 8B begins at layer 5 of 32
+
+
+def early_window(n_layers: int) -> range:
+    """The window that the paper found effective (layers 5-14 of 32), at this model's depth."""
+    windows = layer_windows(n_layers)
+    return windows[min(int(EARLY_START * n_layers + 0.5), len(windows) - 1)]
+
+
+def late_window(n_layers: int) -> range:
+    """The last window of layers."""
+    return layer_windows(n_layers)[-1]
+
+
+def steering_names(concept: Concept) -> list[str]:
+    """What is steered towards: the group sense first, then the placebos (the other sense and the controls)."""
+    return [concept.group_sense, concept.other_sense, *concept.controls]
+
+
+def steering_sweep(model: HookedModel, concept: Concept, cue: str | Cue) -> Iterator[Treatment]:
+    """Steering towards every sense and control in every window of layers."""
+    for name in steering_names(concept):
+        for window in layer_windows(model.n_layers):
+            yield sense_steering(model, concept, cue, name, window)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Answers and readings of several treatments, one row each; `table()` sets them side by side."""
+
+    behaviour: pd.DataFrame
+    awareness: pd.DataFrame
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per treatment: see `comparison_table`."""
+        return comparison_table(self.behaviour, self.awareness, seed=seed)
+
+
+def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, treatments: Sequence[Treatment], *,
+                       decoding: Decoding | None = None, reading: str = "paper", max_word_pairs: int | None = None,
+                       seed: int = 0) -> Comparison:
+    """Measure implicit and explicit bias and race awareness under each treatment, on the same prompts (published design)."""
+    behaviour, awareness = [], []
+    for treatment in treatments:
+        treated = model.under(treatment)
+        behaviour.append(measure_behaviour(treated, concept, cue, design="published", decoding=decoding, seed=seed,
+                                           max_word_pairs=max_word_pairs))
+        awareness.append(measure_awareness(treated, concept, cue, reading=reading, seed=seed))
+    return Comparison(pd.concat(behaviour, ignore_index=True), pd.concat(awareness, ignore_index=True))
+
+
+def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """One row per model and treatment, in the order of the rows: implicit and explicit rates, log-odds and r_blind, each with interval.
+
+    Columns: n, implicit, low, high (exact), cluster_low, cluster_high (two-way clustered), invalid_share, worst, best, log_odds (mean,
+    nats) with its interval, explicit with its interval and invalid share, r_blind with its interval and n_readings.
+    """
+    by = ("model", "treatment")
+    found = summarise(behaviour, by=(*by, "kind"), seed=seed).set_index([*by, "kind"])
+    records = []
+    for key in behaviour[list(by)].drop_duplicates().itertuples(index=False, name=None):
+        implicit, explicit = found.loc[(*key, "implicit")], found.loc[(*key, "explicit")] if (*key, "explicit") in found.index else None
+        rows = behaviour[(behaviour["model"] == key[0]) & (behaviour["treatment"] == key[1]) & (behaviour["kind"] == "implicit")]
+        readings = awareness[(awareness["model"] == key[0]) & (awareness["treatment"] == key[1])]
+        record = {"model": key[0], "treatment": key[1], "n": int(implicit["n"]), "implicit": implicit["rate"]}
+        record |= {name: implicit[name] for name in ("low", "high", "cluster_low", "cluster_high", "invalid_share", "worst", "best")}
+        record |= _mean("log_odds", rows, "log_odds", ("word_pair", "template"), seed)
+        if explicit is not None:
+            record |= {"explicit": explicit["rate"], "explicit_n": int(explicit["n"]), "explicit_low": explicit["low"],
+                       "explicit_high": explicit["high"], "explicit_invalid_share": explicit["invalid_share"]}
+        if len(readings):
+            record |= _mean("r_blind", readings, "blind", READING_CLUSTERS, seed)
+            record["n_readings"] = readings.drop_duplicates(["template", "option_order", "role", "mention", "word_pair"]).shape[0]
+        records.append(record)
+    return pd.DataFrame.from_records(records)
+
+
+READING_CLUSTERS = ("template", "option_order")
+
+
+def _mean(name: str, rows: pd.DataFrame, column: str, clusters: Sequence[str], seed: int) -> dict[str, float]:
+    values = rows[column].to_numpy(float)
+    low, high = mean_interval(values, [rows[c].to_numpy() for c in clusters], seed=seed)
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}

@@ -1,0 +1,240 @@
+"""The whole study: behaviour -> awareness -> steering -> LoRA -> comparison, in parts that are saved as soon as they are finished.
+
+A part is one Parquet file of rows with its provenance; a run that is killed and started again computes only the missing ones, and each
+part is the same whichever run computes it. This module does NOT know how results are shown.
+"""
+
+import gc
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.edits import UNTREATED, Treatment
+from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora
+from alignblind_mi.model import HookedModel, ModelError, ModelSpec, check_model, fingerprint, load_model
+from alignblind_mi.progress import Advance, Progress
+from alignblind_mi.prompts import Kind, implicit_prompts
+from alignblind_mi.results import Result, StudyFolder, load_result, versions
+from alignblind_mi.steering import layer_windows, sense_steering, steerable
+from alignblind_mi.studies.awareness import TARGET_LAYER, measure_awareness
+from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
+from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Everything that the rows of a study depend on. `balanced_pairs` bounds the word pairs per category of the balanced design."""
+
+    base: ModelSpec
+    aligned: ModelSpec
+    concept: str = "race"
+    cue: str = "default"
+    quick: bool = False
+    seed: int = 0
+    decoding: Decoding = field(default_factory=Decoding)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    target_layer: int = TARGET_LAYER
+    balanced_pairs: int | None = 20
+    published_pairs: int | None = None
+
+    @classmethod
+    def create(cls, base: str, aligned: str, *, concept: str = "race", cue: str = "default", quick: bool = False, seed: int = 0,
+               dtype: str | None = None, device: str | None = None, device_map: str | None = None) -> "StudyConfig":
+        """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer)."""
+        specs = [ModelSpec(name, dtype=dtype, device=device, device_map=device_map).resolved() for name in (base, aligned)]
+        load_concept(concept).cue(cue)
+        for spec in specs:
+            check_model(spec)
+        record = organism_record(specs[1])
+        lora = LoraSettings(**{**record.get("lora", {}), "seed": seed})
+        temperature = 1.0 if record.get("decoding") == "sample" else 0.0
+        config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
+                     int(record.get("target_layer", TARGET_LAYER)))
+        return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
+
+    def identity(self) -> dict[str, Any]:
+        """What a results folder is checked against: the settings, the content of the concept and the weights of both models."""
+        out = asdict(self)
+        out["concept_digest"] = load_concept(self.concept).digest
+        for role, spec in (("base", self.base), ("aligned", self.aligned)):
+            out[f"{role}_revision"] = fingerprint(spec, _config_of(spec))
+        return json.loads(json.dumps(out)) | {"format": 1}
+
+
+def _config_of(spec: ModelSpec) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(spec.source, revision=spec.revision)
+
+
+def organism_record(spec: ModelSpec) -> dict[str, Any]:
+    """The record (organism.json) of an embedded or rebuilt organism, or an empty one for any other model."""
+    note = Path(spec.source).parent / "organism.json"
+    return json.loads(note.read_text("utf-8")) if Path(spec.source).is_dir() and note.is_file() else {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the study: its file name, the model it needs (with adapters or not), and how its rows are computed."""
+
+    name: str
+    role: str
+    adapters: bool
+    compute: Callable[[HookedModel, Advance], pd.DataFrame]
+
+
+class _Models:
+    """Holds one model at a time: a study of two 70B models must not need both in memory."""
+
+    def __init__(self, config: StudyConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.key: tuple[str, bool] | None = None
+        self.model: HookedModel | None = None
+
+    def get(self, role: str, adapters: bool) -> HookedModel:
+        if self.model is None or self.key != (role, adapters):
+            self.model = None
+            gc.collect()
+            spec = self.config.base if role == "base" else self.config.aligned
+            self.model = load_model(spec, adapters=adapter_folders(self.config, self.folder) if adapters else ())
+            self.key = (role, adapters)
+        return self.model
+
+
+def lora_groups(config: StudyConfig) -> list[str]:
+    """The layer groups that this study trains."""
+    return ["early", "late"] if config.quick else list(LAYER_GROUPS)
+
+
+def adapter_folders(config: StudyConfig, folder: Path) -> list[Path]:
+    """Where the study's adapters are."""
+    return [folder / "adapters" / f"lora_{group}" for group in lora_groups(config)]
+
+
+def run_study(config: StudyConfig, out: Path) -> Path:
+    """Run or resume a study in `out`. Returns `out`.
+
+    Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
+    """
+    concept = load_concept(config.concept)
+    _check_vocabulary(config, concept)
+    folder = StudyFolder.open(out, config.identity())
+    models, parts = _Models(config, out), list(_parts(config, concept))
+    progress = Progress(len(parts) + len(lora_groups(config)))
+    trained = False
+    for part in parts:
+        if part.adapters and not trained:
+            _train(config, concept, out, progress)
+            trained = True
+        done = folder.has(part.name)
+        with progress.part(part.name.replace("_", " "), done=done) as advance:
+            if not done:
+                folder.part(part.name, lambda: _result(config, models, part, advance))    # noqa: B023 - called at once
+    return out
+
+
+def _result(config: StudyConfig, models: _Models, part: Part, advance: Advance) -> Result:
+    model = models.get(part.role, part.adapters)
+    rows = part.compute(model, advance).assign(role=part.role)
+    return Result(rows, {**model.provenance(), "part": part.name, "config": asdict(config), "versions": versions(),
+                         "made": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def _check_vocabulary(config: StudyConfig, concept: Concept) -> None:
+    """Before any weights are loaded: does each tokenizer know every word that will be asked?"""
+    from transformers import AutoTokenizer
+
+    cue = concept.cue(config.cue)
+    for spec in (config.base, config.aligned):
+        tokenizer = AutoTokenizer.from_pretrained(spec.source, revision=spec.revision)
+        for prompt in implicit_prompts(concept, cue, design="published"):
+            for name in ("marked", "unmarked", "positive", "negative"):
+                word = " " + prompt.labels[name]
+                ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+                if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+                    raise ModelError(f"the tokenizer of {spec.name} does not know {prompt.labels[name]!r}: this model cannot be asked with "
+                                     f"the cue {cue.name!r}; choose another cue or model.")
+
+
+def _parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
+    """All parts in the order in which they are computed: one model after the other, adapters last."""
+    n_layers = int(_config_of(config.aligned).num_hidden_layers)
+    for role in ("base", "aligned"):
+        yield from _observations(config, concept, role)
+    if steerable(concept.cue(config.cue)):
+        yield from _steering(config, concept, n_layers)
+    for group in lora_groups(config):
+        treatment = Treatment(f"lora_{group}", adapter=f"lora_{group}", family="lora")
+        yield Part(f"lora_{group}", "aligned", True, _behaviour(config, concept, ("implicit", "explicit"), lambda m, t=treatment: t))
+        yield Part(f"lora_{group}_awareness", "aligned", True, _awareness(config, concept, "paper", lambda m, t=treatment: t))
+
+
+def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
+    yield Part(f"behaviour_{role}", role, False, _behaviour(config, concept, ("implicit", "explicit"), lambda m: UNTREATED))
+    yield Part(f"balanced_{role}", role, False, lambda model, advance: measure_behaviour(
+        model, concept, config.cue, design="balanced", decoding=config.decoding, seed=config.seed, max_word_pairs=config.balanced_pairs,
+        progress=advance))
+    for reading in concept.interpretations:
+        yield Part(f"awareness_{role}_{reading}", role, False, _awareness(config, concept, reading, lambda m: UNTREATED))
+
+
+def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[Part]:
+    """The sweep over all windows (implicit only) and, for the two windows that are compared, explicit answers and readings as well."""
+    compared = [early_window(n_layers), late_window(n_layers)]
+    windows = compared if config.quick else layer_windows(n_layers)
+    for name in steering_names(concept):
+        for window in windows:
+            def treat(model: HookedModel, name: str = name, window: range = window) -> Treatment:
+                return sense_steering(model, concept, config.cue, name, window)
+
+            label = f"steering_{name}_{window[0]:02d}-{window[-1]:02d}"
+            kinds: tuple[Kind, ...] = ("implicit", "explicit") if window in compared else ("implicit",)
+            yield Part(label, "aligned", False, _behaviour(config, concept, kinds, treat))
+            if window in compared:
+                yield Part(f"{label}_awareness", "aligned", False, _awareness(config, concept, "paper", treat))
+
+
+def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind],
+               treat: Callable[[HookedModel], Treatment]) -> Callable[[HookedModel, Advance], pd.DataFrame]:
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        treatment = treat(model)
+        rows = measure_behaviour(model.under(treatment), concept, config.cue, design="published", kinds=kinds, decoding=config.decoding,
+                                 seed=config.seed, max_word_pairs=config.published_pairs, progress=advance)
+        return _with_treatment(rows, treatment)
+    return compute
+
+
+def _awareness(config: StudyConfig, concept: Concept, reading: str,
+               treat: Callable[[HookedModel], Treatment]) -> Callable[[HookedModel, Advance], pd.DataFrame]:
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        treatment = treat(model)
+        rows = measure_awareness(model.under(treatment), concept, config.cue, reading=reading, target_layer=config.target_layer,
+                                 seed=config.seed)
+        return _with_treatment(rows, treatment)
+    return compute
+
+
+def _with_treatment(rows: pd.DataFrame, treatment: Treatment) -> pd.DataFrame:
+    """The rows with what the treatment was: its family, the sense steered towards and the layers (empty without any)."""
+    return rows.assign(family=treatment.family, sense=treatment.details.get("sense", ""), layers=treatment.details.get("layers", ""))
+
+
+def _train(config: StudyConfig, concept: Concept, out: Path, progress: Progress) -> None:
+    n_layers = int(_config_of(config.aligned).num_hidden_layers)
+    examples = awareness_examples(concept)
+    for group, folder in zip(lora_groups(config), adapter_folders(config, out), strict=True):
+        done = (folder / "training.json").is_file()
+        with progress.part(f"train lora {group}", done=done):
+            if not done:
+                train_lora(config.aligned, examples, layer_group(group, n_layers), folder, settings=config.lora)
+
+
+def load_study(folder: Path) -> dict[str, Result]:
+    """All finished parts of a study folder, by name."""
+    return {file.stem: load_result(file) for file in sorted(folder.glob("*.parquet"))}
