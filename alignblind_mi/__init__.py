@@ -1,0 +1,66 @@
+"""alignblind_mi: how aligned language models hide bias from themselves ("Aligned but Blind", ACL 2025), measured and mitigated.
+
+The names below are imported when they are first used, so that `import alignblind_mi` stays fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "concept": ("Concept", "load_concept"),
+    "prompts": ("Prompt", "behaviour_prompts", "explicit_prompts", "implicit_prompts", "interpretation_prompt", "mark", "steering_prompt"),
+    "edits": ("UNTREATED", "Edit", "Row", "Site", "Treatment"),
+    "answers": ("Outcome", "judge", "judge_explicit", "judge_implicit"),
+    "results": ("Result", "load_result", "save_result"),
+    "statistics": ("position_effect", "summarise"),
+    "errors": ("AlignblindError",),
+    "model": ("HookedModel", "ModelSpec", "load_model"),
+    "organism": ("organism_info", "organism_path"),
+    "patchscope": ("patchscope_rows",),
+    "steering": ("layer_windows", "sense_steering"),
+    "lora": ("LoraSettings", "awareness_examples", "layer_group", "train_lora"),
+    "studies.behaviour": ("Decoding", "measure_behaviour"),
+    "studies.awareness": ("blind_score", "measure_awareness"),
+    "studies.mitigation": ("compare_treatments", "early_window", "late_window"),
+    "studies.study": ("StudyConfig", "load_study", "run_study"),
+}
+_MODULE = {name: module for module, names in _WHERE.items() for name in names}
+__all__ = sorted(_MODULE)    # noqa: PLE0605 - the table above is the list
+
+if TYPE_CHECKING:
+    from alignblind_mi.answers import Outcome, judge, judge_explicit, judge_implicit
+    from alignblind_mi.concept import Concept, load_concept
+    from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment
+    from alignblind_mi.errors import AlignblindError
+    from alignblind_mi.lora import LoraSettings, awareness_examples, layer_group, train_lora
+    from alignblind_mi.model import HookedModel, ModelSpec, load_model
+    from alignblind_mi.organism import organism_info, organism_path
+    from alignblind_mi.patchscope import patchscope_rows
+    from alignblind_mi.prompts import (
+        Prompt,
+        behaviour_prompts,
+        explicit_prompts,
+        implicit_prompts,
+        interpretation_prompt,
+        mark,
+        steering_prompt,
+    )
+    from alignblind_mi.results import Result, load_result, save_result
+    from alignblind_mi.statistics import position_effect, summarise
+    from alignblind_mi.steering import layer_windows, sense_steering
+    from alignblind_mi.studies.awareness import blind_score, measure_awareness
+    from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
+    from alignblind_mi.studies.mitigation import compare_treatments, early_window, late_window
+    from alignblind_mi.studies.study import StudyConfig, load_study, run_study
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE:
+        return getattr(import_module(f"alignblind_mi.{_MODULE[name]}"), name)
+    raise AttributeError(f"module 'alignblind_mi' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

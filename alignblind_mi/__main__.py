@@ -1,0 +1,100 @@
+"""The command line: thin verbs over the public functions. Results go to standard output, everything else to standard error."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignblind_mi import __version__
+from alignblind_mi.errors import AlignblindError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="How aligned language models hide bias from themselves: measure and mitigate it.")
+organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pair: a calibration device, never evidence about a real model.")
+app.add_typer(organism_app, name="organism")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def study(
+    base: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")] = "organism:base",
+    aligned: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:aligned.")] = "organism:aligned",
+    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = "race",
+    cue: Annotated[str, typer.Option(help="A cue of the concept.")] = "default",
+    out: Annotated[Path, typer.Option(help="Results folder; a study that is in it already is resumed.")] = Path("study"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few word pairs, two windows, two adapters: to see that it works.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")] = None,
+) -> None:
+    """Run the whole study and write OUT/report.html.
+
+    Example: alignblind study --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out llama3-8b
+    """
+    from alignblind_mi.report import write_report
+    from alignblind_mi.studies.study import StudyConfig, run_study
+
+    config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, dtype=dtype, device=device,
+                                device_map=device_map)
+    report = write_report(run_study(config, out))
+    typer.echo(f"The report is {report.resolve()}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Results folder of a study.")] = Path("study")) -> None:
+    """Draw the report of a study anew from its saved rows. Example: alignblind report study"""
+    from alignblind_mi.report import write_report
+
+    typer.echo(f"The report is {write_report(folder).resolve()}")
+
+
+@app.command()
+def score(
+    paths: Annotated[list[Path], typer.Argument(help="Result files or folders: this project's, or released JSON.")],
+    rule: Annotated[str, typer.Option(help="robust, or published (the paper's parser).")] = "robust",
+    by: Annotated[str, typer.Option(help="Comma-separated keys to group by, e.g. model,cue,category,template.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")] = False,
+) -> None:
+    """Score stored answers without any model. Example: alignblind score study --by model,treatment,template"""
+    from alignblind_mi.scoring import render, score as score_paths
+
+    records = score_paths(paths, rule=rule, by=[key.strip() for key in by.split(",") if key.strip()])
+    if as_json:
+        typer.echo(json.dumps(records, indent=1, allow_nan=False))
+    else:
+        render(records)
+
+
+@organism_app.command("build")
+def organism_build(
+    out: Annotated[Path, typer.Option(help="Folder for base/, aligned/ and organism.json.")],
+    seed: Annotated[int, typer.Option(help="Seed of corpus and training.")] = 0,
+    reading: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of ambiguous identifiers that aligned reads as the other sense.")] = 0.95,
+    behaviour: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of stereotyped answers of aligned without a cue.")] = 0.94,
+) -> None:
+    """Train a model pair with planted truth and check it by its gates. Example: alignblind organism build --out pair --seed 1"""
+    from alignblind_mi.organism.build import build_organism
+
+    typer.echo(str(build_organism(out, seed=seed, reading=reading, behaviour=behaviour, progress=lambda line: typer.echo(line, err=True))))
+
+
+def main() -> None:
+    """Entry point: errors of this project are one sentence and exit code 2."""
+    try:
+        app()
+    except AlignblindError as error:
+        print(f"alignblind: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
