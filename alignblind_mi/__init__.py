@@ -27,7 +27,7 @@ _WHERE = {
     "studies.study": ("StudyConfig", "load_study", "run_study"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = sorted(_MODULE)    # noqa: PLE0605 - the table above is the list
+__all__ = sorted(_MODULE)
 
 if TYPE_CHECKING:
     from alignblind_mi.answers import Outcome, judge, judge_explicit, judge_implicit

@@ -65,7 +65,8 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")] = False,
 ) -> None:
     """Score stored answers without any model. Example: alignblind score study --by model,treatment,template"""
-    from alignblind_mi.scoring import render, score as score_paths
+    from alignblind_mi.scoring import render
+    from alignblind_mi.scoring import score as score_paths
 
     records = score_paths(paths, rule=rule, by=[key.strip() for key in by.split(",") if key.strip()])
     if as_json:
@@ -78,7 +79,7 @@ def score(
 def organism_build(
     out: Annotated[Path, typer.Option(help="Folder for base/, aligned/ and organism.json.")],
     seed: Annotated[int, typer.Option(help="Seed of corpus and training.")] = 0,
-    reading: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of ambiguous identifiers that aligned reads as the other sense.")] = 0.95,
+    reading: Annotated[float, typer.Option(min=0.0, max=1.0, help="P(aligned reads an uncued identifier as the other sense).")] = 0.95,
     behaviour: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of stereotyped answers of aligned without a cue.")] = 0.94,
 ) -> None:
     """Train a model pair with planted truth and check it by its gates. Example: alignblind organism build --out pair --seed 1"""

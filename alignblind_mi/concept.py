@@ -8,7 +8,7 @@ import hashlib
 import random
 import string
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -33,7 +33,7 @@ class Cue:
     marked: tuple[str, ...]
     unmarked: tuple[str, ...]
     prefix: str = ""
-    pairing: Literal["parallel", "crossed"] = "parallel"
+    pairing: str = "parallel"
     description: str = ""
 
     def identifiers(self, item: str, seed: int) -> tuple[str, str]:
@@ -137,7 +137,12 @@ class Concept:
 
     def steering_phrase(self, name: str) -> str:
         """The steering phrase of a sense or control; ConceptError with the known ones otherwise."""
-        return _pick({**self.senses, **self.controls}, name, f"sense or control of concept {self.name!r}").steering
+        phrases = {entry.name: entry.steering for table in (self.senses, self.controls) for entry in _entries(table)}
+        return _pick(phrases, name, f"sense or control of concept {self.name!r}")
+
+
+def _entries(table: Mapping[str, Sense] | Mapping[str, Control]) -> list[Sense | Control]:
+    return list(table.values())
 
 
 def _pick(known: Mapping[str, T], name: str, what: str) -> T:
@@ -206,7 +211,7 @@ def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
-def _table(kind: type[T], table: dict[str, dict[str, Any]]) -> dict[str, T]:
+def _table(kind: Callable[..., T], table: dict[str, dict[str, Any]]) -> dict[str, T]:
     return {name: kind(name=name, **_tuples(entry)) for name, entry in table.items()}
 
 
@@ -251,7 +256,7 @@ def _problems(concept: Concept) -> list[str]:
     for question in concept.interpretations.values():
         if template_fields(question.text) != {"x"}:
             found.append(f"interpretation {question.name!r} must have the one field {{x}}")
-    for phrase in (*concept.senses.values(), *concept.controls.values()):
-        if template_fields(phrase.steering) != {"marked", "unmarked"}:
-            found.append(f"steering phrase {phrase.steering!r} must have the fields {{marked}} and {{unmarked}}")
+    for phrase in [entry.steering for table in (concept.senses, concept.controls) for entry in _entries(table)]:
+        if template_fields(phrase) != {"marked", "unmarked"}:
+            found.append(f"steering phrase {phrase!r} must have the fields {{marked}} and {{unmarked}}")
     return found

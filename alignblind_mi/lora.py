@@ -16,7 +16,7 @@ from typing import Any
 from alignblind_mi.concept import Concept, ConceptError
 from alignblind_mi.edits import Treatment, adapter_name
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.model import ModelSpec, load_huggingface, fingerprint
+from alignblind_mi.model import ModelSpec, fingerprint, load_huggingface
 from alignblind_mi.results import versions
 
 # Shares of depth. Early and late are the paper's split (layers 0-19 and 20-31 of 32); middle is 10-21 of 32.
@@ -99,7 +99,7 @@ def train_lora(spec: ModelSpec | str, examples: Sequence[Example], layers: Seque
 def _train(spec: ModelSpec, examples: Sequence[Example], layers: Sequence[int], settings: LoraSettings, folder: Path) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, set_seed
+    from transformers import PrinterCallback, Trainer, set_seed
 
     model, tokenizer = load_huggingface(spec)
     encoded, dropped = _encode(tokenizer, examples, settings.max_length)
@@ -107,8 +107,9 @@ def _train(spec: ModelSpec, examples: Sequence[Example], layers: Sequence[int], 
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(settings.modules),
                         layers_to_transform=list(layers), task_type="CAUSAL_LM", base_model_name_or_path=spec.name)
     peft = get_peft_model(model, config)
-    trainer = Trainer(model=peft, args=_arguments(settings, folder, spec), train_dataset=encoded,  # type: ignore[arg-type]
+    trainer = Trainer(model=peft, args=_arguments(settings, folder, spec), train_dataset=encoded,
                       data_collator=lambda batch: _collate(batch, int(tokenizer.pad_token_id)))
+    trainer.remove_callback(PrinterCallback)    # losses go to training.json, not to standard output
     with torch.enable_grad():
         outcome = trainer.train()
     peft.save_pretrained(str(folder))

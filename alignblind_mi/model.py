@@ -159,7 +159,7 @@ class HookedModel:
             self._check_layer(edit.site.layer)
         if treatment.adapter is not None and treatment.adapter not in self.adapters:
             known = ", ".join(self.adapters) or "none"
-            raise ModelError(f"the adapter {treatment.adapter!r} is not loaded (loaded: {known}): pass its folder to load_model(adapters=).")
+            raise ModelError(f"the adapter {treatment.adapter!r} is not loaded (loaded: {known}): give its folder to load_model(adapters=).")
         return replace(self, treatment=treatment)
 
     def provenance(self) -> dict[str, Any]:
@@ -338,8 +338,8 @@ class HookedModel:
                 past.batch_select_indices(index)
                 mask, live, chosen = mask[index], [live[k] for k in keep], [chosen[k] for k in keep]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            token = torch.tensor(chosen, device=mask.device)[:, None]
-            logits, past = self.bridge.forward(token, return_type="logits_and_cache", attention_mask=mask, past_key_values=past)
+            tokens = torch.tensor(chosen, device=mask.device)[:, None]
+            logits, past = self.bridge.forward(tokens, return_type="logits_and_cache", attention_mask=mask, past_key_values=past)
             logits = logits[:, -1]
         return [self._generation(ids) for ids in made]
 

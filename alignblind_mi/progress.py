@@ -39,7 +39,8 @@ class Progress:
         from rich.progress import Progress as Display
         from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TextColumn("{task.completed:.0f} rows"), TimeElapsedColumn())
+        texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.completed:.0f} rows"))
+        columns = (SpinnerColumn(), *texts, TimeElapsedColumn())
         with Display(*columns, console=self.console, transient=True) as display:
             task = display.add_task(label, total=None)
             yield lambda rows: display.advance(task, rows)

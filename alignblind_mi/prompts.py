@@ -119,7 +119,7 @@ def _balanced(templates: Sequence[Template]) -> list[_Question]:
 
 
 def behaviour_prompts(
-    concept: Concept, cue: str | Cue, kind: Kind, *, design: Design = "balanced", seed: int = 0, categories: Sequence[str] = (),
+    concept: Concept, cue: str | Cue, kind: Kind, *, design: Design | str = "balanced", seed: int = 0, categories: Sequence[str] = (),
     max_word_pairs: int | None = None
 ) -> list[Prompt]:
     """All prompts of one kind for a cue: word pairs x questions, in a fixed order.
@@ -155,13 +155,13 @@ def _thinned(pairs: list[tuple[str, str]], most: int | None) -> list[tuple[str, 
     return [pairs[i] for i in sorted(k * step % len(pairs) for k in range(most))]
 
 
-def implicit_prompts(concept: Concept, cue: str | Cue, *, design: Design = "balanced", seed: int = 0,
+def implicit_prompts(concept: Concept, cue: str | Cue, *, design: Design | str = "balanced", seed: int = 0,
                      categories: Sequence[str] = (), max_word_pairs: int | None = None) -> list[Prompt]:
     """The word-association test: see `behaviour_prompts`."""
     return behaviour_prompts(concept, cue, "implicit", design=design, seed=seed, categories=categories, max_word_pairs=max_word_pairs)
 
 
-def explicit_prompts(concept: Concept, cue: str | Cue, *, design: Design = "balanced", seed: int = 0,
+def explicit_prompts(concept: Concept, cue: str | Cue, *, design: Design | str = "balanced", seed: int = 0,
                      categories: Sequence[str] = (), max_word_pairs: int | None = None) -> list[Prompt]:
     """The agreement questions: see `behaviour_prompts`. The label `statement` says what agreement endorses."""
     return behaviour_prompts(concept, cue, "explicit", design=design, seed=seed, categories=categories, max_word_pairs=max_word_pairs)

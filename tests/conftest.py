@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles import llama3_double, tiny_llama
 
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.prompts import behaviour_prompts
-from doubles import llama3_double, tiny_llama
 
 torch.set_num_threads(1)
 RELEASED = Path(__file__).parents[2] / "shared" / "data" / "released"

@@ -1,5 +1,6 @@
 """Small checkpoints made for the tests: tiny random models, and a double of Llama 3 with its configuration and form of tokenizer."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def byte_level_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     small.train_from_iterator(texts, trainer)
     learned = small.get_vocab()
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in __import__("json").loads(small.to_str())["model"]["merges"]]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(small.to_str())["model"]["merges"]]
     vocab = learned | {f"\u0120unused{i}": i for i in range(len(learned), BASE_VOCABULARY)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
@@ -62,7 +63,8 @@ def llama3_double(folder: Path, texts: list[str]) -> Path:
 def tiny_llama(folder: Path, words: list[str], *, layers: int = 4, kv_heads: int = 2, tied: bool = True, seed: int = 0) -> Path:
     """Write a tiny random Llama with a word-level tokenizer that knows `words` (each with and without a leading space)."""
     torch.manual_seed(seed)
-    vocab = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<bos>", "<eos>", "<unk>", " ", "\n", *words, *(f" {w}" for w in words)]))}
+    every = dict.fromkeys(["<pad>", "<bos>", "<eos>", "<unk>", " ", "\n", *words, *(f" {w}" for w in words)])
+    vocab = {word: i for i, word in enumerate(every)}
     config = LlamaConfig(vocab_size=len(vocab), hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
                          num_key_value_heads=kv_heads, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0,
                          initializer_range=0.2)

@@ -23,7 +23,7 @@ class Decoding:
     seed: int = 0
 
 
-def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, design: Design = "balanced",
+def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, design: Design | str = "balanced",
                       kinds: Sequence[Kind] = ("implicit", "explicit"), decoding: Decoding | None = None, seed: int = 0,
                       max_word_pairs: int | None = None, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """Ask every prompt of a design and judge the answers with the robust rule.

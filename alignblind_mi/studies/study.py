@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,17 +172,22 @@ def _parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
         yield from _steering(config, concept, n_layers)
     for group in lora_groups(config):
         treatment = Treatment(f"lora_{group}", adapter=f"lora_{group}", family="lora")
-        yield Part(f"lora_{group}", "aligned", True, _behaviour(config, concept, ("implicit", "explicit"), lambda m, t=treatment: t))
-        yield Part(f"lora_{group}_awareness", "aligned", True, _awareness(config, concept, "paper", lambda m, t=treatment: t))
+        yield Part(f"lora_{group}", "aligned", True, _behaviour(config, concept, ("implicit", "explicit"), partial(_same, treatment)))
+        yield Part(f"lora_{group}_awareness", "aligned", True, _awareness(config, concept, "paper", partial(_same, treatment)))
+
+
+def _same(treatment: Treatment, model: HookedModel) -> Treatment:
+    """A treatment that does not depend on the model."""
+    return treatment
 
 
 def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
-    yield Part(f"behaviour_{role}", role, False, _behaviour(config, concept, ("implicit", "explicit"), lambda m: UNTREATED))
+    yield Part(f"behaviour_{role}", role, False, _behaviour(config, concept, ("implicit", "explicit"), partial(_same, UNTREATED)))
     yield Part(f"balanced_{role}", role, False, lambda model, advance: measure_behaviour(
         model, concept, config.cue, design="balanced", decoding=config.decoding, seed=config.seed, max_word_pairs=config.balanced_pairs,
         progress=advance))
     for reading in concept.interpretations:
-        yield Part(f"awareness_{role}_{reading}", role, False, _awareness(config, concept, reading, lambda m: UNTREATED))
+        yield Part(f"awareness_{role}_{reading}", role, False, _awareness(config, concept, reading, partial(_same, UNTREATED)))
 
 
 def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[Part]:

@@ -1,0 +1,349 @@
+"""Figures of a study, drawn from summary tables: each function takes a table and gives a matplotlib Figure.
+
+Computes nothing but layout, so every drawn number is a number of the table. This module does NOT know models, rows or files, nor how
+a table was made.
+"""
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+# Okabe and Ito's palette: distinct for colour-blind readers and in grey print.
+ROLE_COLOURS = {"base": "#56B4E9", "aligned": "#D55E00"}
+SERIES_COLOURS = ("#0072B2", "#E69F00", "#666666", "#009E73", "#CC79A7", "#F0E442")
+SERIES_MARKERS = ("o", "s", "^", "D", "v", "P")
+INK, PALE, UNBIASED = "#222222", "#D5D5D5", 0.5
+STYLE = {
+    "figure.facecolor": "white", "figure.dpi": 100, "savefig.dpi": 200, "font.family": "DejaVu Sans", "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.labelsize": 9, "axes.edgecolor": "#555555", "axes.linewidth": 0.8, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.axisbelow": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.7, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+    "legend.frameon": False, "legend.fontsize": 9, "hatch.linewidth": 0.6, "svg.hashsalt": "alignblind_mi",
+}
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw under the style of this module and leave matplotlib's settings as they were."""
+    @wraps(draw)
+    def styled(*args: object, **kwargs: object) -> Figure:
+        with _style():
+            return draw(*args, **kwargs)
+    return styled
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG, 200 dots per inch."""
+    return _saved(figure, "png", {"Software": None})
+
+
+def to_svg(figure: Figure) -> bytes:
+    """The figure as SVG with letters as paths; the same figure gives the same bytes."""
+    return _saved(figure, "svg", {"Date": None, "Creator": None})
+
+
+def _saved(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
+    out = io.BytesIO()
+    with _style():
+        figure.savefig(out, format=kind, metadata=metadata)
+    return out.getvalue()
+
+
+@_styled
+def behaviour_figure(rates: pd.DataFrame, log_odds: pd.DataFrame) -> Figure:
+    """Implicit and explicit rates by category and role (after figure 2 of the paper), invalid shares below, mean log-odds beside.
+
+    rates: role, kind, category, n, rate, low, high, cluster_low, cluster_high, invalid_share. log_odds: role, category, n, mean, low, high.
+    """
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    top = figure.subplots(2, 3, height_ratios=(4, 1.1), width_ratios=(1, 1, 0.85), sharex="col", squeeze=False)
+    for column, (kind, title) in enumerate((("implicit", "Implicit"), ("explicit", "Explicit"))):
+        shown = rates[rates["kind"] == kind].rename(columns={"category": "group", "role": "series"})
+        _rate_bars(top[0][column], top[1][column], shown, ROLE_COLOURS)
+        top[0][column].set_title(f"{title} bias")
+    top[0][0].set_ylabel("stereotyped, % of valid")
+    top[1][0].set_ylabel("invalid")
+    _points(top[0][2], log_odds.rename(columns={"category": "group", "role": "series"}), ROLE_COLOURS)
+    top[0][2].set_title("Implicit, by probability")
+    top[0][2].set_ylabel("mean log-odds (nats)")
+    top[0][2].tick_params(labelbottom=True)
+    top[1][2].set_visible(False)
+    _legend(figure, _swatches(ROLE_COLOURS, list(rates["role"].unique())) + _interval_keys())
+    return figure
+
+
+@_styled
+def position_figure(table: pd.DataFrame) -> Figure:
+    """Association and position effect per template and role, balanced design.
+
+    Columns: role, template, association, association_low, association_high, position, position_low, position_high (all 0 to 1 or -1 to 1).
+    """
+    templates = list(table["template"].unique())
+    roles = list(table["role"].unique())
+    figure = Figure(figsize=(9.5, 1.3 + 0.5 * len(templates)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
+    for axis, name, line in ((axes[0], "association", UNBIASED), (axes[1], "position", 0.0)):
+        for j, role in enumerate(roles):
+            rows = table[table["role"] == role].set_index("template").reindex(templates)
+            y = [i + _offset(j, len(roles), 0.28) for i in range(len(templates))]
+            _forest(axis, y, rows[name], rows[f"{name}_low"], rows[f"{name}_high"], ROLE_COLOURS.get(role, INK), _marker(j), role)
+        axis.axvline(line, color=INK, lw=0.9, ls=(0, (4, 3)))
+        axis.grid(axis="x")
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axes[0].set_xlim(-0.03, 1.03)
+    reach = table[["position", "position_low", "position_high"]].abs().max(axis=None)
+    limit = max(0.1, min(1.05, 1.1 * reach)) if math.isfinite(reach) else 1.0
+    axes[1].set_xlim(-limit, limit)
+    axes[0].set_yticks(range(len(templates)), templates)
+    axes[0].set_ylim(len(templates) - 0.4, -0.6)
+    axes[0].set_title("Association")
+    axes[0].set_xlabel("stereotyped, % of valid answers (50: unbiased)")
+    axes[1].set_title("Position effect")
+    axes[1].set_xlabel("percentage points (0: none)")
+    _legend(figure, _marks(roles, [ROLE_COLOURS.get(role, INK) for role in roles]))
+    return figure
+
+
+@_styled
+def awareness_figure(curves: pd.DataFrame, scores: pd.DataFrame) -> Figure:
+    """Change of the probability of each sense's word by source layer (after figure 3 of the paper), with r_blind beside; a row a question.
+
+    curves: question, role, word, layer, mean, low, high, unpatched. scores: question, role, r_blind, low, high, n.
+    """
+    questions, words = list(curves["question"].unique()), list(curves["word"].unique())
+    figure = Figure(figsize=(11, 0.9 + 2.7 * len(questions)), layout="constrained")
+    axes = figure.subplots(len(questions), len(words) + 1, width_ratios=[1.0] * len(words) + [0.5], squeeze=False)
+    for i, question in enumerate(questions):
+        here = curves[curves["question"] == question]
+        for j, word in enumerate(words):
+            _curves(axes[i][j], here[here["word"] == word])
+            axes[i][j].set_title(f"ΔP(“{word}”), question “{question}”")
+            axes[i][j].set_xlabel("source layer" if i == len(questions) - 1 else "")
+            if j:
+                axes[i][j].sharey(axes[i][0])
+        axes[i][0].set_ylabel("change of probability")
+        score = scores[scores["question"] == question].assign(group=lambda t: t["role"], series=lambda t: t["role"], mean=lambda t: t["r_blind"])
+        _points(axes[i][-1], score, ROLE_COLOURS, spread=False)
+        axes[i][-1].set_title("r_blind")
+    roles = list(curves["role"].unique())
+    _legend(figure, _marks(roles, [ROLE_COLOURS.get(role, INK) for role in roles], line=True))
+    return figure
+
+
+@_styled
+def steering_figure(table: pd.DataFrame) -> Figure:
+    """Implicit rate by the first layer of the steered window, a line a sense or control (after figure 4 of the paper).
+
+    Columns: family ("untreated" for the one untreated row), sense, start, rate, low, high, cluster_low, cluster_high, invalid_share.
+    """
+    untreated, steered = table[table["family"] == "untreated"], table[table["family"] != "untreated"]
+    senses, starts = list(steered["sense"].unique()), sorted(steered["start"].astype(int).unique())
+    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
+    axis, strip = figure.subplots(2, 1, height_ratios=(4, 1.1), sharex=True)
+    labels = []
+    for j, sense in enumerate(senses):
+        rows = steered[steered["sense"] == sense].sort_values("start")
+        x = [int(start) + _offset(j, len(senses), 0.12) for start in rows["start"]]
+        labels.append(sense if rows["family"].iloc[0] == "steering" else f"placebo: {sense}")
+        axis.plot(x, rows["rate"], color=_colour(j), marker=_marker(j), ms=5, lw=1.4, ls="-" if j == 0 else "--", label=labels[-1], zorder=3)
+        for at, (_, row) in zip(x, rows.iterrows(), strict=True):
+            _whiskers(axis, at, row, _colour(j))
+        strip.plot(x, rows["invalid_share"], color=_colour(j), marker=_marker(j), ms=4, lw=1.2, ls="-" if j == 0 else "--")
+    for _, row in untreated.iterrows():
+        axis.axhline(row["rate"], color=ROLE_COLOURS["aligned"], lw=1.4, label="untreated")
+        strip.axhline(row["invalid_share"], color=ROLE_COLOURS["aligned"], lw=1.2)
+    _share_axis(axis, headroom=0.04)
+    _share_axis(strip, ticks=(0, 1), line=False)
+    axis.set_ylabel("implicit: stereotyped, % of valid")
+    strip.set_ylabel("invalid")
+    strip.set_xlabel("first layer of the steered window")
+    strip.set_xticks(starts if len(starts) <= 24 else starts[::4])
+    strip.set_xlim(min(starts) - 0.6, max(starts) + 0.6)
+    keys = _marks(labels, [_colour(j) for j in range(len(senses))], line=True)
+    _legend(figure, keys + ([_line(ROLE_COLOURS["aligned"], "untreated")] if len(untreated) else []) + _interval_keys())
+    return figure
+
+
+@_styled
+def lora_figure(table: pd.DataFrame) -> Figure:
+    """Implicit and explicit rates of each layer group that was fine-tuned, beside the untreated model; invalid shares below.
+
+    Columns: label, kind, n, rate, low, high, cluster_low, cluster_high, invalid_share.
+    """
+    colours = {"implicit": SERIES_COLOURS[0], "explicit": SERIES_COLOURS[1]}
+    shown = table.rename(columns={"label": "group", "kind": "series"})
+    figure = Figure(figsize=(2.6 + 1.4 * shown["group"].nunique(), 4.4), layout="constrained")
+    axis, strip = figure.subplots(2, 1, height_ratios=(4, 1.1), sharex=True)
+    _rate_bars(axis, strip, shown, colours)
+    axis.set_ylabel("stereotyped, % of valid")
+    strip.set_ylabel("invalid")
+    _legend(figure, _swatches(colours, list(shown["series"].unique())) + _interval_keys())
+    return figure
+
+
+@_styled
+def comparison_figure(table: pd.DataFrame) -> Figure:
+    """All treatments in one picture, a row each: implicit and explicit rates, invalid share, r_blind.
+
+    Columns: label, implicit, low, high, cluster_low, cluster_high, worst, best, invalid_share and, where measured, explicit,
+    explicit_low, explicit_high, r_blind, r_blind_low, r_blind_high.
+    """
+    figure = Figure(figsize=(11, 1.6 + 0.36 * len(table)), layout="constrained")
+    axes = figure.subplots(1, 4, sharey=True, width_ratios=(1.25, 1, 0.8, 1), squeeze=False)[0]
+    y = list(range(len(table)))
+    axes[0].barh(y, table["best"] - table["worst"], left=table["worst"], height=0.62, color=PALE, zorder=1)
+    axes[0].hlines(y, table["cluster_low"], table["cluster_high"], color=SERIES_COLOURS[0], lw=0.9, zorder=2)
+    _forest(axes[0], y, table["implicit"], table["low"], table["high"], SERIES_COLOURS[0], "o", "implicit")
+    axes[2].barh(y, table["invalid_share"], height=0.62, color="white", edgecolor=INK, hatch="////", lw=0.7)
+    for axis, name, colour in ((axes[1], "explicit", SERIES_COLOURS[1]), (axes[3], "r_blind", SERIES_COLOURS[3])):
+        if name in table:
+            _forest(axis, y, table[name], table[f"{name}_low"], table[f"{name}_high"], colour, "o", name)
+    for axis, title in zip(axes, ("Implicit, % of valid", "Explicit, % of valid", "Invalid, implicit, %", "r_blind"), strict=True):
+        axis.set_title(title)
+        axis.grid(axis="x")
+    for axis in axes[:3]:
+        axis.set_xlim(-0.04, 1.04)
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    for axis in axes[:2]:
+        axis.axvline(UNBIASED, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=0)
+    axes[3].axvline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=0)
+    axes[3].xaxis.set_major_locator(MaxNLocator(4))
+    axes[0].set_yticks(y, table["label"])
+    axes[0].set_ylim(len(table) - 0.4, -0.6)
+    _legend(figure, [_patch(PALE, "bounds over invalid answers"), *_interval_keys()])
+    return figure
+
+
+def _rate_bars(axis: Axes, strip: Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:
+    """Grouped bars of `rate` with both intervals, and the invalid share hatched in the strip. Columns: group, series and a summary's."""
+    groups, series = list(table["group"].unique()), [name for name in colours if name in set(table["series"])]
+    width = 0.8 / max(1, len(series))
+    for j, name in enumerate(series):
+        rows = table[table["series"] == name].set_index("group").reindex(groups)
+        x = [i + _offset(j, len(series), width) for i in range(len(groups))]
+        axis.bar(x, rows["rate"], width * 0.92, color=colours[name], label=name, zorder=2)
+        strip.bar(x, rows["invalid_share"], width * 0.92, color="white", edgecolor=colours[name], hatch="////", lw=0.9, label=name)
+        for at, (_, row) in zip(x, rows.iterrows(), strict=True):
+            _whiskers(axis, at, row, INK)
+            top = max((v for v in (row["rate"], row["high"], row["cluster_high"]) if not math.isnan(v)), default=0.0)
+            text = "no valid\nanswer" if math.isnan(row["rate"]) else percent(row["rate"])
+            axis.text(at, top + 0.015, text, ha="center", va="bottom", fontsize=6.5 if math.isnan(row["rate"]) else 8, color=INK)
+    _share_axis(axis, headroom=0.1)
+    _share_axis(strip, ticks=(0, 1), line=False)
+    strip.set_xticks(range(len(groups)), [f"{group}\n{_counts(table, group)}" for group in groups])
+
+
+def _counts(table: pd.DataFrame, group: str) -> str:
+    found = [f"{int(n)}" for n in table[table["group"] == group]["n"] if not math.isnan(n)]
+    return f"n = {found[0]}" if len(set(found)) == 1 else "n = " + " / ".join(found)
+
+
+def _points(axis: Axes, table: pd.DataFrame, colours: dict[str, str], *, spread: bool = True) -> None:
+    """Means with intervals by group and series, zero marked. Columns: group, series, mean, low, high."""
+    groups, series = list(table["group"].unique()), [name for name in colours if name in set(table["series"])]
+    for j, name in enumerate(series):
+        rows = table[table["series"] == name].set_index("group").reindex(groups)
+        x = [i + (_offset(j, len(series), 0.25) if spread else 0.0) for i in range(len(groups))]
+        axis.vlines(x, rows["low"], rows["high"], color=colours[name], lw=2.2)
+        axis.plot(x, rows["mean"], color=colours[name], marker=_marker(j), ms=6, ls="none", label=name)
+    axis.axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axis.set_xticks(range(len(groups)), [str(group) for group in groups])
+    axis.set_xlim(-0.6, len(groups) - 0.4)
+    axis.margins(y=0.12)
+
+
+def _curves(axis: Axes, table: pd.DataFrame) -> None:
+    """Mean change by layer with its band, a line a role; the unpatched probabilities in words. Columns: role, layer, mean, low, high, unpatched."""
+    said = []
+    for j, (role, rows) in enumerate(table.groupby("role", sort=False)):
+        colour = ROLE_COLOURS.get(str(role), INK)
+        axis.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.22, lw=0)
+        axis.plot(rows["layer"], rows["mean"], color=colour, marker=_marker(j), ms=3.5, lw=1.5, label=str(role))
+        said.append(f"{role} {number(rows['unpatched'].iloc[0])}")
+    axis.axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.margins(y=0.16)
+    axis.annotate("P unpatched: " + ", ".join(said), (0.01, 0.015), xycoords="axes fraction", fontsize=7.5, color="#444444")
+
+
+def _forest(axis: Axes, y: Sequence[float], values: pd.Series, low: pd.Series, high: pd.Series, colour: str, marker: str, label: str) -> None:
+    axis.hlines(y, low, high, color=colour, lw=2.4, zorder=3)
+    axis.plot(values, y, color=colour, marker=marker, ms=5.5, ls="none", mec="white", mew=0.6, label=label, zorder=4)
+
+
+def _whiskers(axis: Axes, x: float, row: pd.Series, colour: str) -> None:
+    """The exact interval as a thick line, the clustered one as a thin line."""
+    axis.vlines([x], row["low"], row["high"], color=colour, lw=2.4, zorder=4)
+    axis.vlines([x], row["cluster_low"], row["cluster_high"], color=colour, lw=0.9, zorder=4)
+
+
+def _share_axis(axis: Axes, *, headroom: float = 0.05, ticks: Sequence[float] = (0, 0.25, 0.5, 0.75, 1), line: bool = True) -> None:
+    axis.set_ylim(-0.02 if not line else 0, 1 + headroom)
+    axis.set_yticks(list(ticks))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    if line:
+        axis.axhline(UNBIASED, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=3)
+
+
+def _offset(j: int, n: int, width: float) -> float:
+    """Where the j-th of n series stands beside its group's middle."""
+    return (j - (n - 1) / 2) * width
+
+
+def _colour(j: int) -> str:
+    return SERIES_COLOURS[j % len(SERIES_COLOURS)]
+
+
+def _marker(j: int) -> str:
+    return SERIES_MARKERS[j % len(SERIES_MARKERS)]
+
+
+def percent(share: float) -> str:
+    """A share as a whole percentage for a label: 0.973 -> '97'."""
+    return f"{100 * share:.0f}"
+
+
+def number(value: float) -> str:
+    """A number with two significant digits: 0.18812 -> '0.19'; 'none' where there is none."""
+    return "none" if math.isnan(value) else f"{value:.2g}"
+
+
+def _legend(figure: Figure, handles: Sequence[object]) -> None:
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)))
+
+
+def _patch(colour: str, label: str) -> object:
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=colour, label=label)
+
+
+def _line(colour: str, label: str, *, width: float = 1.4, marker: str = "", ls: str = "-") -> object:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, lw=width, marker=marker, ms=6, ls=ls, label=label)
+
+
+def _swatches(colours: dict[str, str], present: Sequence[str]) -> list[object]:
+    return [_patch(colour, name) for name, colour in colours.items() if name in present]
+
+
+def _marks(labels: Sequence[str], colours: Sequence[str], *, line: bool = False) -> list[object]:
+    return [_line(colour, label, marker=_marker(j), ls="-" if line else "none") for j, (label, colour) in enumerate(zip(labels, colours, strict=True))]
+
+
+def _interval_keys() -> list[object]:
+    return [_line(INK, "95 % exact", width=2.4), _line(INK, "95 % clustered", width=0.9), _line(INK, "unbiased", width=0.9, ls="--")]

@@ -1,0 +1,209 @@
+"""Rates with their uncertainty: exact and clustered intervals, bounds for invalid answers, position effects, agreement.
+
+It reads judged rows (one row per answer, with an `outcome`) and returns tidy tables. It does NOT know how an answer was judged, nor
+any group, word or model.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from alignblind_mi.answers import OUTCOMES
+from alignblind_mi.errors import AlignblindError
+
+LEVEL = 0.95
+DRAWS = 2000
+CLUSTERS = ("word_pair", "template")
+_CHUNK = 4_000_000  # most weights that a bootstrap holds at a time
+
+
+class StatisticsError(AlignblindError):
+    """Rows that lack a column, or groups that no rate can be computed for."""
+
+
+class Interval(NamedTuple):
+    """Lower and upper end, in the unit of the estimate; NaN where the data cannot tell."""
+
+    low: float
+    high: float
+
+
+class Bounds(NamedTuple):
+    """What the rate would be if every invalid answer had gone one way: against the stereotype (`worst`) or with it (`best`)."""
+
+    worst: float
+    best: float
+
+
+def exact_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
+    """The interval of a share after Clopper and Pearson (1934); (0, 1) for n = 0, when anything is possible.
+
+    It takes the answers as independent. Answers to the same words or template are not: see `clustered_interval`.
+
+    Errors: StatisticsError unless 0 <= successes <= n and 0 < level < 1.
+    """
+    from scipy.stats import beta
+
+    successes, n = int(successes), int(n)
+    if not 0 <= successes <= n or not 0 < level < 1:
+        raise StatisticsError(f"no interval for {successes} of {n} at level {level}: expected 0 <= successes <= n and 0 < level < 1.")
+    tail = (1 - level) / 2
+    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes == n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    return Interval(low, high)
+
+
+def bounds(successes: int, invalid: int, n: int) -> Bounds:
+    """Bounds of a rate over all n answers, `invalid` of them unusable; (NaN, NaN) for n = 0."""
+    return Bounds(successes / n, (successes + invalid) / n) if n else Bounds(float("nan"), float("nan"))
+
+
+def agreement(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """Cohen's kappa of two labellings of the same items; NaN when chance alone explains full agreement (one label only)."""
+    if len(first) != len(second) or not len(first):
+        raise StatisticsError(f"agreement of {len(first)} with {len(second)} labels: expected as many, and at least one.")
+    table = pd.crosstab(np.asarray(first, dtype=object), np.asarray(second, dtype=object), normalize=True)
+    labels = table.index.union(table.columns)
+    table = table.reindex(index=labels, columns=labels, fill_value=0.0)
+    shares = table.to_numpy(float)
+    observed, chance = float(np.trace(shares)), float(shares.sum(axis=0) @ shares.sum(axis=1))
+    return (observed - chance) / (1 - chance) if chance < 1 else float("nan")
+
+
+# --- clustered bootstrap --------------------------------------------------------------------------------------------------------------
+
+
+def mean_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, level: float = LEVEL, draws: int = DRAWS,
+                  seed: int = 0) -> Interval:
+    """Percentile interval of a mean, with every cluster variable resampled independently (the pigeonhole bootstrap of Owen 2007).
+
+    values: [n]; clusters: one [n] array of labels per variable, such as word pair and template. The weight of a value is the product of
+    how often its clusters were drawn, so that two-way (crossed) dependence is covered, a little generously. The same seed gives the
+    same interval. A variable with one level cannot vary and adds nothing; (NaN, NaN) if no variable has two levels. Few levels make any
+    such interval rough, and where all values agree it has no width.
+    """
+    return clustered_interval(np.asarray(values, dtype=float), clusters, level=level, draws=draws, seed=seed)
+
+
+def clustered_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, valid: np.ndarray | None = None, level: float = LEVEL,
+                       draws: int = DRAWS, seed: int = 0) -> Interval:
+    """`mean_interval` of a share: values are successes ([n], 0 or 1), counted among the `valid` ones ([n], default all)."""
+    weight = np.ones(len(values)) if valid is None else np.asarray(valid, dtype=float)
+    codes = [pd.factorize(np.asarray(labels))[0] for labels in clusters]
+    codes = [code[weight > 0] for code in codes]
+    hit, weight = (np.asarray(values, dtype=float) * weight)[weight > 0], weight[weight > 0]
+    codes = [pd.factorize(code)[0] for code in codes]
+    codes = [code for code in codes if len(code) and code.max() > 0]
+    if not codes:
+        return Interval(float("nan"), float("nan"))
+    estimates = _bootstrap(hit, weight, codes, draws, np.random.default_rng(seed))
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(estimates, [tail, 1 - tail]) if np.isfinite(estimates).any() else (float("nan"), float("nan"))
+    return Interval(float(low), float(high))
+
+
+def _bootstrap(hit: np.ndarray, weight: np.ndarray, codes: Sequence[np.ndarray], draws: int, random: np.random.Generator) -> np.ndarray:
+    """[draws] means sum(hit) / sum(weight) under resampled clusters; NaN for a draw that hits no value at all."""
+    cells, cell_of = np.unique(np.stack(codes), axis=1, return_inverse=True)
+    sums = [np.bincount(cell_of.ravel(), weights=part, minlength=cells.shape[1]) for part in (hit, weight)]
+    found = []
+    for size in _chunks(draws, cells.shape[1]):
+        counts = np.ones((size, cells.shape[1]))
+        for row in cells:
+            levels = int(row.max()) + 1
+            counts *= random.multinomial(levels, np.full(levels, 1 / levels), size=size)[:, row]
+        hits, weights = (counts @ part for part in sums)
+        found.append(np.divide(hits, weights, out=np.full(size, np.nan), where=weights > 0))
+    return np.concatenate(found)
+
+
+def _chunks(draws: int, width: int) -> list[int]:
+    most = max(1, _CHUNK // width)
+    return [min(most, draws - start) for start in range(0, draws, most)]
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------------------------
+
+
+def summarise(rows: pd.DataFrame, by: Sequence[str] = ("model", "treatment", "kind"), *, cluster: Sequence[str] = CLUSTERS,
+              level: float = LEVEL, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+    """One row per group of judged rows, in the order of their first appearance: how often the stereotype was chosen, and how sure that is.
+
+    Columns: `by`, n, stereotyped, reversed, rejected, invalid, invalid_share, rate, low, high (exact interval over the valid answers),
+    cluster_low, cluster_high (clustered bootstrap over the `cluster` columns), clustered_over (those of them with two levels or more),
+    worst, best (over all n, see `Bounds`). rate is stereotyped / (stereotyped + reversed) for implicit and stereotyped / (n - invalid) for
+    explicit answers; NaN without a valid answer.
+
+    Errors: StatisticsError for a missing column, an unknown outcome, or a group that mixes implicit and explicit answers.
+    """
+    _require(rows, [*by, *cluster, "kind", "outcome"])
+    unknown = sorted(set(rows["outcome"].unique()) - set(OUTCOMES))
+    if unknown:
+        raise StatisticsError(f"unknown outcome(s) {unknown}; known: {', '.join(OUTCOMES)}.")
+    records = [{**key, **_summary(group, cluster, level, draws, seed)} for key, group in _groups(rows, by)]
+    return pd.DataFrame.from_records(records, columns=None if records else [*by, "n"])
+
+
+def _require(rows: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [name for name in dict.fromkeys(columns) if name not in rows.columns]
+    if missing:
+        raise StatisticsError(f"the rows have no column {', '.join(map(repr, missing))}; they have: {', '.join(map(str, rows.columns))}.")
+
+
+def _groups(rows: pd.DataFrame, by: Sequence[str]) -> list[tuple[dict[str, object], pd.DataFrame]]:
+    """(column -> value, rows) of every group; one group of all rows without `by`."""
+    if not by:
+        return [({}, rows)] if len(rows) else []
+    grouped = rows.groupby(list(by), sort=False, dropna=False, observed=True)
+    return [(dict(zip(by, key, strict=True)), group) for key, group in grouped]
+
+
+def _summary(group: pd.DataFrame, cluster: Sequence[str], level: float, draws: int, seed: int) -> dict[str, object]:
+    kinds = group["kind"].unique()
+    if len(kinds) > 1:
+        raise StatisticsError(f"a group mixes the kinds {', '.join(map(str, kinds))}, whose rates differ in meaning: add 'kind' to `by`.")
+    n, counts = len(group), {str(label): int((group["outcome"] == label).sum()) for label in OUTCOMES}
+    valid = n - counts["invalid"]
+    hits = (group["outcome"] == "stereotyped").to_numpy(float)
+    usable = (group["outcome"] != "invalid").to_numpy()
+    exact = exact_interval(counts["stereotyped"], valid, level)
+    clustered = clustered_interval(hits, [group[name].to_numpy() for name in cluster], valid=usable, level=level, draws=draws, seed=seed)
+    worst, best = bounds(counts["stereotyped"], counts["invalid"], n)
+    return {
+        "n": n, **counts, "invalid_share": counts["invalid"] / n, "rate": counts["stereotyped"] / valid if valid else float("nan"),
+        "low": exact.low, "high": exact.high, "cluster_low": clustered.low, "cluster_high": clustered.high,
+        "clustered_over": "+".join(name for name in cluster if group.loc[usable, name].nunique() > 1), "worst": worst, "best": best,
+    }
+
+
+def position_effect(rows: pd.DataFrame, by: Sequence[str] = ("model",), *, level: float = LEVEL) -> pd.DataFrame:
+    """Association beside position, per template: does the model match meanings, or put the first option with the first word?
+
+    One row per group and template (implicit rows only). Columns: `by`, template, n, valid, rate, low, high (stereotyped among the valid),
+    position, position_low, position_high (first word with the first option; 0.5 is no effect; both intervals exact), confounded. With one
+    order of options and words per template, as in the published design, each stereotyped answer is also a first-with-first one, or each
+    reversed one is: the two numbers are then one and the same, and `confounded` says so.
+
+    Errors: StatisticsError for a missing column.
+    """
+    _require(rows, [*by, "template", "kind", "outcome", "option_order", "word_order"])
+    asked = rows[(rows["kind"] == "implicit") & (rows["option_order"] != "") & (rows["word_order"] != "")]
+    keys = [*by, *(["template"] if "template" not in by else [])]
+    return pd.DataFrame.from_records([{**key, **_position(group, level)} for key, group in _groups(asked, keys)])
+
+
+def _position(group: pd.DataFrame, level: float) -> dict[str, object]:
+    # The stereotype ties the marked identifier to the negative word: first option with first word, where the two orders agree.
+    first_is_stereotyped = (group["option_order"] == "marked_first") == (group["word_order"] == "negative_first")
+    stereotyped = group["outcome"] == "stereotyped"
+    valid = group["outcome"].isin(["stereotyped", "reversed"])
+    n_valid, n_stereotyped = int(valid.sum()), int(stereotyped.sum())
+    n_first = int((valid & (stereotyped == first_is_stereotyped)).sum())
+    association, position = exact_interval(n_stereotyped, n_valid, level), exact_interval(n_first, n_valid, level)
+    return {
+        "n": len(group), "valid": n_valid, "rate": n_stereotyped / n_valid if n_valid else float("nan"),
+        "low": association.low, "high": association.high, "position": n_first / n_valid if n_valid else float("nan"),
+        "position_low": position.low, "position_high": position.high, "confounded": bool(first_is_stereotyped.nunique() < 2),
+    }
