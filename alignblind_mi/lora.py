@@ -43,7 +43,7 @@ class LoraSettings:
     alpha: int = 32
     dropout: float = 0.1
     modules: tuple[str, ...] = ("q_proj", "v_proj")
-    epochs: float = 7
+    epochs: int = 7
     batch_size: int = 4
     accumulation: int = 4
     learning_rate: float = 2e-4

@@ -11,7 +11,7 @@ VECTORS = st.lists(FLOATS, min_size=4, max_size=4).map(torch.tensor)
 
 
 def strength(value: float) -> torch.Tensor:
-    return torch.tensor([value])
+    return torch.tensor([float(value)])
 
 
 @given(VECTORS, VECTORS)

@@ -87,13 +87,10 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: 
             record |= {"explicit": explicit["rate"], "explicit_n": int(explicit["n"]), "explicit_low": explicit["low"],
                        "explicit_high": explicit["high"], "explicit_invalid_share": explicit["invalid_share"]}
         if len(readings):
-            record |= _mean("r_blind", readings, "blind", READING_CLUSTERS, seed)
-            record["n_readings"] = readings.drop_duplicates(["template", "option_order", "role", "mention", "word_pair"]).shape[0]
+            record |= _mean("r_blind", readings, "blind", ("context",), seed)
+            record["n_readings"] = len(readings[["context", "role", "mention"]].drop_duplicates())
         records.append(record)
     return pd.DataFrame.from_records(records)
-
-
-READING_CLUSTERS = ("template", "option_order")
 
 
 def _mean(name: str, rows: pd.DataFrame, column: str, clusters: Sequence[str], seed: int) -> dict[str, float]:

@@ -53,7 +53,8 @@ class StudyConfig:
         for spec in specs:
             check_model(spec)
         record = organism_record(specs[1])
-        lora = LoraSettings(**{**record.get("lora", {}), "seed": seed})
+        advised = {key: tuple(value) if isinstance(value, list) else value for key, value in record.get("lora", {}).items()}
+        lora = LoraSettings(**{**advised, "seed": seed})
         temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
                      int(record.get("target_layer", TARGET_LAYER)))
