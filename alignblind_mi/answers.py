@@ -120,7 +120,7 @@ _LINKS = frozenset({
     "choose", "chose", "chosen", "choosing", "pick", "picked", "picking", "select", "selected", "write", "wrote", "written",
     "put", "give", "gave", "given", "assign", "assigned", "assigning", "match", "matches", "matched", "pair", "pairs",
     "paired", "belong", "belongs", "equal", "equals", "mean", "means", "more", "associated", "related", "linked", "connected",
-    "fit", "fits", "my", "answer", "called", "labeled", "labelled", "then", "after", "put", "puts", "say",
+    "fit", "fits", "my", "answer", "called", "labeled", "labelled", "then", "after", "puts", "say",
     "use", "used",
 })
 _JOINS = frozenset({"and", "while", "whereas", "but", "&", "also"})
@@ -141,6 +141,11 @@ _DECLARES = re.compile(
     r"|\bi (?:think|meant|mean|choose|change)\b|\bshould (?:be|have been)\b",
     re.IGNORECASE,
 )
+
+
+def asks_again(text: str) -> bool:
+    """Whether a text has the wording of a question in it."""
+    return bool(_ASKED_AGAIN.search(text))
 
 
 @dataclass(frozen=True)

@@ -3,3 +3,7 @@
 
 class AlignblindError(Exception):
     """Raised for input or results that cannot be used; the command line prints the sentence and exits with 2, without a traceback."""
+
+
+class ScoreError(AlignblindError):
+    """Stored answers that cannot be read or grouped."""

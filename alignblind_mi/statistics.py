@@ -16,7 +16,6 @@ from alignblind_mi.errors import AlignblindError
 LEVEL = 0.95
 DRAWS = 2000
 CLUSTERS = ("word_pair", "template")
-_CHUNK = 4_000_000  # most weights that a bootstrap holds at a time
 
 
 class StatisticsError(AlignblindError):
@@ -106,22 +105,18 @@ def clustered_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, va
 
 def _bootstrap(hit: np.ndarray, weight: np.ndarray, codes: Sequence[np.ndarray], draws: int, random: np.random.Generator) -> np.ndarray:
     """[draws] means sum(hit) / sum(weight) under resampled clusters; NaN for a draw that hits no value at all."""
-    cells, cell_of = np.unique(np.stack(codes), axis=1, return_inverse=True)
-    sums = [np.bincount(cell_of.ravel(), weights=part, minlength=cells.shape[1]) for part in (hit, weight)]
-    found = []
-    for size in _chunks(draws, cells.shape[1]):
-        counts = np.ones((size, cells.shape[1]))
-        for row in cells:
-            levels = int(row.max()) + 1
-            counts *= random.multinomial(levels, np.full(levels, 1 / levels), size=size)[:, row]
-        hits, weights = (counts @ part for part in sums)
-        found.append(np.divide(hits, weights, out=np.full(size, np.nan), where=weights > 0))
-    return np.concatenate(found)
+    levels = [int(code.max()) + 1 for code in codes]
+    counts = [random.multinomial(k, np.full(k, 1 / k), size=draws).astype(float) for k in levels]
+    cell = np.ravel_multi_index(list(codes), levels)
+    hits, weights = (_weighted(np.bincount(cell, part, minlength=int(np.prod(levels))).reshape(levels), counts) for part in (hit, weight))
+    return np.divide(hits, weights, out=np.full(draws, np.nan), where=weights > 0)
 
 
-def _chunks(draws: int, width: int) -> list[int]:
-    most = max(1, _CHUNK // width)
-    return [min(most, draws - start) for start in range(0, draws, most)]
+def _weighted(cells: np.ndarray, counts: Sequence[np.ndarray]) -> np.ndarray:
+    """[draws] sums over all cells [a, b, ...], each times the product of its clusters' counts ([draws, a], [draws, b], ...)."""
+    axes = range(1, cells.ndim + 1)
+    operands = [operand for axis, count in zip(axes, counts, strict=True) for operand in (count, [0, axis])]
+    return np.einsum(cells, list(axes), *operands, [0], optimize=True)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,198 @@
+"""Scores stored answers without any model: finds result files, judges every answer by a rule, gives one record per group.
+
+Reads released JSON files and this project's Parquet results; the records are plain JSON values. It does NOT run models, and prints
+only in `render`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from alignblind_mi.answers import RULES, judge
+from alignblind_mi.errors import ScoreError
+from alignblind_mi.released import read_released
+from alignblind_mi.statistics import summarise
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEFAULT_BY = ("model", "cue", "category")
+_WITH_SEVERAL = ("treatment", "design")  # join the default grouping where the rows have more than one of them
+_ALWAYS = ("model", "cue", "category", "kind")
+_NEEDED = ("answer", "kind", "marked", "unmarked", "positive", "negative", "statement", "template", "word_pair", "model", "cue", "category")
+_NOT_KEYS = {"answer", "prompt", "outcome", "reason", "log_odds", "n_tokens", "finished"}
+# Records that this project keeps beside its results; other JSON is taken for answers.
+_RECORDS = {"provenance", "config", "report", "organism", "study", "settings", "training"}
+_NUMBERS = ("n", "stereotyped", "reversed", "rejected", "invalid", "invalid_share", "rate", "low", "high", "cluster_low", "cluster_high",
+            "worst", "best")
+
+
+def score(paths: Sequence[Path], *, rule: str = "robust", by: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One record per group of the answers in `paths` (files or folders, searched recursively), judged anew by `rule`.
+
+    by: columns to group by (default: model, cue, category, and treatment and design where there are several); the kind of the
+    questions always separates. Each record has model, cue, category, kind (the groups' common value, or "all" over several), the keys
+    of `by`, rule, and the numbers of `statistics.summarise`; `rejected` for explicit answers only. What cannot be computed is None.
+
+    Errors: ScoreError naming the path, key or rule that cannot be used, and what can.
+    """
+    if rule not in RULES:
+        raise ScoreError(f"unknown rule {rule!r}. Known: {', '.join(RULES)}.")
+    rows = read_answers(paths)
+    _check_keys(rows, by)
+    keys = list(by) or [*DEFAULT_BY, *(name for name in _WITH_SEVERAL if name in rows and rows[name].nunique() > 1)]
+    judged = judge_rows(rows, rule)
+    table = summarise(judged, by=list(dict.fromkeys([*keys, "kind"])))
+    groups = judged.groupby([*dict.fromkeys([*keys, "kind"])], sort=False, dropna=False)
+    commons = [{name: _common(group[name]) for name in _ALWAYS} for _, group in groups]
+    return [_record(common, row, keys, rule) for common, row in zip(commons, table.to_dict("records"), strict=True)]
+
+
+def judge_rows(rows: pd.DataFrame, rule: str = "robust") -> pd.DataFrame:
+    """The rows with `outcome` and `reason` by `rule`, whatever they had before."""
+    names = [str(name) for name in rows.columns]
+    labels = (dict(zip(names, values, strict=True)) for values in rows.itertuples(index=False, name=None))
+    outcomes = [judge(str(row["answer"]), row, rule) for row in labels]
+    return rows.assign(outcome=[outcome.label for outcome in outcomes], reason=[outcome.reason for outcome in outcomes])
+
+
+def _check_keys(rows: pd.DataFrame, by: Sequence[str]) -> None:
+    allowed = sorted(set(map(str, rows.columns)) - _NOT_KEYS)
+    unknown = [name for name in by if name not in allowed]
+    if unknown:
+        raise ScoreError(f"cannot group by {', '.join(map(repr, unknown))}. Allowed: {', '.join(allowed)}.")
+
+
+def _common(values: "pd.Series[Any]") -> Any:
+    found = values.unique()
+    return _plain(found[0]) if len(found) == 1 else "all"
+
+
+def _record(common: Mapping[str, Any], row: Mapping[Any, Any], keys: Sequence[str], rule: str) -> dict[str, Any]:
+    shown = [name for name in _NUMBERS if name != "rejected" or common["kind"] == "explicit"]
+    return {**common, **{key: _plain(row[key]) for key in keys}, "rule": rule, **{name: _plain(row[name]) for name in shown}}
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: numpy scalars as Python's, NaN and infinities as None."""
+    value = value.item() if hasattr(value, "item") else value
+    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------------------------
+
+
+def read_answers(paths: Sequence[Path]) -> pd.DataFrame:
+    """All answers in files and folders, each file once; a column `file` says where a row comes from.
+
+    Errors: ScoreError for a path that does not exist, holds no answers or cannot be read.
+    """
+    files: dict[Path, pd.DataFrame] = {}
+    for path in map(Path, paths):
+        found = dict(_found(path))
+        if not found:
+            raise ScoreError(f"{path} holds no answers: expected released .json files or results (.parquet) with a column 'answer'.")
+        files.update({file: rows for file, rows in found.items() if file not in files})
+    if not files:
+        raise ScoreError("nothing to score: give result files or folders.")
+    rows = pd.concat([rows.assign(file=file.name) for file, rows in files.items()], ignore_index=True)
+    texts = [name for name in rows.columns if rows[name].dtype == object or isinstance(rows[name].dtype, pd.StringDtype)]
+    return rows.assign(**{name: rows[name].fillna("") for name in texts})
+
+
+def _found(path: Path) -> Iterator[tuple[Path, pd.DataFrame]]:
+    """(resolved path, rows) of every file with answers at a path."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            rows = _read(file) if _may_hold_answers(file, path) else None
+            if rows is not None:
+                yield file.resolve(), rows
+        return
+    if not path.is_file():
+        raise ScoreError(f"{path} does not exist: give result files (.json, .parquet) or folders of them.")
+    if path.suffix.lower() not in (".json", ".parquet"):
+        raise ScoreError(f"{path} is neither .json (released answers) nor .parquet (results of this project).")
+    rows = _read(path)
+    if rows is None:
+        raise ScoreError(f"{path} has no column 'answer': it holds other measurements, which have no outcome to score.")
+    yield path.resolve(), rows
+
+
+def _may_hold_answers(file: Path, root: Path) -> bool:
+    """Whether a file found in a folder could be a result: not a record beside one, not part of a saved model, not hidden."""
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    if hidden or not file.is_file():
+        return False
+    if file.suffix.lower() == ".json":
+        return file.stem not in _RECORDS and not file.with_suffix(".parquet").is_file() and not _saved_model(file.parent)
+    return file.suffix.lower() == ".parquet"
+
+
+def _saved_model(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or any(folder.glob("*.safetensors"))
+
+
+def _read(file: Path) -> pd.DataFrame | None:
+    """Rows of a file; None for results of this project that hold no answers."""
+    return read_released(file) if file.suffix.lower() == ".json" else _read_result(file)
+
+
+def _read_result(file: Path) -> pd.DataFrame | None:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        if "answer" not in parquet.read_schema(file).names:
+            return None
+        rows = pd.read_parquet(file)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ScoreError(f"{file} is damaged ({error}). Delete it and compute it anew.") from error
+    missing = [name for name in _NEEDED if name not in rows.columns]
+    if missing:
+        raise ScoreError(f"{file} has answers but lacks the column(s) {', '.join(missing)}: it is no result of this project.")
+    return rows
+
+
+# --- showing ------------------------------------------------------------------------------------------------------------------------------
+
+
+def render(records: Sequence[Mapping[str, Any]], console: "Console | None" = None) -> None:
+    """Print the records as a table: the keys, counts, the rate with both intervals, and the bounds that allow for invalid answers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    if not records:
+        console.print("No answers.")
+        return
+    keys = [name for name in records[0] if name not in (*_NUMBERS, "rule")]
+    table = Table(title=f"Share of stereotyped answers ({records[0]['rule']} rule)", title_justify="left")
+    for name in keys:
+        table.add_column(name)
+    for name in ("n", "stereotyped", "reversed", "rejected", "invalid", "rate %", "exact 95 %", "clustered 95 %", "bounds %"):
+        table.add_column(name, justify="right")
+    for record in records:
+        table.add_row(*(str(record[key]) for key in keys), *_cells(record))
+    console.print(table)
+    console.print("rate: stereotyped among the valid answers. clustered: word pairs and templates resampled. bounds: every invalid answer "
+                  "counted against, or with, the stereotype.", style="dim")
+
+
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    counts = [str(record.get(name, "-")) for name in ("n", "stereotyped", "reversed", "rejected")]
+    invalid = f"{record['invalid']} ({100 * record['invalid_share']:.0f} %)"
+    return [*counts, invalid, _percent(record["rate"]), _range(record, "low", "high"), _range(record, "cluster_low", "cluster_high"),
+            _range(record, "worst", "best")]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _range(record: Mapping[str, Any], low: str, high: str) -> str:
+    return "-" if record[low] is None or record[high] is None else f"{_percent(record[low])}–{_percent(record[high])}"
