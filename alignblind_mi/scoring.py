@@ -162,25 +162,28 @@ def _read_result(file: Path) -> pd.DataFrame | None:
 
 
 def render(records: Sequence[Mapping[str, Any]], console: "Console | None" = None) -> None:
-    """Print the records as a table: the keys, counts, the rate with both intervals, and the bounds that allow for invalid answers."""
+    """Print the records as a table: what differs between them, counts, the rate with both intervals, and its bounds."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = console or Console()
-    if not records:
-        console.print("No answers.")
-        return
-    keys = [name for name in records[0] if name not in (*_NUMBERS, "rule")]
-    table = Table(title=f"Share of stereotyped answers ({records[0]['rule']} rule)", title_justify="left")
-    for name in keys:
-        table.add_column(name)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a file or a pipe has no width to fit
+    keys = [name for name in records[0] if name not in (*_NUMBERS, "rule")] if records else []
+    differing = [key for key in keys if len({record[key] for record in records}) > 1]
+    common = "".join(f", {key} {records[0][key]}" for key in keys if key not in differing)
+    table = Table(title=f"Share of stereotyped answers ({records[0]['rule']} rule{common})" if records else "No answers",
+                  title_justify="left", box=box.SIMPLE_HEAD)
+    for name in differing:
+        table.add_column(name, overflow="fold")
     for name in ("n", "stereotyped", "reversed", "rejected", "invalid", "rate %", "exact 95 %", "clustered 95 %", "bounds %"):
         table.add_column(name, justify="right")
     for record in records:
-        table.add_row(*(str(record[key]) for key in keys), *_cells(record))
+        table.add_row(*(str(record[key]) for key in differing), *_cells(record))
     console.print(table)
-    console.print("rate: stereotyped among the valid answers. clustered: word pairs and templates resampled. bounds: every invalid answer "
-                  "counted against, or with, the stereotype.", style="dim")
+    console.print("rate: stereotyped among the valid answers. clustered: word pairs and templates resampled.\n"
+                  "bounds: every invalid answer counted against, or with, the stereotype.", style="dim")
 
 
 def _cells(record: Mapping[str, Any]) -> list[str]:

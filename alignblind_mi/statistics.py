@@ -43,14 +43,14 @@ def exact_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
 
     Errors: StatisticsError unless 0 <= successes <= n and 0 < level < 1.
     """
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
     successes, n = int(successes), int(n)
     if not 0 <= successes <= n or not 0 < level < 1:
         raise StatisticsError(f"no interval for {successes} of {n} at level {level}: expected 0 <= successes <= n and 0 < level < 1.")
     tail = (1 - level) / 2
-    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, n - successes + 1))
-    high = 1.0 if successes == n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    low = 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1, tail))
+    high = 1.0 if successes == n else float(betaincinv(successes + 1, n - successes, 1 - tail))
     return Interval(low, high)
 
 
