@@ -87,33 +87,29 @@ def behaviour_figure(rates: pd.DataFrame, log_odds: pd.DataFrame) -> Figure:
 
 @_styled
 def position_figure(table: pd.DataFrame) -> Figure:
-    """Association and position effect per template and role, balanced design.
+    """Association and position by template and role, balanced design.
 
-    Columns: role, template, association, association_low, association_high, position, position_low, position_high (all 0 to 1 or -1 to 1).
+    Columns: role, template, rate, low, high (stereotyped), position, position_low, position_high (first word with first option).
     """
-    templates = list(table["template"].unique())
-    roles = list(table["role"].unique())
-    figure = Figure(figsize=(9.5, 1.3 + 0.5 * len(templates)), layout="constrained")
+    templates, roles = list(table["template"].unique()), list(table["role"].unique())
+    figure = Figure(figsize=(9.5, 1.5 + 0.55 * len(templates)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
-    for axis, name, line in ((axes[0], "association", UNBIASED), (axes[1], "position", 0.0)):
+    for axis, name, low, high in ((axes[0], "rate", "low", "high"), (axes[1], "position", "position_low", "position_high")):
         for j, role in enumerate(roles):
             rows = table[table["role"] == role].set_index("template").reindex(templates)
             y = [i + _offset(j, len(roles), 0.28) for i in range(len(templates))]
-            _forest(axis, y, rows[name], rows[f"{name}_low"], rows[f"{name}_high"], ROLE_COLOURS.get(role, INK), _marker(j), role)
-        axis.axvline(line, color=INK, lw=0.9, ls=(0, (4, 3)))
+            _forest(axis, y, rows[name], rows[low], rows[high], ROLE_COLOURS.get(role, INK), _marker(j), role)
+        axis.axvline(UNBIASED, color=INK, lw=0.9, ls=(0, (4, 3)))
         axis.grid(axis="x")
+        axis.set_xlim(-0.03, 1.03)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    axes[0].set_xlim(-0.03, 1.03)
-    reach = table[["position", "position_low", "position_high"]].abs().max(axis=None)
-    limit = max(0.1, min(1.05, 1.1 * reach)) if math.isfinite(reach) else 1.0
-    axes[1].set_xlim(-limit, limit)
     axes[0].set_yticks(range(len(templates)), templates)
     axes[0].set_ylim(len(templates) - 0.4, -0.6)
     axes[0].set_title("Association")
     axes[0].set_xlabel("stereotyped, % of valid answers (50: unbiased)")
-    axes[1].set_title("Position effect")
-    axes[1].set_xlabel("percentage points (0: none)")
-    _legend(figure, _marks(roles, [ROLE_COLOURS.get(role, INK) for role in roles]))
+    axes[1].set_title("Position")
+    axes[1].set_xlabel("first word with first option, % of valid (50: no effect)")
+    _legend(figure, [*_marks(roles, [ROLE_COLOURS.get(role, INK) for role in roles]), _line(INK, "95 % exact", width=2.4)])
     return figure
 
 
@@ -238,12 +234,19 @@ def _rate_bars(axis: Axes, strip: Axes, table: pd.DataFrame, colours: dict[str, 
         strip.bar(x, rows["invalid_share"], width * 0.92, color="white", edgecolor=colours[name], hatch="////", lw=0.9, label=name)
         for at, (_, row) in zip(x, rows.iterrows(), strict=True):
             _whiskers(axis, at, row, INK)
-            top = max((v for v in (row["rate"], row["high"], row["cluster_high"]) if not math.isnan(v)), default=0.0)
-            text = "no valid\nanswer" if math.isnan(row["rate"]) else percent(row["rate"])
-            axis.text(at, top + 0.015, text, ha="center", va="bottom", fontsize=6.5 if math.isnan(row["rate"]) else 8, color=INK)
+            _value(axis, at, row)
     _share_axis(axis, headroom=0.1)
     _share_axis(strip, ticks=(0, 1), line=False)
     strip.set_xticks(range(len(groups)), [f"{group}\n{_counts(table, group)}" for group in groups])
+
+
+def _value(axis: Axes, at: float, row: pd.Series) -> None:
+    """The rate in words above its intervals."""
+    if math.isnan(row["rate"]):
+        axis.text(at, 0.02, "no valid answer", ha="center", va="bottom", fontsize=7.5, color=INK, rotation=90)
+        return
+    top = max(v for v in (row["rate"], row["high"], row["cluster_high"]) if not math.isnan(v))
+    axis.text(at, top + 0.015, percent(row["rate"]), ha="center", va="bottom", fontsize=8, color=INK)
 
 
 def _counts(table: pd.DataFrame, group: str) -> str:
@@ -285,7 +288,9 @@ def _forest(axis: Axes, y: Sequence[float], values: pd.Series, low: pd.Series, h
 
 
 def _whiskers(axis: Axes, x: float, row: pd.Series, colour: str) -> None:
-    """The exact interval as a thick line, the clustered one as a thin line."""
+    """The exact interval as a thick line, the clustered one as a thin line; nothing where there is no valid answer."""
+    if math.isnan(row["rate"]):
+        return
     axis.vlines([x], row["low"], row["high"], color=colour, lw=2.4, zorder=4)
     axis.vlines([x], row["cluster_low"], row["cluster_high"], color=colour, lw=0.9, zorder=4)
 
