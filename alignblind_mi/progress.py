@@ -15,7 +15,7 @@ class Progress:
         from rich.console import Console
 
         self.console = Console(stderr=True, highlight=False)
-        self.total, self.begun, self.started = total, 0, time.monotonic()
+        self.total, self.begun = total, 0
 
     @contextlib.contextmanager
     def part(self, name: str, *, done: bool = False) -> Iterator[Advance]:
@@ -23,13 +23,13 @@ class Progress:
         self.begun += 1
         label = f"[{self.begun:>{len(str(self.total))}}/{self.total}] {name}"
         if done:
-            self._line(f"{label}: already there")
+            self.note(f"{label}: already there")
             yield lambda rows: None
             return
         start = time.monotonic()
         with self._rows(label) as advance:
             yield advance
-        self._line(f"{label}: {time.monotonic() - start:.1f} s")
+        self.note(f"{label}: {time.monotonic() - start:.1f} s")
 
     @contextlib.contextmanager
     def _rows(self, label: str) -> Iterator[Advance]:
@@ -45,12 +45,9 @@ class Progress:
             task = display.add_task(label, total=None)
             yield lambda rows: display.advance(task, rows)
 
-    def _line(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """A line that stays."""
         if self.console.is_terminal:
             self.console.print(text, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
-
-    def seconds(self) -> float:
-        """Seconds since the beginning."""
-        return time.monotonic() - self.started

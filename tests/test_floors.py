@@ -15,7 +15,7 @@ FLOORS = {
     1: ("model", "engine", "organism"),
     2: ("lens", "patchscope", "patching", "probes", "steering", "lora", "unlearning"),
     3: ("progress", "studies"),
-    4: ("figures", "report", "scoring", "__main__"),
+    4: ("figures", "report", "scoring", "views", "__main__"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 FILES = sorted(PACKAGE.rglob("*.py"))

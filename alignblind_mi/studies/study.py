@@ -53,7 +53,7 @@ class StudyConfig:
         for spec in specs:
             check_model(spec)
         record = organism_record(specs[1])
-        advised = {key: tuple(value) if isinstance(value, list) else value for key, value in record.get("lora", {}).items()}
+        advised: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.get("lora", {}).items()}
         lora = LoraSettings(**{**advised, "seed": seed})
         temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
@@ -125,10 +125,13 @@ def run_study(config: StudyConfig, out: Path) -> Path:
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
     concept = load_concept(config.concept)
-    _check_vocabulary(config, concept)
+    split = _check_vocabulary(config, concept)
     folder = StudyFolder.open(out, config.identity())
     models, parts = _Models(config, out), list(_parts(config, concept))
     progress = Progress(len(parts) + len(lora_groups(config)))
+    for model, words in split.items():
+        said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
+        progress.note(f"note: identifiers of several tokens in {model} ({said} tokens): edits and readings use the last one.")
     trained = False
     for part in parts:
         if part.adapters and not trained:
@@ -137,31 +140,42 @@ def run_study(config: StudyConfig, out: Path) -> Path:
         done = folder.has(part.name)
         with progress.part(part.name.replace("_", " "), done=done) as advance:
             if not done:
-                folder.part(part.name, lambda: _result(config, models, part, advance))    # noqa: B023 - called at once
+                folder.part(part.name, lambda: _result(config, models, part, advance, split))    # noqa: B023 - called at once
     return out
 
 
-def _result(config: StudyConfig, models: _Models, part: Part, advance: Advance) -> Result:
+def _result(config: StudyConfig, models: _Models, part: Part, advance: Advance, split: dict[str, dict[str, int]]) -> Result:
     model = models.get(part.role, part.adapters)
     rows = part.compute(model, advance).assign(role=part.role)
-    return Result(rows, {**model.provenance(), "part": part.name, "config": asdict(config), "versions": versions(),
+    return Result(rows, {**model.provenance(), "part": part.name, "split_identifiers": split.get(model.spec.name, {}),
+                         "config": asdict(config), "versions": versions(),
                          "made": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
-def _check_vocabulary(config: StudyConfig, concept: Concept) -> None:
-    """Before any weights are loaded: does each tokenizer know every word that will be asked?"""
+def _check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[str, int]]:
+    """Before any weights are loaded: does each tokenizer know every word that will be asked?
+
+    Returns, per model, the identifiers that are several tokens and how many (edits and readings use the last one).
+    """
     from transformers import AutoTokenizer
 
-    cue = concept.cue(config.cue)
+    cue, split = concept.cue(config.cue), dict[str, dict[str, int]]()
+    senses = [concept.senses[name].word for name in (concept.group_sense, concept.other_sense)]
+    words = {prompt.labels[name] for prompt in implicit_prompts(concept, cue, design="published")
+             for name in ("marked", "unmarked", "positive", "negative")}
     for spec in (config.base, config.aligned):
         tokenizer = AutoTokenizer.from_pretrained(spec.source, revision=spec.revision)
-        for prompt in implicit_prompts(concept, cue, design="published"):
-            for name in ("marked", "unmarked", "positive", "negative"):
-                word = " " + prompt.labels[name]
-                ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-                if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-                    raise ModelError(f"the tokenizer of {spec.name} does not know {prompt.labels[name]!r}: this model cannot be asked with "
-                                     f"the cue {cue.name!r}; choose another cue or model.")
+        for word in (*senses, *(f" {word}" for word in sorted(words))):
+            ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+            if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
+                raise ModelError(f"the tokenizer of {spec.name} does not know {word.strip()!r}: this model cannot be asked with the cue "
+                                 f"{cue.name!r} of {concept.name!r}; choose another cue or model.")
+            if word in senses and len(ids) > 1:
+                raise ModelError(f"the sense {word.strip()!r} is {len(ids)} tokens in the tokenizer of {spec.name}: its probability as the "
+                                 "next token cannot be read; give the sense another word in the concept file.")
+            if word.strip() in {*cue.marked, *cue.unmarked} and len(ids) > 1:
+                split.setdefault(spec.name, {})[word.strip()] = len(ids)
+    return split
 
 
 def _parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:

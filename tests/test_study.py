@@ -1,0 +1,124 @@
+"""The whole study as a process: complete, resumable after being killed anywhere, and clear about bad input."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from alignblind_mi.results import ResultError
+from alignblind_mi.studies.study import StudyConfig, load_study, run_study
+
+SMALL = """
+import sys; from dataclasses import replace; from pathlib import Path; import torch; torch.set_num_threads(1)
+from alignblind_mi import Decoding, LoraSettings, StudyConfig, run_study
+config = StudyConfig.create(sys.argv[1], sys.argv[1], quick=True)
+config = replace(config, balanced_pairs=1, published_pairs=1, decoding=Decoding(max_new_tokens=4),
+                 lora=LoraSettings(epochs=1, batch_size=32, accumulation=1))
+run_study(config, Path(sys.argv[2]))
+"""
+
+
+def small_study(model: Path, out: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", SMALL, str(model), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("studies") / "undisturbed"
+    process = small_study(tiny_folder, out)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert stdout == ""
+    return out
+
+
+def rows_of(out: Path) -> dict[str, pd.DataFrame]:
+    return {name: result.rows for name, result in load_study(out).items()}
+
+
+def test_every_part_is_there_with_its_provenance(undisturbed):
+    parts = load_study(undisturbed)
+    assert {"behaviour_base", "behaviour_aligned", "balanced_base", "balanced_aligned", "lora_early", "lora_late_awareness"} <= set(parts)
+    assert {name for name in parts if name.startswith("steering_")} == {
+        f"steering_{sense}_{window}{suffix}" for sense in ("race", "color", "random") for window in ("01-01", "03-03")
+        for suffix in ("", "_awareness")}
+    for result in parts.values():
+        assert {"model", "revision", "dtype", "treatment", "config", "versions", "made"} <= set(result.provenance)
+        assert result.provenance["revision"].startswith("sha256:")
+        assert len(result.rows)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_started_again_gives_the_same_rows(undisturbed, tiny_folder, tmp_path):
+    out, moments = tmp_path / "killed", random.Random(0)
+    for _ in range(4):
+        process = small_study(tiny_folder, out)
+        time.sleep(moments.uniform(4.0, 12.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = small_study(tiny_folder, out)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    expected, found = rows_of(undisturbed), rows_of(out)
+    assert list(found) == list(expected)
+    for name, rows in expected.items():
+        pd.testing.assert_frame_equal(found[name], rows)
+
+
+def test_a_second_run_computes_nothing(undisturbed, tiny_folder):
+    before = {file: file.stat().st_mtime_ns for file in undisturbed.rglob("*.parquet")}
+    process = small_study(tiny_folder, undisturbed)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0
+    lines = [line for line in stderr.splitlines() if line.startswith("[")]
+    assert lines
+    assert all(line.endswith("already there") for line in lines)
+    assert {file: file.stat().st_mtime_ns for file in undisturbed.rglob("*.parquet")} == before
+
+
+def test_another_configuration_or_a_damaged_part_is_refused(undisturbed, tiny_folder, tmp_path):
+    out = shutil.copytree(undisturbed, tmp_path / "copy")
+    with pytest.raises(ResultError, match="another configuration"):
+        run_study(StudyConfig.create(str(tiny_folder), str(tiny_folder), seed=7), out)
+    part = out / "behaviour_base.parquet"
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(ResultError, match="behaviour_base"):
+        load_study(out)
+
+
+def alignblind(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "alignblind_mi", *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("study", "--base", "meta-llama/no-such-model"), "HF_TOKEN"),
+    (("study", "--base", "organism:nobody"), "organism"),
+    (("study", "--cue", "nothing"), "unknown cue"),
+    (("study", "--concept", "nothing"), "unknown concept"),
+    (("study", "--dtype", "float8"), "unknown dtype"),
+    (("study", "--cue", "names"), "does not know"),
+    (("report", "no-such-folder"), "no-such-folder"),
+    (("score", "no-such-file.json"), "no-such-file.json"),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, said, tmp_path):
+    extra = ("--out", tmp_path / "out") if arguments[0] == "study" else ()
+    done = alignblind(*arguments, *extra)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_configuration_is_saved_and_names_the_weights(undisturbed):
+    config = json.loads((undisturbed / "study.json").read_text())
+    assert config["base_revision"].startswith("sha256:")
+    assert config["concept_digest"]
+    assert config["cue"] == "default"
