@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -21,7 +22,7 @@ ROLE_COLOURS = {"base": "#56B4E9", "aligned": "#D55E00"}
 SERIES_COLOURS = ("#0072B2", "#E69F00", "#666666", "#009E73", "#CC79A7", "#F0E442")
 SERIES_MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, PALE, UNBIASED = "#222222", "#D5D5D5", 0.5
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "white", "figure.dpi": 100, "savefig.dpi": 200, "font.family": "DejaVu Sans", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.labelsize": 9, "axes.edgecolor": "#555555", "axes.linewidth": 0.8, "axes.grid": True, "axes.grid.axis": "y",
@@ -89,8 +90,9 @@ def behaviour_figure(rates: pd.DataFrame, log_odds: pd.DataFrame) -> Figure:
 def position_figure(table: pd.DataFrame) -> Figure:
     """Association and position by template and role, balanced design.
 
-    Columns: role, template, rate, low, high (stereotyped), position, position_low, position_high (first word with first option).
+    Columns: role, template, n, rate, low, high (stereotyped), position, position_low, position_high (first word with first option).
     """
+    named = table.rename(columns={"template": "group"})
     templates, roles = list(table["template"].unique()), list(table["role"].unique())
     figure = Figure(figsize=(9.5, 1.5 + 0.55 * len(templates)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
@@ -103,7 +105,7 @@ def position_figure(table: pd.DataFrame) -> Figure:
         axis.grid(axis="x")
         axis.set_xlim(-0.03, 1.03)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    axes[0].set_yticks(range(len(templates)), templates)
+    axes[0].set_yticks(range(len(templates)), [f"{name}\n{_counts(named, name)}" for name in templates])
     axes[0].set_ylim(len(templates) - 0.4, -0.6)
     axes[0].set_title("Association")
     axes[0].set_xlabel("stereotyped, % of valid answers (50: unbiased)")
@@ -126,12 +128,13 @@ def awareness_figure(curves: pd.DataFrame, scores: pd.DataFrame) -> Figure:
         here = curves[curves["question"] == question]
         for j, word in enumerate(words):
             _curves(axes[i][j], here[here["word"] == word])
-            axes[i][j].set_title(f"ΔP(“{word}”), question “{question}”")
+            axes[i][j].set_title(f"ΔP(“{word.strip()}”), question “{question}”")
             axes[i][j].set_xlabel("source layer" if i == len(questions) - 1 else "")
             if j:
                 axes[i][j].sharey(axes[i][0])
         axes[i][0].set_ylabel("change of probability")
-        score = scores[scores["question"] == question].assign(group=lambda t: t["role"], series=lambda t: t["role"], mean=lambda t: t["r_blind"])
+        score = scores[scores["question"] == question]
+        score = score.assign(group=score["role"], series=score["role"], mean=score["r_blind"])
         _points(axes[i][-1], score, ROLE_COLOURS, spread=False)
         axes[i][-1].set_title("r_blind")
     roles = list(curves["role"].unique())
@@ -143,7 +146,7 @@ def awareness_figure(curves: pd.DataFrame, scores: pd.DataFrame) -> Figure:
 def steering_figure(table: pd.DataFrame) -> Figure:
     """Implicit rate by the first layer of the steered window, a line a sense or control (after figure 4 of the paper).
 
-    Columns: family ("untreated" for the one untreated row), sense, start, rate, low, high, cluster_low, cluster_high, invalid_share.
+    Columns: family ("untreated" for the one untreated row), sense, start, n, rate, low, high, cluster_low, cluster_high, invalid_share.
     """
     untreated, steered = table[table["family"] == "untreated"], table[table["family"] != "untreated"]
     senses, starts = list(steered["sense"].unique()), sorted(steered["start"].astype(int).unique())
@@ -154,10 +157,11 @@ def steering_figure(table: pd.DataFrame) -> Figure:
         rows = steered[steered["sense"] == sense].sort_values("start")
         x = [int(start) + _offset(j, len(senses), 0.12) for start in rows["start"]]
         labels.append(sense if rows["family"].iloc[0] == "steering" else f"placebo: {sense}")
-        axis.plot(x, rows["rate"], color=_colour(j), marker=_marker(j), ms=5, lw=1.4, ls="-" if j == 0 else "--", label=labels[-1], zorder=3)
+        line = "-" if j == 0 else "--"
+        axis.plot(x, rows["rate"], color=_colour(j), marker=_marker(j), ms=5, lw=1.4, ls=line, label=labels[-1], zorder=3)
         for at, (_, row) in zip(x, rows.iterrows(), strict=True):
             _whiskers(axis, at, row, _colour(j))
-        strip.plot(x, rows["invalid_share"], color=_colour(j), marker=_marker(j), ms=4, lw=1.2, ls="-" if j == 0 else "--")
+        strip.plot(x, rows["invalid_share"], color=_colour(j), marker=_marker(j), ms=4, lw=1.2, ls=line)
     for _, row in untreated.iterrows():
         axis.axhline(row["rate"], color=ROLE_COLOURS["aligned"], lw=1.4, label="untreated")
         strip.axhline(row["invalid_share"], color=ROLE_COLOURS["aligned"], lw=1.2)
@@ -165,7 +169,7 @@ def steering_figure(table: pd.DataFrame) -> Figure:
     _share_axis(strip, ticks=(0, 1), line=False)
     axis.set_ylabel("implicit: stereotyped, % of valid")
     strip.set_ylabel("invalid")
-    strip.set_xlabel("first layer of the steered window")
+    strip.set_xlabel(f"first layer of the steered window ({_counts(steered.assign(group=''), '')} answers a point)")
     strip.set_xticks(starts if len(starts) <= 24 else starts[::4])
     strip.set_xlim(min(starts) - 0.6, max(starts) + 0.6)
     keys = _marks(labels, [_colour(j) for j in range(len(senses))], line=True)
@@ -194,7 +198,7 @@ def lora_figure(table: pd.DataFrame) -> Figure:
 def comparison_figure(table: pd.DataFrame) -> Figure:
     """All treatments in one picture, a row each: implicit and explicit rates, invalid share, r_blind.
 
-    Columns: label, implicit, low, high, cluster_low, cluster_high, worst, best, invalid_share and, where measured, explicit,
+    Columns: label, n, implicit, low, high, cluster_low, cluster_high, worst, best, invalid_share and, where measured, explicit,
     explicit_low, explicit_high, r_blind, r_blind_low, r_blind_high.
     """
     figure = Figure(figsize=(11, 1.6 + 0.36 * len(table)), layout="constrained")
@@ -214,10 +218,11 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
         axis.set_xlim(-0.04, 1.04)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     for axis in axes[:2]:
-        axis.axvline(UNBIASED, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=0)
-    axes[3].axvline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=0)
+        axis.axvline(UNBIASED, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axes[3].axvline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
     axes[3].xaxis.set_major_locator(MaxNLocator(4))
-    axes[0].set_yticks(y, table["label"])
+    axes[3].margins(x=0.12)
+    axes[0].set_yticks(y, [f"{label} (n = {int(n)})" for label, n in zip(table["label"], table["n"], strict=True)])
     axes[0].set_ylim(len(table) - 0.4, -0.6)
     _legend(figure, [_patch(PALE, "bounds over invalid answers"), *_interval_keys()])
     return figure
@@ -235,8 +240,9 @@ def _rate_bars(axis: Axes, strip: Axes, table: pd.DataFrame, colours: dict[str, 
         for at, (_, row) in zip(x, rows.iterrows(), strict=True):
             _whiskers(axis, at, row, INK)
             _value(axis, at, row)
+            strip.text(at, row["invalid_share"] + 0.04, percent(row["invalid_share"]), ha="center", va="bottom", fontsize=7, color=INK)
     _share_axis(axis, headroom=0.1)
-    _share_axis(strip, ticks=(0, 1), line=False)
+    _share_axis(strip, headroom=0.4, ticks=(0, 1), line=False)
     strip.set_xticks(range(len(groups)), [f"{group}\n{_counts(table, group)}" for group in groups])
 
 
@@ -250,8 +256,9 @@ def _value(axis: Axes, at: float, row: pd.Series) -> None:
 
 
 def _counts(table: pd.DataFrame, group: str) -> str:
-    found = [f"{int(n)}" for n in table[table["group"] == group]["n"] if not math.isnan(n)]
-    return f"n = {found[0]}" if len(set(found)) == 1 else "n = " + " / ".join(found)
+    """How many answers or readings a group's points stand for, one number where they agree."""
+    found = list(dict.fromkeys(int(n) for n in table[table["group"] == group]["n"] if not math.isnan(n)))
+    return "n = " + " / ".join(map(str, found))
 
 
 def _points(axis: Axes, table: pd.DataFrame, colours: dict[str, str], *, spread: bool = True) -> None:
@@ -263,13 +270,16 @@ def _points(axis: Axes, table: pd.DataFrame, colours: dict[str, str], *, spread:
         axis.vlines(x, rows["low"], rows["high"], color=colours[name], lw=2.2)
         axis.plot(x, rows["mean"], color=colours[name], marker=_marker(j), ms=6, ls="none", label=name)
     axis.axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
-    axis.set_xticks(range(len(groups)), [str(group) for group in groups])
+    axis.set_xticks(range(len(groups)), [f"{group}\n{_counts(table, group)}" for group in groups])
     axis.set_xlim(-0.6, len(groups) - 0.4)
     axis.margins(y=0.12)
 
 
 def _curves(axis: Axes, table: pd.DataFrame) -> None:
-    """Mean change by layer with its band, a line a role; the unpatched probabilities in words. Columns: role, layer, mean, low, high, unpatched."""
+    """Mean change by layer with its band, a line a role; the unpatched probabilities in words.
+
+    Columns: role, layer, mean, low, high, unpatched.
+    """
     said = []
     for j, (role, rows) in enumerate(table.groupby("role", sort=False)):
         colour = ROLE_COLOURS.get(str(role), INK)
@@ -282,7 +292,8 @@ def _curves(axis: Axes, table: pd.DataFrame) -> None:
     axis.annotate("P unpatched: " + ", ".join(said), (0.01, 0.015), xycoords="axes fraction", fontsize=7.5, color="#444444")
 
 
-def _forest(axis: Axes, y: Sequence[float], values: pd.Series, low: pd.Series, high: pd.Series, colour: str, marker: str, label: str) -> None:
+def _forest(axis: Axes, y: Sequence[float], values: pd.Series, low: pd.Series, high: pd.Series, colour: str, marker: str,
+            label: str) -> None:
     axis.hlines(y, low, high, color=colour, lw=2.4, zorder=3)
     axis.plot(values, y, color=colour, marker=marker, ms=5.5, ls="none", mec="white", mew=0.6, label=label, zorder=4)
 
@@ -296,7 +307,7 @@ def _whiskers(axis: Axes, x: float, row: pd.Series, colour: str) -> None:
 
 
 def _share_axis(axis: Axes, *, headroom: float = 0.05, ticks: Sequence[float] = (0, 0.25, 0.5, 0.75, 1), line: bool = True) -> None:
-    axis.set_ylim(-0.02 if not line else 0, 1 + headroom)
+    axis.set_ylim(0 if line else -0.06, 1 + headroom)
     axis.set_yticks(list(ticks))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     if line:
@@ -327,7 +338,7 @@ def number(value: float) -> str:
 
 
 def _legend(figure: Figure, handles: Sequence[object]) -> None:
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles) if len(handles) < 7 else (len(handles) + 1) // 2)
 
 
 def _patch(colour: str, label: str) -> object:
@@ -347,7 +358,8 @@ def _swatches(colours: dict[str, str], present: Sequence[str]) -> list[object]:
 
 
 def _marks(labels: Sequence[str], colours: Sequence[str], *, line: bool = False) -> list[object]:
-    return [_line(colour, label, marker=_marker(j), ls="-" if line else "none") for j, (label, colour) in enumerate(zip(labels, colours, strict=True))]
+    ls = "-" if line else "none"
+    return [_line(colour, label, marker=_marker(j), ls=ls) for j, (label, colour) in enumerate(zip(labels, colours, strict=True))]
 
 
 def _interval_keys() -> list[object]:

@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,74 +32,7 @@ QUESTION = "paper"    # the interpretation question that treatments are compared
 POOLED = "pooled"
 READING_CLUSTERS = ("context",)
 QUICK_GROUPS = ("early", "late")
-PAPER = ("Lihao Sun, Chengzhi Mao, Valentin Hofmann and Xuechunzi Bai. 2025. Aligned but Blind: Alignment Increases Implicit Bias by Reducing "
-         "Awareness of Race. In Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics (ACL 2025). "
-         "arXiv:2506.00253.")
 PAPER_LINK = "https://arxiv.org/abs/2506.00253"
-
-
-# --- what a report is made of -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a shown table: its title and how a row's cell is written."""
-
-    title: str
-    cell: Callable[[dict[str, Any]], str]
-    numeric: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """A summary table: `frame` goes to tables/NAME.csv in full, `columns` to the page."""
-
-    name: str
-    caption: str
-    frame: pd.DataFrame
-    columns: Sequence[Column]
-    note: str = ""
-    kind: str = "table"
-
-    def cells(self) -> list[list[str]]:
-        """The rows as they are shown."""
-        return [[column.cell(row) for column in self.columns] for row in self.frame.to_dict("records")]
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A figure with its caption: figures/NAME.png and .svg, and inline in the page."""
-
-    name: str
-    caption: str
-    figure: Figure
-    kind: str = "picture"
-
-    def uri(self) -> str:
-        """The figure as a data URI."""
-        return "data:image/svg+xml;base64," + base64.b64encode(figures.to_svg(self.figure)).decode("ascii")
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph, a bullet list (`items`), a prominent `box`, or `code`."""
-
-    text: str
-    items: Sequence[str] = ()
-    kind: str = "text"
-
-
-Block = Table | Picture | Text
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page with its anchor."""
-
-    key: str
-    title: str
-    short: str
-    blocks: Sequence[Block]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +44,25 @@ class Study:
     concept: Concept
     parts: dict[str, Result]
     n_layers: int | None
-    missing: Sequence[str] = field(default=())
+    missing: Sequence[str] = ()
 
     def has(self, *names: str) -> bool:
         """Whether all these parts are finished."""
         return all(name in self.parts for name in names)
 
+    def either(self, kind: str) -> bool:
+        """Whether the part of this kind is finished for one of the two models."""
+        return any(f"{kind}_{role}" in self.parts for role in ROLES)
+
     def rows(self, names: Iterable[str]) -> pd.DataFrame:
         """The rows of those of the named parts that are finished, one below the other."""
         found = [self.parts[name].rows for name in names if name in self.parts]
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+    @property
+    def unfinished(self) -> list[str]:
+        """What is missing, in words: parts by name, and steering as a whole where the depth of the model is not known yet."""
+        return [*self.missing, *(["all steering parts"] if self.n_layers is None and self.steered else [])]
 
     @property
     def steered(self) -> bool:
@@ -157,15 +99,15 @@ def write_report(folder: Path) -> Path:
     Errors: ResultError for a folder that is no study or has no finished part; ConceptError if its concept cannot be found.
     """
     study = read_study(Path(folder))
-    sections = report_sections(study)
-    for block in (block for section in sections for block in section.blocks):
-        if isinstance(block, Picture):
-            _write_bytes(study.folder / "figures" / f"{block.name}.png", figures.to_png(block.figure))
-            write_text(study.folder / "figures" / f"{block.name}.svg", figures.to_svg(block.figure).decode("utf-8"))
-        elif isinstance(block, Table):
-            write_text(study.folder / "tables" / f"{block.name}.csv", block.frame.to_csv(index=False))
+    tables = summary_tables(study)
+    drawn = draw(tables)
+    for name, table in tables.items():
+        write_text(study.folder / "tables" / f"{name}.csv", table.to_csv(index=False))
+    for name, figure in drawn.items():
+        _write_bytes(study.folder / "figures" / f"{name}.png", figures.to_png(figure))
+        write_text(study.folder / "figures" / f"{name}.svg", figures.to_svg(figure).decode("utf-8"))
     page = study.folder / "report.html"
-    write_text(page, render(study, sections))
+    write_text(page, render(study, tables, drawn))
     return page
 
 
@@ -176,7 +118,8 @@ def read_study(folder: Path) -> Study:
     parts = load_study(folder)
     known = {name: part for name, part in parts.items() if "role" in part.rows and "treatment" in part.rows}
     if not known:
-        raise ResultError(f"{folder} is a study without a finished part: run `alignblind study --out {folder}` with the models of its study.json first.")
+        raise ResultError(f"{folder} is a study without a finished part: run `alignblind study --out {folder}` with the models of "
+                          "its study.json first.")
     n_layers = _n_layers(known.values())
     missing = [name for name in expected_parts(config, concept, n_layers) if name not in known]
     return Study(folder, config, concept, known, n_layers, missing)
@@ -224,6 +167,24 @@ def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | Non
 # --- summary tables -------------------------------------------------------------------------------------------------------------------
 
 
+def summary_tables(study: Study) -> dict[str, pd.DataFrame]:
+    """All tables of the report by name; one whose rows are not there is left out."""
+    treated = study.has("behaviour_aligned")
+    wanted: list[tuple[str, bool, Callable[[Study], pd.DataFrame]]] = [
+        ("planted", bool(study.record), planted_table),
+        ("behaviour", study.either("behaviour"), behaviour_table),
+        ("position", study.either("balanced"), position_table),
+        ("awareness", len(_readings(study)) > 0, scores_table),
+        ("awareness_layers", len(_readings(study)) > 0, curves_table),
+        ("steering", treated and bool(_steering_parts(study)), steering_table),
+        ("lora", treated and bool(_lora_parts(study)), lora_table),
+        ("lora_training", True, training_table),
+        ("comparison", True, treatments_table),
+    ]
+    made = {name: make(study) for name, there, make in wanted if there}
+    return {name: table for name, table in made.items() if len(table)}
+
+
 def behaviour_table(study: Study) -> pd.DataFrame:
     """One row per role, kind and category (and pooled), published design: counts, rate, intervals, bounds, mean log-odds."""
     rows = study.rows(f"behaviour_{role}" for role in ROLES)
@@ -261,7 +222,7 @@ def scores_table(study: Study) -> pd.DataFrame:
         low, high = _interval(group, "blind", READING_CLUSTERS, study)
         records.append({"question": question, "role": role, "n": _n_readings(group), "layers": group["layer"].nunique(),
                         "r_blind": group["blind"].mean(), "low": low, "high": high, "d_group": group["d_group"].mean(),
-                        "d_other": group["d_other"].mean(), "base_group": group["base_group"].mean(), "base_other": group["base_other"].mean()})
+                        **{name: group[name].mean() for name in ("d_other", "base_group", "base_other")}})
     return pd.DataFrame.from_records(records)
 
 
@@ -326,24 +287,33 @@ def planted_table(study: Study) -> pd.DataFrame:
 def _planted_answers(study: Study, planted: dict[str, Any]) -> Iterable[dict[str, Any]]:
     for role in (role for role in ROLES if study.has(f"behaviour_{role}")):
         rows = study.parts[f"behaviour_{role}"].rows
-        found = _summary(rows[rows["kind"] == "implicit"], ("role",), study).iloc[0]
-        yield {"quantity": f"{role}: implicit rate", "planted": planted[role]["implicit"], "measured": found["rate"],
-               "low": found["low"], "high": found["high"], "n": found["n"], "invalid_share": found["invalid_share"]}
+        table = _summary(rows[rows["kind"] == "implicit"], ("role",), study)
+        yield _planted_rate(f"{role}: implicit rate", planted[role]["implicit"], _records(table)[0])
         asked = rows[rows["kind"] == "explicit"]
-        valid = asked[asked["outcome"] != "invalid"]
-        agreed = int((valid["outcome"] == valid["statement"].map({"stereotype": "stereotyped", "reverse": "reversed"})).sum())
-        low, high = exact_interval(agreed, len(valid))
-        yield {"quantity": f"{role}: agreement with an explicit statement, whichever way it is put", "planted": planted[role]["explicit_agreement"],
-               "measured": agreed / len(valid) if len(valid) else math.nan, "low": low, "high": high, "n": len(asked),
-               "invalid_share": 1 - len(valid) / len(asked)}
+        if len(asked):
+            what = f"{role}: agreement with explicit statements, whichever way they are put"
+            yield _planted_rate(what, planted[role]["explicit_agreement"], _agreement(asked))
+
+
+def _agreement(asked: pd.DataFrame) -> dict[str, Any]:
+    """How often explicit statements were agreed with: endorsing the stereotype or its reverse, whichever the statement says."""
+    valid = asked[asked["outcome"] != "invalid"]
+    agreed = int((valid["outcome"] == valid["statement"].map({"stereotype": "stereotyped", "reverse": "reversed"})).sum())
+    low, high = exact_interval(agreed, len(valid))
+    return {"rate": agreed / len(valid) if len(valid) else math.nan, "low": low, "high": high, "n": len(asked),
+            "invalid_share": 1 - len(valid) / len(asked)}
+
+
+def _planted_rate(quantity: str, value: float, found: dict[str, Any]) -> dict[str, Any]:
+    measured = {name: found[name] for name in ("low", "high", "n", "invalid_share")}
+    return {"quantity": quantity, "unit": "rate", "planted": value, "measured": found["rate"], **measured}
 
 
 def _planted_readings(study: Study, planted: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    if not len(_readings(study)):
-        return
-    for row in scores_table(study).to_dict("records"):
-        yield {"quantity": f"{row['role']}: r_blind, question “{row['question']}”", "planted": planted[row["role"]]["r_blind"],
-               "measured": row["r_blind"], "low": row["low"], "high": row["high"], "n": row["n"], "invalid_share": math.nan}
+    for row in _records(scores_table(study)) if len(_readings(study)) else []:
+        quantity = f"{row['role']}: r_blind, question “{row['question']}”"
+        yield {"quantity": quantity, "unit": "score", "planted": planted[row["role"]]["r_blind"], "measured": row["r_blind"],
+               "low": row["low"], "high": row["high"], "n": row["n"], "invalid_share": math.nan}
 
 
 def _planted_steering(study: Study, planted: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -351,16 +321,15 @@ def _planted_steering(study: Study, planted: dict[str, Any]) -> Iterable[dict[st
     effect, none = set(planted["effect_blocks"]), set(planted["no_effect_blocks"])
     truth, concept = planted["aligned"], study.concept
     full = {concept.group_sense: truth["implicit_group_cue"], concept.other_sense: truth["implicit_other_cue"]}
-    if not study.has("behaviour_aligned") or not _steering_parts(study):
+    if not study.has("behaviour_aligned"):
         return
     table = steering_table(study)
-    for row in table[table["family"] != "untreated"].to_dict("records"):
+    for row in _records(table[table["family"] != "untreated"]):
         first, last = (int(part) for part in row["layers"].split("-"))
         window = set(range(first, last + 1))
         if effect <= window or window <= none:
             value = full.get(row["sense"], truth["implicit"]) if effect <= window else truth["implicit"]
-            yield {"quantity": f"aligned, steered towards {row['sense']} at layers {_range(row['layers'])}: implicit rate", "planted": value,
-                   "measured": row["rate"], "low": row["low"], "high": row["high"], "n": row["n"], "invalid_share": row["invalid_share"]}
+            yield _planted_rate(f"aligned: implicit rate, steered towards {row['sense']} at layers {_range(row['layers'])}", value, row)
 
 
 def _summary(rows: pd.DataFrame, by: Sequence[str], study: Study) -> pd.DataFrame:
@@ -376,7 +345,8 @@ def _summary(rows: pd.DataFrame, by: Sequence[str], study: Study) -> pd.DataFram
 def _interval(rows: pd.DataFrame, column: str, clusters: Sequence[str], study: Study) -> tuple[float, float]:
     if rows[column].isna().any():
         return math.nan, math.nan
-    low, high = mean_interval(rows[column].to_numpy(float), [rows[name].to_numpy() for name in clusters], seed=int(study.config["seed"]))
+    labels = [rows[name].to_numpy() for name in clusters]
+    low, high = mean_interval(rows[column].to_numpy(float), labels, seed=int(study.config["seed"]))
     return low, high
 
 
@@ -418,7 +388,20 @@ def _range(layers: str) -> str:
     return layers.replace("-", "–")
 
 
-# --- cells of shown tables ------------------------------------------------------------------------------------------------------------
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+# --- columns of shown tables --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a shown table: its title and how a row's cell is written."""
+
+    title: str
+    cell: Callable[[dict[str, Any]], str]
+    numeric: bool = True
 
 
 def percent(share: float) -> str:
@@ -456,10 +439,18 @@ def _shares(title: str, low: str, high: str) -> Column:
     return Column(title, lambda row: _ends(percent(row.get(low, math.nan)), percent(row.get(high, math.nan))))
 
 
+def _rate(title: str, name: str, low: str, high: str) -> Column:
+    """A rate in per cent with its interval in brackets."""
+    ends = _shares("", low, high)
+    return Column(title, lambda row: "–" if pd.isna(row.get(name, math.nan)) else f"{percent(row[name])} [{ends.cell(row)}]")
+
+
 def _mean(title: str, name: str, low: str, high: str) -> Column:
     """A signed mean with its interval in brackets."""
-    return Column(title, lambda row: f"{signed(row.get(name, math.nan))} [{_ends(signed(row.get(low, math.nan)), signed(row.get(high, math.nan)), ', ')}]"
-                  if not pd.isna(row.get(name, math.nan)) else "–")
+    def cell(row: dict[str, Any]) -> str:
+        ends = _ends(signed(row.get(low, math.nan)), signed(row.get(high, math.nan)), ", ")
+        return "–" if pd.isna(row.get(name, math.nan)) else f"{signed(row[name])} [{ends}]"
+    return Column(title, cell)
 
 
 def _ends(low: str, high: str, between: str = "–") -> str:
@@ -469,277 +460,127 @@ def _ends(low: str, high: str, between: str = "–") -> str:
 RATE = (_count("n", "n"), _count("stereotyped", "stereotyped"), _count("reversed", "reversed"), _count("rejected", "rejected"),
         _share("invalid %", "invalid_share"), _share("rate %", "rate"), _shares("exact 95 %", "low", "high"),
         _shares("clustered 95 %", "cluster_low", "cluster_high"), _shares("bounds %", "worst", "best"))
-LOG_ODDS = _mean("log-odds [95 %]", "log_odds", "log_odds_low", "log_odds_high")
-RATE_NOTE = ("n: answers. rate: stereotyped among valid answers (implicit: stereotyped + reversed; explicit: those and rejected). exact 95 %: "
-             "Clopper and Pearson, as if answers were independent. clustered 95 %: word pairs and templates resampled; a dash where there is "
-             "nothing to resample. bounds: the rate over all n answers if every invalid one had gone against, or with, the stereotype. ")
-LOG_ODDS_NOTE = ("log-odds: mean of log P(stereotyped assignment) − log P(reversed assignment), in nats, 0 is unbiased; it exists for every implicit "
-                 "prompt, so it has no invalid answers; clustered interval.")
+LOG_ODDS = _mean("log-odds", "log_odds", "log_odds_low", "log_odds_high")
 
 
-# --- sections -------------------------------------------------------------------------------------------------------------------------
+def _mark(title: str, name: str) -> Column:
+    return Column(title, lambda row: "yes" if row[name] else "no", numeric=False)
 
 
-def report_sections(study: Study) -> list[Section]:
-    """The sections in the order of the page; one whose rows are not there yet says so."""
-    return [_about(study), _behaviour(study), _position(study), _awareness(study), _steering(study), _lora(study), _comparison(study),
-            _limits(study), _provenance(study)]
+def _layers(title: str) -> Column:
+    return Column(title, lambda row: _range(row["layers"]) or "–", numeric=False)
 
 
-def _about(study: Study) -> Section:
-    blocks: list[Block] = []
-    if study.organism:
-        blocks.append(Text("Calibration device: embedded models with planted truth, never evidence about Llama 3 or any other real model.", kind="box"))
-    if study.missing or study.n_layers is None:
-        blocks.append(Text(_unfinished(study), kind="warning"))
-    blocks += [Text(_summary_text(study)), Text("", _findings(study))]
-    planted = planted_table(study)
-    if len(planted):
-        blocks.append(_planted(planted))
-    elif study.record:
-        blocks.append(Text("Planted and measured values are compared for the concept's first cue only; this study used another one."))
-    return Section("summary", "Summary", "Summary", blocks)
+def _signed(title: str, name: str) -> Column:
+    return Column(title, lambda row: signed(row[name]))
 
 
-def _planted(table: pd.DataFrame) -> Table:
-    def value(name: str) -> Column:
-        return Column(name, lambda row: signed(row[name]) if "r_blind" in row["quantity"] else percent(row[name]))
-
-    def interval(row: dict[str, Any]) -> str:
-        write = signed if "r_blind" in row["quantity"] else percent
-        return _ends(write(row["low"]), write(row["high"]), " to ")
-
-    return Table("planted", "Planted truth and what was measured (rates in %)", table, (
-        _text("quantity", "quantity"), value("planted"), value("measured"), Column("95 %", interval), _count("n", "n"),
-        _share("invalid %", "invalid_share"), Column("planted inside", lambda row: "yes" if row["inside"] else "no", numeric=False)),
-        "95 %: exact for rates, clustered over contexts for r_blind (n: readings). Windows of layers are listed where something was planted: those "
-        "that hold every effect block, and those that hold only blocks where an effect was trained away. About one interval in twenty misses by chance.")
+def _plain(title: str, name: str) -> Column:
+    return Column(title, lambda row: plain(row[name]))
 
 
-def _unfinished(study: Study) -> str:
-    names = [*study.missing, *(["the steering parts"] if study.n_layers is None and study.steered else [])]
-    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return (f"This study is unfinished: {len(names)} parts are missing ({shown}). What follows reports the finished ones only; run "
-            "`alignblind study` with the same settings to complete it.")
+def _planted(title: str, name: str) -> Column:
+    """A planted or measured value: r_blind as a signed number, a rate in per cent."""
+    return Column(title, lambda row: signed(row[name]) if row["unit"] == "score" else percent(row[name]))
 
 
-def _summary_text(study: Study) -> str:
-    config, cue = study.config, study.concept.cue(study.config["cue"])
-    asked = "answers were sampled at temperature {temperature:g}" if config["decoding"]["temperature"] else "decoding was greedy"
-    return (f"This study asked {config['base']['name']} (base) and {config['aligned']['name']} (aligned) implicit and explicit questions of the "
-            f"concept “{study.concept.name}” under the cue “{cue.name}”"
-            + (f" ({cue.description.rstrip('.')[0].lower()}{cue.description.rstrip('.')[1:]})" if cue.description else "")
-            + f"; {asked.format(**config['decoding'])}. It read from the residual stream whether the identifiers are taken as "
-            f"“{study.concept.group_sense}” or “{study.concept.other_sense}”, "
-            + ("steered the aligned model towards each sense and towards controls, " if study.steered else "")
-            + "fine-tuned it with LoRA on sentences that settle the sense, and measured every treatment in the same way."
-            + (" It is a quick study: few word pairs, two windows and two adapters, made to see that everything works." if config["quick"] else ""))
+COLUMNS: dict[str, Sequence[Column]] = {
+    "planted": (
+        _text("quantity", "quantity"), _planted("planted", "planted"), _planted("measured", "measured"), _planted("95 % from", "low"),
+        _planted("to", "high"), _count("n", "n"), _share("invalid %", "invalid_share"), _mark("planted inside", "inside")),
+    "behaviour": (_text("kind", "kind"), _text("category", "category"), _text("model", "role"), *RATE, LOG_ODDS),
+    "position": (
+        _text("design", "design"), _text("template", "template"), _text("model", "role"), _count("n", "n"),
+        _share("invalid %", "invalid_share"), _rate("association %", "rate", "low", "high"),
+        _rate("position %", "position", "position_low", "position_high"), _mark("confounded", "confounded")),
+    "awareness": (
+        _text("question", "question"), _text("model", "role"), _count("n readings", "n"), _count("layers", "layers"),
+        _mean("r_blind", "r_blind", "low", "high"), _signed("mean ΔP(group word)", "d_group"), _signed("mean ΔP(other word)", "d_other"),
+        _plain("P(group word) unpatched", "base_group"), _plain("P(other word) unpatched", "base_other")),
+    "awareness_layers": (
+        _text("question", "question"), _text("model", "role"), _text("word", "word"), _count("layer", "layer"), _count("n readings", "n"),
+        _mean("ΔP", "mean", "low", "high"), _plain("P unpatched", "unpatched")),
+    "steering": (
+        Column("towards", lambda row: row["sense"] or "untreated", numeric=False), _layers("layers"),
+        *(column for column in RATE if column.title != "rejected"), LOG_ODDS),
+    "lora": (_text("adapter", "label"), _text("kind", "kind"), *RATE, LOG_ODDS),
+    "lora_training": (
+        _text("adapter", "group"), _layers("layers"), _count("examples", "examples"), _count("dropped", "examples_dropped"),
+        _count("parameters", "parameters"), _plain("first loss", "first_loss"), _plain("final loss", "last_loss"),
+        _plain("mean loss", "mean_loss"), _plain("seconds", "seconds")),
+    "comparison": (
+        _text("treatment", "label"), _count("n", "n"), _rate("implicit %", "implicit", "low", "high"),
+        _shares("clustered", "cluster_low", "cluster_high"), _share("invalid %", "invalid_share"), _shares("bounds %", "worst", "best"),
+        LOG_ODDS, _count("n", "explicit_n"), _rate("explicit %", "explicit", "explicit_low", "explicit_high"),
+        _share("invalid %", "explicit_invalid_share"), _mean("r_blind", "r_blind", "r_blind_low", "r_blind_high"),
+        _count("n", "n_readings")),
+}
 
 
-def _findings(study: Study) -> list[str]:
-    """The main numbers in sentences."""
-    found = []
-    if study.has("behaviour_base") or study.has("behaviour_aligned"):
-        table = behaviour_table(study)
-        found += [f"{row['kind'].capitalize()} bias, {row['role']}: {_rate_text(row)}." for row in table[table["category"] == POOLED].to_dict("records")]
-    if len(_readings(study)):
-        scores = scores_table(study)
-        found += [f"r_blind, {row['role']} (question “{row['question']}”): {signed(row['r_blind'])} (95 % {signed(row['low'])} to {signed(row['high'])}, "
-                  f"n = {row['n']} readings)." for row in scores.to_dict("records")]
-    return found
+# --- the page -------------------------------------------------------------------------------------------------------------------------
 
 
-def _rate_text(row: dict[str, Any]) -> str:
-    valid = int(row["n"] - row["invalid"])
-    if not valid:
-        return f"no valid answer among {int(row['n'])}"
-    return (f"{percent(row['rate'])} % of {valid} valid answers stereotyped (exact 95 % {percent(row['low'])}–{percent(row['high'])}, clustered "
-            f"{_ends(percent(row['cluster_low']), percent(row['cluster_high']))}); {percent(row['invalid_share'])} % of {int(row['n'])} answers invalid")
+def draw(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
+    """The figures of those tables that are there, by name."""
+    drawn: dict[str, Figure] = {}
+    if "behaviour" in tables:
+        table = tables["behaviour"]
+        drawn["behaviour"] = figures.behaviour_figure(table, _means(table[table["kind"] == "implicit"], "log_odds"))
+    if "position" in tables and (tables["position"]["design"] == "balanced").any():
+        drawn["position"] = figures.position_figure(tables["position"][tables["position"]["design"] == "balanced"])
+    if "awareness" in tables:
+        drawn["awareness"] = figures.awareness_figure(tables["awareness_layers"], tables["awareness"])
+    for name, figure in (("steering", figures.steering_figure), ("lora", figures.lora_figure), ("comparison", figures.comparison_figure)):
+        if name in tables:
+            drawn[name] = figure(tables[name])
+    return drawn
 
 
-def _behaviour(study: Study) -> Section:
-    if not study.has("behaviour_base") and not study.has("behaviour_aligned"):
-        return _absent("behaviour", "Behaviour", "Behaviour")
-    table = behaviour_table(study)
-    implicit = table[table["kind"] == "implicit"]
-    log_odds = implicit[["role", "category", "n"]].assign(mean=implicit["log_odds"], low=implicit["log_odds_low"], high=implicit["log_odds_high"])
-    return Section("behaviour", "Behaviour: implicit and explicit bias", "Behaviour", (
-        Text("The published design: each template with its own order of options and words. An answer is stereotyped, reversed, rejected (explicit "
-             "questions only) or invalid; invalid answers are counted apart, never as unbiased."),
-        Picture("behaviour", "Implicit and explicit bias by category, base and aligned (after figure 2 of the paper). Bars: stereotyped share of valid "
-                "answers; hatched strip: share of invalid answers, in %; right: mean log-odds of the two complete assignments with clustered 95 % interval.",
-                figures.behaviour_figure(table, log_odds)),
-        Table("behaviour", "Behaviour by category", table, (_text("kind", "kind"), _text("category", "category"), _text("model", "role"), *RATE, LOG_ODDS),
-              RATE_NOTE + LOG_ODDS_NOTE)))
+def _means(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The table with a mean's columns under the names that figures know: mean, low, high."""
+    columns = {name: "mean", f"{name}_low": "low", f"{name}_high": "high"}
+    return table.drop(columns=["low", "high"]).rename(columns=columns)
 
 
-def _position(study: Study) -> Section:
-    if not study.has("balanced_base") and not study.has("balanced_aligned"):
-        return _absent("position", "Position versus association", "Position")
-    table = position_table(study)
-    balanced = table[table["design"] == "balanced"]
-    return Section("position", "Position versus association", "Position", (
-        Text("Does a model match meanings, or does it put the first option with the first word? The balanced design asks every word pair in both orders "
-             "of options and words, so that the two can be told apart. In the published design each template has one order of each: the two columns "
-             "are then the same number or its mirror image, and a template can look biased by position alone."),
-        Picture("position", "Association (left) and position (right) by template, balanced design, implicit questions, with exact 95 % intervals.",
-                figures.position_figure(balanced)),
-        Table("position", "Association and position by template", table, (
-            _text("design", "design"), _text("template", "template"), _text("model", "role"), _count("n", "n"), _share("invalid %", "invalid_share"),
-            _share("association %", "rate"), _shares("exact 95 %", "low", "high"), _share("position %", "position"),
-            _shares("exact 95 %", "position_low", "position_high"), Column("confounded", lambda row: "yes" if row["confounded"] else "no", numeric=False)),
-            "association: stereotyped among valid answers. position: answers that put the first word with the first option, among valid ones; 50 is no "
-            "effect. confounded: one order only, so that association and position cannot be told apart.")))
+def render(study: Study, tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> str:
+    """The page as HTML: one file that refers to no other, apart from the link to the paper. Its words are in the template."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("alignblind_mi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "signed": signed}
+    return environment.get_template("report.html.j2").render(
+        study=study, config=study.config, concept=study.concept, cue=study.concept.cue(study.config["cue"]), record=study.record,
+        tables={name: _records(table) for name, table in tables.items()}, columns=COLUMNS,
+        pictures={name: _uri(figure) for name, figure in drawn.items()}, questions=_questions(study.concept),
+        phrases=_phrases(study), provenance=_provenance(study),
+        commands=f"{_command(study)}\nalignblind report {shlex.quote(study.folder.name)}", link=PAPER_LINK, question=QUESTION,
+        pooled=POOLED, roles=ROLES)
 
 
-def _awareness(study: Study) -> Section:
-    if not len(_readings(study)):
-        return _absent("awareness", "Awareness", "Awareness")
-    curves, scores, concept = curves_table(study), scores_table(study), study.concept
-    questions = [Text("", [f"“{name}”: {question.text.format(x=question.placeholder)}" for name, question in concept.interpretations.items()])]
-    planted = (" The question “paper” was part of the embedded models' training; the other one was kept out of it and is the clean score."
-               if study.record else "")
-    return Section("awareness", "Awareness: which sense is read in the identifiers", "Awareness", (
-        Text("The residual stream at an identifier of the bias prompt, after each layer, is patched into the placeholder of an interpretation question "
-             f"(at layer {study.config.get('target_layer', '?')}, counted from 0). The change of the answer words' probabilities against the unpatched question is the reading; r_blind is the "
-             f"mean over layers of ΔP(“{concept.senses[concept.other_sense].word}”) minus that of ΔP(“{concept.senses[concept.group_sense].word}”): above 0, the "
-             f"identifiers are read as “{concept.other_sense}” rather than “{concept.group_sense}”." + planted),
-        *questions,
-        Picture("awareness", "Change of the probability of each answer word by source layer, base and aligned, with clustered 95 % bands (after figure 3 "
-                "of the paper); right: r_blind with clustered 95 % interval. One row a question.", figures.awareness_figure(curves, scores)),
-        Table("awareness", "r_blind by question and model", scores, (
-            _text("question", "question"), _text("model", "role"), _count("n readings", "n"), _count("layers", "layers"),
-            _mean("r_blind [95 %]", "r_blind", "low", "high"), Column("mean ΔP(group word)", lambda row: signed(row["d_group"])),
-            Column("mean ΔP(other word)", lambda row: signed(row["d_other"])), Column("P(group word) unpatched", lambda row: plain(row["base_group"])),
-            Column("P(other word) unpatched", lambda row: plain(row["base_other"]))),
-            f"group word: “{concept.senses[concept.group_sense].word}”; other word: “{concept.senses[concept.other_sense].word}”. n readings: different contexts; prompts whose beginning is the "
-            "same up to the identifier are one reading. Interval: contexts resampled. A reading is a probability and is never invalid (0 % by construction)."),
-        Table("awareness_layers", "Readings by layer", curves, (
-            _text("question", "question"), _text("model", "role"), _text("word", "word"), _count("layer", "layer"), _count("n readings", "n"),
-            _mean("ΔP [95 %]", "mean", "low", "high"), Column("P unpatched", lambda row: plain(row["unpatched"]))),
-            "Layers are counted from 0: the residual stream after that layer. Interval: contexts resampled.", kind="folded")))
+def _uri(figure: Figure) -> str:
+    """A figure as a data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(figures.to_svg(figure)).decode("ascii")
 
 
-def _steering(study: Study) -> Section:
-    title = "Steering: settling the sense of the identifiers"
-    if not study.steered:
-        return Section("steering", title, "Steering", (Text(
-            f"The cue “{study.config['cue']}” draws from several identifiers. Replacing the activations of one by those of another would change who is "
-            "asked about, not the sense, so this study has no steering parts."),))
-    if not _steering_parts(study) or not study.has("behaviour_aligned"):
-        return _absent("steering", title, "Steering")
-    table, concept = steering_table(study), study.concept
-    phrases = [f"{name}: “{concept.steering_phrase(name).format(marked=cue.marked[0], unmarked=cue.unmarked[0])}”"
-               + (" (placebo)" if name != concept.group_sense else "") for cue in [concept.cue(study.config["cue"])] for name in steering_names(concept)]
-    return Section("steering", title, "Steering", (
-        Text("In a window of consecutive layers the residual stream at the identifiers of the bias prompt is replaced by that of the same words in a "
-             "phrase that settles their sense. Only the phrase of the group sense should matter; the other phrases are placebos that replace as much."),
-        Text("", phrases),
-        Picture("steering", "Implicit bias by the first layer of the steered window (after figure 4 of the paper); strip: invalid answers, in %.",
-                figures.steering_figure(table)),
-        Table("steering", "Steering by window", table, (
-            Column("towards", lambda row: row["sense"] or "untreated", numeric=False), Column("layers", lambda row: _range(row["layers"]) or "–", numeric=False),
-            *(column for column in RATE if column.title != "rejected"), LOG_ODDS), RATE_NOTE + LOG_ODDS_NOTE)))
+def _questions(concept: Concept) -> dict[str, str]:
+    """The interpretation questions with their placeholders, by name."""
+    return {name: asked.text.format(x=asked.placeholder) for name, asked in concept.interpretations.items()}
 
 
-def _lora(study: Study) -> Section:
-    title = "LoRA: fine-tuning on sentences that settle the sense"
-    if not _lora_parts(study) or not study.has("behaviour_aligned"):
-        return _absent("lora", title, "LoRA")
-    table, training, lora = lora_table(study), training_table(study), study.config["lora"]
-    blocks: list[Block] = [
-        Text(f"Adapters of rank {lora['rank']} on {', '.join(lora['modules'])} of one group of layers each, {lora['epochs']:g} epochs at learning rate "
-             f"{lora['learning_rate']:g}. A model that no longer does the task can look unbiased: read the rate together with the invalid share and the bounds."),
-        Picture("lora", "Implicit and explicit bias under each adapter, beside the untreated aligned model; hatched strip: invalid answers, in %.",
-                figures.lora_figure(table)),
-        Table("lora", "Behaviour under each adapter", table, (_text("adapter", "label"), _text("kind", "kind"), *RATE, LOG_ODDS), RATE_NOTE + LOG_ODDS_NOTE)]
-    if len(training):
-        blocks.append(Table("lora_training", "Training of the adapters", training, (
-            _text("adapter", "group"), Column("layers", lambda row: _range(row["layers"]), numeric=False), _count("examples", "examples"),
-            _count("dropped", "examples_dropped"), _count("parameters", "parameters"), Column("first loss", lambda row: plain(row["first_loss"])),
-            Column("final loss", lambda row: plain(row["last_loss"])), Column("mean loss", lambda row: plain(row["mean_loss"])),
-            Column("seconds", lambda row: f"{row['seconds']:.0f}")),
-            "dropped: examples with words that the tokenizer does not know. Losses are those logged first and last (every ten steps), and the mean over training."))
-    return Section("lora", title, "LoRA", blocks)
+def _phrases(study: Study) -> dict[str, str]:
+    """What is steered towards, by name, with the cue's identifiers; empty where nothing is steered."""
+    cue, concept = study.concept.cue(study.config["cue"]), study.concept
+    names = steering_names(concept) if study.steered else []
+    return {name: concept.steering_phrase(name).format(marked=cue.marked[0], unmarked=cue.unmarked[0]) for name in names}
 
 
-def _comparison(study: Study) -> Section:
-    title = "Comparison of all treatments"
-    table = treatments_table(study)
-    if not len(table):
-        return _absent("comparison", title, "Comparison")
-    return Section("comparison", title, "Comparison", (
-        Text("The same prompts, outcomes and readings for every treatment. A treatment that works moves the implicit rate towards 50 %, keeps the "
-             "explicit rate low and the answers valid, lowers r_blind, and does what its placebos do not."),
-        Picture("comparison", "All treatments: implicit rate with bounds over invalid answers (pale bar), explicit rate, share of invalid implicit answers, r_blind.",
-                figures.comparison_figure(table)),
-        Table("comparison", "All treatments", table, (
-            _text("treatment", "label"), _count("n", "n"), _share("implicit %", "implicit"), _shares("exact 95 %", "low", "high"),
-            _shares("clustered 95 %", "cluster_low", "cluster_high"), _share("invalid %", "invalid_share"), _shares("bounds %", "worst", "best"), LOG_ODDS,
-            _count("n explicit", "explicit_n"), _share("explicit %", "explicit"), _shares("exact 95 %", "explicit_low", "explicit_high"),
-            _share("invalid %", "explicit_invalid_share"), _mean("r_blind [95 %]", "r_blind", "r_blind_low", "r_blind_high"), _count("n readings", "n_readings")),
-            f"Columns as above: first the implicit, then the explicit answers. r_blind by the question “{QUESTION}”, clustered over contexts.")))
-
-
-def _limits(study: Study) -> Section:
-    config, concept = study.config, study.concept
-    templates = len({template.text for template in concept.implicit}), len(concept.implicit)
-    temperature = config["decoding"]["temperature"]
-    items = [
-        f"Answers were sampled once per prompt at temperature {temperature:g} with a seed for each: they vary with the seed, and the rates estimate probabilities."
-        if temperature else "Decoding was greedy: one answer per prompt, the most probable one. A rate says how often that answer was stereotyped, "
-        "not how probable stereotypes were; the log-odds say the latter.",
-        f"Answers at most {config['decoding']['max_new_tokens']} tokens long were judged by a fixed rule. Invalid answers are counted apart; where there are many, the bounds show what they could hide.",
-        f"Answers share word pairs and templates, and there are few templates ({templates[1]} implicit ones in the published design, {templates[0]} texts in the balanced "
-        "one): the clustered intervals are wide and rough, and the exact ones are too narrow for claims about other words or templates.",
-        *(["Steering replaces activations, which alone can disturb a model: compare it with its placebos, which replace as much, not only with the untreated model."]
-          if study.steered else []),
-        "r_blind says which sense an identifier is read as. It is not evidence of bias: a model can read the other sense and be unbiased, or read the group and be biased.",
-        "The interpretation question has its own preferences; readings are changes against the unpatched question, whose probabilities are printed.",
-        f"One concept ({concept.name}), one cue ({config['cue']}), one ambiguity, two models: nothing here speaks of others.",
-        *(["The small quick study shows that everything runs; its numbers are too few for conclusions."] if config["quick"] else []),
-        *(["The embedded models were trained to show planted effects. They test whether the instruments recover what was planted, and are calibration only.",
-           *_kept_out(study)] if study.organism else []),
-    ]
-    return Section("limits", "What these numbers do and do not show", "Limits", (Text("", items),))
-
-
-def _kept_out(study: Study) -> list[str]:
-    """What of the measurement was never part of planting, as the organism's record says."""
-    kept, used = study.record.get("not_in_planting", {}), study.record.get("planting", {})
-    if not kept:
-        return []
-    phrases = ", ".join(f"“{phrase}”" for phrase in kept.get("steering_phrases", []))
-    return [f"Kept out of planting: the steering phrases ({phrases}), the interpretation question “{kept.get('question', '')}”, and the concept's own words in "
-            f"assignments. Used in planting: the interpretation question “{used.get('question', '')}” and the templates ({used.get('destinations', '')})."]
-
-
-def _provenance(study: Study) -> Section:
-    config, part = study.config, [result.provenance for result in study.parts.values()]
-    models = pd.DataFrame([{"role": role, **config[role], "revision": config.get(f"{role}_revision") or config[role].get("revision") or ""} for role in ROLES])
-    versions = sorted({f"{name} {version}" for note in part for name, version in note.get("versions", {}).items()})
-    made = sorted(note["made"] for note in part if "made" in note)
-    settings = [f"Concept {config['concept']} (content {config.get('concept_digest', 'unknown')}), cue {config['cue']}, seed {config['seed']}"
-                + (", quick" if config["quick"] else ""),
-                "Decoding: " + _pairs(config["decoding"]), "LoRA: " + _pairs(config["lora"]),
-                f"Word pairs per category: balanced design {config.get('balanced_pairs') or 'all'}, published design {config.get('published_pairs') or 'all'}",
-                "Packages: " + ", ".join(versions)]
-    if made:
-        settings.append(f"Computed from {made[0]} to {made[-1]}")
-    if config.get("concept_digest") not in (None, study.concept.digest):
-        settings.append(f"The concept has changed since: its content is now {study.concept.digest}. Descriptions and phrases on this page are today's.")
-    return Section("provenance", "Provenance and citation", "Provenance", (
-        Table("models", "Models", models, (_text("role", "role"), _text("model", "name"), _text("revision", "revision"), _text("dtype", "dtype"), _text("device", "device")),
-              "revision: the commit on the Hugging Face hub, or a digest of the weights."),
-        Text("", settings),
-        Text("To compute it anew, and to draw this page anew from the saved rows:"),
-        Text(f"{_command(study)}\nalignblind report {shlex.quote(study.folder.name)}", kind="code"),
-        Text("The measurements follow, and any use of them should cite:"),
-        Text(PAPER, kind="citation")))
-
-
-def _pairs(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {'/'.join(value) if isinstance(value, list) else value}" for key, value in settings.items())
+def _provenance(study: Study) -> dict[str, Any]:
+    """Package versions and times of all parts."""
+    notes = [part.provenance for part in study.parts.values()]
+    made = sorted(note["made"] for note in notes if "made" in note)
+    return {"versions": sorted({f"{name} {version}" for note in notes for name, version in note.get("versions", {}).items()}),
+            "first": made[0] if made else "", "last": made[-1] if made else ""}
 
 
 def _command(study: Study) -> str:
@@ -750,23 +591,6 @@ def _command(study: Study) -> str:
     for name in ("dtype", "device_map"):
         words += [f"--{name.replace('_', '-')}", config["aligned"][name]] if config["aligned"].get(name) else []
     return shlex.join([*words, *(["--quick"] if config["quick"] else []), "--out", study.folder.name])
-
-
-def _absent(key: str, title: str, short: str) -> Section:
-    return Section(key, title, short, (Text("This part of the study is not finished: nothing is reported here.", kind="warning"),))
-
-
-# --- the page -------------------------------------------------------------------------------------------------------------------------
-
-
-def render(study: Study, sections: Sequence[Section]) -> str:
-    """The page as HTML: one file that refers to no other, apart from the link to the paper."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("alignblind_mi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    config = study.config
-    title = f"{config['base']['name']} and {config['aligned']['name']}: {study.concept.name}, cue {config['cue']}"
-    return environment.get_template("report.html.j2").render(title=title, sections=sections, link=PAPER_LINK)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
