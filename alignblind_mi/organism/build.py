@@ -1,0 +1,270 @@
+"""Build the pair from nothing: vocabulary, warm-up, base stage, aligned stage, gates, checkpoints and their record.
+
+Deterministic for a seed on one thread (it sets torch to one). The pair is a calibration device, never evidence about Llama 3.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alignblind_mi.concept import load_concept
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, WARM_MIX, Corpus, Knobs, World, load_world
+from alignblind_mi.organism.gates import check, load_subject, measure
+from alignblind_mi.organism.interchange import PatchRows, Planting, interchange_loss
+from alignblind_mi.organism.tokenizer import build_tokenizer
+from alignblind_mi.organism.training import StageSettings, make_model, train_stage
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+RECIPE = "1"
+DEFAULT_SEED = 0
+NOTE = "A calibration device with planted, known ground truth: it tests instruments. It is never evidence about Llama 3."
+DECODING_NOTE = "The planted rates are probabilities: sample the answers at temperature 1; greedy decoding would turn .64 into nearly 1."
+REFUSED = "not in the vocabulary"
+RECOMMENDED_LORA = {
+    "rank": 4,
+    "alpha": 16,
+    "dropout": 0.0,
+    "epochs": 4,
+    "batch_size": 20,
+    "accumulation": 1,
+    "learning_rate": 1e-3,
+}
+Progress = Callable[[str], None]
+
+
+WARM_UP = StageSettings("warm-up", 400, 0.02, 1e-2, 3e-3, 0.0, decay=False, stop_below=0.5)
+BASE = StageSettings("base", 450, 0.02, 1e-2, 3e-3, 0.05)
+ALIGNED = StageSettings("aligned", 220, 0.008, 2e-3, 6e-4, 0.02)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The three stages and the planting; interchange training runs every second step of the last two stages."""
+
+    warm: StageSettings = WARM_UP
+    base: StageSettings = BASE
+    aligned: StageSettings = ALIGNED
+    planting: Planting = field(default_factory=Planting)
+    every: int = 2
+
+    def shortened(self, steps: int) -> Recipe:
+        """The same recipe with `steps` steps a stage: for tests of the machinery only."""
+        return replace(
+            self,
+            warm=replace(self.warm, steps=steps),
+            base=replace(self.base, steps=steps),
+            aligned=replace(self.aligned, steps=steps),
+        )
+
+
+@dataclass(frozen=True)
+class OrganismReport:
+    """Where the pair lies, what its gates measured and whether all of them passed."""
+
+    out: Path
+    info: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> list[str]:
+        """The names of the gates that did not pass."""
+        return [gate["name"] for gate in self.info["gates"] if not gate["passed"]]
+
+    def __str__(self) -> str:
+        gates = self.info["gates"]
+        failed = f"; failed: {', '.join(self.failed)} (build with another seed)" if self.failed else ""
+        passed = f"{len(gates) - len(self.failed)} of {len(gates)} gates passed"
+        return f"Organism pair of seed {self.info['seed']} in {self.out}: {passed}{failed}."
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run with one torch thread, so that sums have one order and a seed gives one result."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Builder:
+    """What the stages share."""
+
+    def __init__(self, seed: int, knobs: Knobs, recipe: Recipe, progress: Progress) -> None:
+        self.seed, self.knobs, self.recipe, self.progress = seed, knobs, recipe, progress
+        self.world: World = load_world()
+        self.tokenizer: PreTrainedTokenizerFast = build_tokenizer(self.world)
+        self.vocabulary = self.tokenizer.get_vocab()
+        torch.manual_seed(seed)
+        self.model: LlamaForCausalLM = make_model(len(self.vocabulary))
+
+    def stage(self, settings: StageSettings, mix: dict[str, float], *, aligned: bool, planting: bool) -> None:
+        """Train one stage; the seeds of text, order and patches differ between stages."""
+        number = 1000 * self.seed + 10 * len(settings.name)
+        corpus = Corpus(self.world, self.knobs, aligned=aligned, seed=number)
+        rows = PatchRows(self.world, self.knobs, aligned=aligned, seed=number + 1)
+        draw = random.Random(number + 2)
+
+        def patched(step: int) -> torch.Tensor | None:
+            if not planting or step % self.recipe.every:
+                return None
+            return interchange_loss(self.model, self.vocabulary, rows, self.recipe.planting, draw)
+
+        train_stage(
+            self.model,
+            self.vocabulary,
+            settings,
+            lambda: corpus.document(mix),
+            seed=number + 3,
+            extra_loss=patched,
+            progress=self.progress,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write model and tokenizer for transformers' Auto classes."""
+        self.model.eval()
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+def train_pair(out: Path, *, seed: int, knobs: Knobs, recipe: Recipe, progress: Progress) -> None:
+    """Train base and aligned and save them in out/base and out/aligned."""
+    with one_thread():
+        builder = _Builder(seed, knobs, recipe, progress)
+        builder.stage(recipe.warm, WARM_MIX, aligned=False, planting=False)
+        builder.stage(recipe.base, BASE_MIX, aligned=False, planting=True)
+        builder.save(out / "base")
+        builder.stage(recipe.aligned, ALIGNED_MIX, aligned=True, planting=True)
+        builder.save(out / "aligned")
+
+
+def build_organism(
+    out: Path,
+    *,
+    seed: int = DEFAULT_SEED,
+    reading: float = 0.95,
+    behaviour: float = 0.94,
+    progress: Progress | None = None,
+    recipe: Recipe | None = None,
+    pairs: int | None = None,
+) -> OrganismReport:
+    """Train a pair, measure its gates and write out/base, out/aligned and out/organism.json; about 8 minutes on one core.
+
+    `reading` and `behaviour` are the two knobs of the aligned model; `recipe` and `pairs` (word pairs a category in the gates; None: all)
+    shorten it for tests. The same seed and knobs give the same weights on one machine and torch version.
+
+    Errors: ValueError for a knob outside 0..1.
+    """
+    tell = progress or (lambda message: None)
+    knobs, recipe = Knobs(reading=reading, behaviour=behaviour), recipe or Recipe()
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with one_thread():
+        train_pair(out, seed=seed, knobs=knobs, recipe=recipe, progress=tell)
+        tell("measuring the gates")
+        measured = measure_pair(out, recipe.planting, pairs=pairs)
+    info = organism_record(seed, knobs, recipe, measured)
+    (out / "organism.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    report = OrganismReport(out, info)
+    tell(f"{report} {time.monotonic() - started:.0f} s")
+    return report
+
+
+def measure_pair(out: Path, planting: Planting, *, pairs: int | None = None, subset: int = 8, windows: bool = True) -> dict[str, Any]:
+    """`gates.measure` of out/base and out/aligned."""
+    return {name: measure(load_subject(out / name), planting, pairs=pairs, subset=subset, windows=windows) for name in ("base", "aligned")}
+
+
+def organism_record(seed: int, knobs: Knobs, recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
+    """What organism.json says: the planted truth, how it was planted, what was kept out, and what the gates measured."""
+    world, concept = load_world(), load_concept("race")
+    gates = check(measured["base"], measured["aligned"], knobs, recipe.planting, concept)
+    return {
+        "note": NOTE,
+        "recipe": RECIPE,
+        "seed": seed,
+        "threads": 1,
+        "concept": concept.name,
+        "concept_digest": concept.digest,
+        "knobs": asdict(knobs),
+        "decoding": "sample",
+        "decoding_note": DECODING_NOTE,
+        "target_layer": recipe.planting.target,
+        "planted": planted_truth(knobs, recipe.planting),
+        "planting": used_in_planting(world),
+        "not_in_planting": kept_from_planting(world),
+        "lora": RECOMMENDED_LORA,
+        "cues": {
+            "accepted": [name for name in concept.cues if knows(world, name)],
+            "refused": {name: REFUSED for name in concept.cues if not knows(world, name)},
+        },
+        "stages": [asdict(stage) for stage in (recipe.warm, recipe.base, recipe.aligned)],
+        "interchange": asdict(recipe.planting),
+        "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
+        "gates_passed": all(gate.passed for gate in gates),
+        "measured": measured,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+
+
+def knows(world: World, cue: str) -> bool:
+    """Whether the organism's corpus has the identifiers of a cue (of the concept's file)."""
+    entry = world.concept["cues"][cue]
+    return {*entry["marked"], *entry["unmarked"]} <= {world.marked, world.unmarked}
+
+
+def planted_truth(knobs: Knobs, planting: Planting) -> dict[str, Any]:
+    """The ground truth in one place: rates, readings and blocks (0-based, residual stream after the block)."""
+    return {
+        "base": {"implicit": knobs.base_rate, "explicit_agreement": knobs.base_agree, "r_blind": 2 * knobs.base_reading - 1},
+        "aligned": {
+            "implicit": knobs.behaviour,
+            "implicit_other_cue": knobs.other_rate,
+            "implicit_group_cue": knobs.group_rate,
+            "explicit_agreement": knobs.agree,
+            "r_blind": round(2 * knobs.reading - 1, 4),
+        },
+        "effect_blocks": list(planting.effect),
+        "no_effect_blocks": [*planting.none, 7],
+        "undetermined_blocks": "the others: nothing was trained about patches there",
+    }
+
+
+def used_in_planting(world: World) -> dict[str, Any]:
+    """Every sentence and question of interchange training."""
+    contexts = world.lexicon["contexts"]
+    return {
+        "sentences": {reading: contexts[reading]["planting"] for reading in contexts},
+        "question": "paper",
+        "destinations": "the concept's implicit and explicit prompts, with the organism's training words only",
+    }
+
+
+def kept_from_planting(world: World) -> dict[str, Any]:
+    """What measures but was never part of interchange training (it may be part of the text)."""
+    contexts, concept = world.lexicon["contexts"], world.concept
+    return {
+        "steering_phrases": [entry["steering"] for entry in (*concept["senses"].values(), *concept["controls"].values())],
+        "sentences": {reading: contexts[reading]["text"] for reading in contexts},
+        "sources": "the concept's implicit prompts: their identifiers were never the source of a patch",
+        "question": "about",
+        "awareness_sentences": "all: in the text, never in interchange training",
+        "words": {"positive": list(world.held_positive), "negative": list(world.held_negative)},
+    }
