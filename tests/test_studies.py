@@ -27,6 +27,12 @@ def test_behaviour_has_one_row_per_prompt_with_its_labels(race, tiny):
     assert rows["log_odds"].notna().equals(rows["kind"] == "implicit")
 
 
+def test_explicit_answers_alone(race, tiny):
+    rows = measure_behaviour(tiny, race, "default", kinds=("explicit",), decoding=SHORT, max_word_pairs=1)
+    assert len(rows) == 36
+    assert rows["log_odds"].isna().all()
+
+
 def test_log_odds_compare_the_two_assignments(race, tiny):
     prompts = implicit_prompts(race, "default", max_word_pairs=1)
     rows = measure_behaviour(tiny, race, "default", kinds=("implicit",), decoding=SHORT, max_word_pairs=1)
@@ -59,7 +65,7 @@ def test_readings_by_hand(race, tiny):
     question = interpretation_prompt(race.interpretation("paper"))
     patched = tiny.next_probs(patchscope_rows(resid, question, 1), [" race", " color"])[0]
     base = tiny.next_probs([Row(question)], [" race", " color"])[0]
-    row = rows[(rows["template"] == prompt.labels["template"]) & (rows["option_order"] == "marked_first") & (rows["role"] == "marked")
+    row = rows[(rows["template"] == prompt.labels["template"]) & (rows["option_order"] == "marked_first") & (rows["mark"] == "marked")
                & (rows["layer"] == 2)].iloc[0]
     assert row["d_group"] == pytest.approx(float(patched[0] - base[0]), abs=1e-6)
     assert row["blind"] == pytest.approx(float(patched[1] - base[1] - patched[0] + base[0]), abs=1e-6)
@@ -72,7 +78,7 @@ def test_readings_see_the_treatment(race, tiny):
     changed = (before["p_group"] - after["p_group"]).abs().groupby(before["layer"]).max()
     assert changed[0] == pytest.approx(0, abs=1e-6)    # below the window nothing has changed
     assert changed[1] > 1e-6
-    spread = after[after["layer"] == 1].groupby("role")["p_group"].agg(np.ptp)
+    spread = after[after["layer"] == 1].groupby("mark")["p_group"].agg(np.ptp)
     assert spread.max() == pytest.approx(0, abs=1e-6)    # inside it every context has the phrase's residual
 
 

@@ -40,7 +40,7 @@ def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, r
     At the first mention a causal model has seen only the question's beginning, so prompts that share it give one reading, not many:
     n counts different contexts. Later mentions follow the words; `max_word_pairs` per category bounds them.
 
-    Columns: the prompt's labels (word labels are empty where the words have not been read yet), model, treatment, interpretation, role,
+    Columns: the prompt's labels (word labels are empty where the words have not been read yet), model, treatment, interpretation, mark,
     identifier, mention, context (what intervals are clustered over), layer, p_group, p_other (patched), base_group, base_other
     (unpatched), d_group, d_other, blind = d_other - d_group.
 
@@ -89,9 +89,10 @@ def _reading(model: HookedModel, source: _Source, reading: str, layer: int, prob
     (group, other), (base_group, base_other) = probs.tolist(), base.tolist()
     d_group, d_other = group - base_group, other - base_other
     context = "|".join((labels["template"], labels["option_order"], labels["word_order"], labels["word_pair"]))
-    return {"model": model.spec.name, "treatment": model.treatment.name, **labels, "interpretation": reading, "role": source.role,
+    return {"model": model.spec.name, "treatment": model.treatment.name, **labels, "interpretation": reading, "mark": source.role,
             "identifier": labels[source.role], "mention": source.mention, "context": context, "layer": layer,
-            "p_group": group, "p_other": other, "base_group": base_group, "base_other": base_other, "d_group": d_group, "d_other": d_other, "blind": d_other - d_group}
+            "p_group": group, "p_other": other,
+            "base_group": base_group, "base_other": base_other, "d_group": d_group, "d_other": d_other, "blind": d_other - d_group}
 
 
 def blind_score(readings: pd.DataFrame) -> float:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from alignblind_mi.answers import judge
 from alignblind_mi.concept import Concept, Cue
+from alignblind_mi.edits import Row
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Design, Kind, Prompt, assignments, behaviour_prompts
 
@@ -45,8 +46,7 @@ def ask(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], decodin
     rows = model.treatment.rows(prompts)
     answers = model.generate(rows, decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed, progress=progress)
     implicit = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == "implicit"]
-    pairs = model.continuation_log_probs([rows[i] for i in implicit], [assignments(concept, prompts[i]) for i in implicit])
-    log_odds = dict(zip(implicit, (pairs[:, 0] - pairs[:, 1]).tolist(), strict=True))
+    log_odds = dict(zip(implicit, _log_odds(model, concept, [rows[i] for i in implicit], [prompts[i] for i in implicit]), strict=True))
     records = []
     for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         outcome = judge(answer.text, prompts[i].labels)
@@ -55,3 +55,11 @@ def ask(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], decodin
                         "outcome": outcome.label, "reason": outcome.reason, "log_odds": log_odds.get(i, float("nan")),
                         **{f"decoding_{key}": value for key, value in asdict(decoding).items()}})
     return pd.DataFrame.from_records(records)
+
+
+def _log_odds(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts: Sequence[Prompt]) -> list[float]:
+    """Log-odds of the stereotyped against the reversed assignment, per implicit prompt (nats)."""
+    if not prompts:
+        return []
+    pairs = model.continuation_log_probs(rows, [assignments(concept, prompt) for prompt in prompts])
+    return (pairs[:, 0] - pairs[:, 1]).tolist()

@@ -88,7 +88,7 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: 
                        "explicit_high": explicit["high"], "explicit_invalid_share": explicit["invalid_share"]}
         if len(readings):
             record |= _mean("r_blind", readings, "blind", ("context",), seed)
-            record["n_readings"] = len(readings[["context", "role", "mention"]].drop_duplicates())
+            record["n_readings"] = len(readings[["context", "mark", "mention"]].drop_duplicates())
         records.append(record)
     return pd.DataFrame.from_records(records)
 

@@ -124,6 +124,10 @@ def run_study(config: StudyConfig, out: Path) -> Path:
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
+    import torch
+
+    if organism_record(config.aligned):
+        torch.set_num_threads(1)    # matrices this small gain nothing from more, and one thread gives the same bits on every machine
     concept = load_concept(config.concept)
     split = _check_vocabulary(config, concept)
     folder = StudyFolder.open(out, config.identity())
