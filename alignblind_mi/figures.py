@@ -23,7 +23,7 @@ SERIES_COLOURS = ("#0072B2", "#E69F00", "#666666", "#009E73", "#CC79A7", "#F0E44
 SERIES_MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, PALE, UNBIASED = "#222222", "#D5D5D5", 0.5
 STYLE: dict[Any, Any] = {
-    "figure.facecolor": "white", "figure.dpi": 100, "savefig.dpi": 200, "font.family": "DejaVu Sans", "font.size": 9,
+    "figure.facecolor": "#FFFFFF", "figure.dpi": 100, "savefig.dpi": 200, "font.family": "DejaVu Sans", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.labelsize": 9, "axes.edgecolor": "#555555", "axes.linewidth": 0.8, "axes.grid": True, "axes.grid.axis": "y",
     "axes.axisbelow": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.7, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
@@ -166,7 +166,7 @@ def steering_figure(table: pd.DataFrame) -> Figure:
         axis.axhline(row["rate"], color=ROLE_COLOURS["aligned"], lw=1.4, label="untreated")
         strip.axhline(row["invalid_share"], color=ROLE_COLOURS["aligned"], lw=1.2)
     _share_axis(axis, headroom=0.04)
-    _share_axis(strip, ticks=(0, 1), line=False)
+    _share_axis(strip, ticks=(0.0, 1.0), line=False)
     axis.set_ylabel("implicit: stereotyped, % of valid")
     strip.set_ylabel("invalid")
     strip.set_xlabel(f"first layer of the steered window ({_counts(steered.assign(group=''), '')} answers a point)")
@@ -203,11 +203,11 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
     """
     figure = Figure(figsize=(11, 1.6 + 0.36 * len(table)), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True, width_ratios=(1.25, 1, 0.8, 1), squeeze=False)[0]
-    y = list(range(len(table)))
+    y = [float(i) for i in range(len(table))]
     axes[0].barh(y, table["best"] - table["worst"], left=table["worst"], height=0.62, color=PALE, zorder=1)
     axes[0].hlines(y, table["cluster_low"], table["cluster_high"], color=SERIES_COLOURS[0], lw=0.9, zorder=2)
     _forest(axes[0], y, table["implicit"], table["low"], table["high"], SERIES_COLOURS[0], "o", "implicit")
-    axes[2].barh(y, table["invalid_share"], height=0.62, color="white", edgecolor=INK, hatch="////", lw=0.7)
+    axes[2].barh(y, table["invalid_share"], height=0.62, color="#FFFFFF", edgecolor=INK, hatch="////", lw=0.7)
     for axis, name, colour in ((axes[1], "explicit", SERIES_COLOURS[1]), (axes[3], "r_blind", SERIES_COLOURS[3])):
         if name in table:
             _forest(axis, y, table[name], table[f"{name}_low"], table[f"{name}_high"], colour, "o", name)
@@ -222,6 +222,7 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
     axes[3].axvline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
     axes[3].xaxis.set_major_locator(MaxNLocator(4))
     axes[3].margins(x=0.12)
+    axes[3].ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
     axes[0].set_yticks(y, [f"{label} (n = {int(n)})" for label, n in zip(table["label"], table["n"], strict=True)])
     axes[0].set_ylim(len(table) - 0.4, -0.6)
     _legend(figure, [_patch(PALE, "bounds over invalid answers"), *_interval_keys()])
@@ -236,13 +237,13 @@ def _rate_bars(axis: Axes, strip: Axes, table: pd.DataFrame, colours: dict[str, 
         rows = table[table["series"] == name].set_index("group").reindex(groups)
         x = [i + _offset(j, len(series), width) for i in range(len(groups))]
         axis.bar(x, rows["rate"], width * 0.92, color=colours[name], label=name, zorder=2)
-        strip.bar(x, rows["invalid_share"], width * 0.92, color="white", edgecolor=colours[name], hatch="////", lw=0.9, label=name)
+        strip.bar(x, rows["invalid_share"], width * 0.92, color="#FFFFFF", edgecolor=colours[name], hatch="////", lw=0.9, label=name)
         for at, (_, row) in zip(x, rows.iterrows(), strict=True):
             _whiskers(axis, at, row, INK)
             _value(axis, at, row)
             strip.text(at, row["invalid_share"] + 0.04, percent(row["invalid_share"]), ha="center", va="bottom", fontsize=7, color=INK)
     _share_axis(axis, headroom=0.1)
-    _share_axis(strip, headroom=0.4, ticks=(0, 1), line=False)
+    _share_axis(strip, headroom=0.4, ticks=(0.0, 1.0), line=False)
     strip.set_xticks(range(len(groups)), [f"{group}\n{_counts(table, group)}" for group in groups])
 
 
@@ -295,7 +296,7 @@ def _curves(axis: Axes, table: pd.DataFrame) -> None:
 def _forest(axis: Axes, y: Sequence[float], values: pd.Series, low: pd.Series, high: pd.Series, colour: str, marker: str,
             label: str) -> None:
     axis.hlines(y, low, high, color=colour, lw=2.4, zorder=3)
-    axis.plot(values, y, color=colour, marker=marker, ms=5.5, ls="none", mec="white", mew=0.6, label=label, zorder=4)
+    axis.plot(values, y, color=colour, marker=marker, ms=5.5, ls="none", mec="#FFFFFF", mew=0.6, label=label, zorder=4)
 
 
 def _whiskers(axis: Axes, x: float, row: pd.Series, colour: str) -> None:
@@ -306,7 +307,7 @@ def _whiskers(axis: Axes, x: float, row: pd.Series, colour: str) -> None:
     axis.vlines([x], row["cluster_low"], row["cluster_high"], color=colour, lw=0.9, zorder=4)
 
 
-def _share_axis(axis: Axes, *, headroom: float = 0.05, ticks: Sequence[float] = (0, 0.25, 0.5, 0.75, 1), line: bool = True) -> None:
+def _share_axis(axis: Axes, *, headroom: float = 0.05, ticks: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), line: bool = True) -> None:
     axis.set_ylim(0 if line else -0.06, 1 + headroom)
     axis.set_yticks(list(ticks))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
@@ -327,14 +328,14 @@ def _marker(j: int) -> str:
     return SERIES_MARKERS[j % len(SERIES_MARKERS)]
 
 
-def percent(share: float) -> str:
+def percent(share: float | int) -> str:
     """A share as a whole percentage for a label: 0.973 -> '97'."""
     return f"{100 * share:.0f}"
 
 
-def number(value: float) -> str:
+def number(value: float | int) -> str:
     """A number with two significant digits: 0.18812 -> '0.19'; 'none' where there is none."""
-    return "none" if math.isnan(value) else f"{value:.2g}"
+    return "none" if math.isnan(value) else f"{value:#.2g}".rstrip(".")
 
 
 def _legend(figure: Figure, handles: Sequence[object]) -> None:

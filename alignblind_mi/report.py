@@ -101,13 +101,14 @@ def write_report(folder: Path) -> Path:
     study = read_study(Path(folder))
     tables = summary_tables(study)
     drawn = draw(tables)
+    vectors = {name: figures.to_svg(figure) for name, figure in drawn.items()}
     for name, table in tables.items():
         write_text(study.folder / "tables" / f"{name}.csv", table.to_csv(index=False))
     for name, figure in drawn.items():
         _write_bytes(study.folder / "figures" / f"{name}.png", figures.to_png(figure))
-        write_text(study.folder / "figures" / f"{name}.svg", figures.to_svg(figure).decode("utf-8"))
+        write_text(study.folder / "figures" / f"{name}.svg", vectors[name].decode("utf-8"))
     page = study.folder / "report.html"
-    write_text(page, render(study, tables, drawn))
+    write_text(page, render(study, tables, vectors))
     return page
 
 
@@ -404,22 +405,24 @@ class Column:
     numeric: bool = True
 
 
-def percent(share: float) -> str:
+def percent(share: float | int | None) -> str:
     """A share in per cent with one decimal; a dash where there is none."""
     return "–" if share is None or math.isnan(share) else f"{100 * share:.1f}"
 
 
-def signed(value: float) -> str:
+def signed(value: float | int | None) -> str:
     """A signed number with two significant digits and a true minus; a dash where there is none."""
     if value is None or math.isnan(value):
         return "–"
     text = f"{value:+.1f}" if abs(value) >= 10 else f"{value:+#.2g}"
-    return text.replace("-", "−")
+    return text.replace("-", "−") if value else "0.0"
 
 
-def plain(value: float) -> str:
-    """A positive number with two significant digits."""
-    return "–" if value is None or math.isnan(value) else f"{value:.2g}"
+def plain(value: float | int | None) -> str:
+    """A number that is never negative: two significant digits, or whole from 100 on."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:#.2g}".rstrip(".")
 
 
 def _text(title: str, name: str) -> Column:
@@ -542,8 +545,11 @@ def _means(table: pd.DataFrame, name: str) -> pd.DataFrame:
     return table.drop(columns=["low", "high"]).rename(columns=columns)
 
 
-def render(study: Study, tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> str:
-    """The page as HTML: one file that refers to no other, apart from the link to the paper. Its words are in the template."""
+def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, bytes]) -> str:
+    """The page as HTML, with its figures as SVG: one file that refers to no other, apart from the link to the paper.
+
+    Its words are in the template.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(loader=PackageLoader("alignblind_mi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -552,15 +558,15 @@ def render(study: Study, tables: dict[str, pd.DataFrame], drawn: dict[str, Figur
     return environment.get_template("report.html.j2").render(
         study=study, config=study.config, concept=study.concept, cue=study.concept.cue(study.config["cue"]), record=study.record,
         tables={name: _records(table) for name, table in tables.items()}, columns=COLUMNS,
-        pictures={name: _uri(figure) for name, figure in drawn.items()}, questions=_questions(study.concept),
+        pictures={name: _uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
         phrases=_phrases(study), provenance=_provenance(study),
         commands=f"{_command(study)}\nalignblind report {shlex.quote(study.folder.name)}", link=PAPER_LINK, question=QUESTION,
         pooled=POOLED, roles=ROLES)
 
 
-def _uri(figure: Figure) -> str:
-    """A figure as a data URI."""
-    return "data:image/svg+xml;base64," + base64.b64encode(figures.to_svg(figure)).decode("ascii")
+def _uri(svg: bytes) -> str:
+    """An image as a data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
 def _questions(concept: Concept) -> dict[str, str]:
