@@ -32,6 +32,10 @@ QUESTION = "paper"    # the interpretation question that treatments are compared
 POOLED = "pooled"
 READING_CLUSTERS = ("context",)
 QUICK_GROUPS = ("early", "late")
+BOTH_COLUMNS = frozenset({"model", "treatment", "role"})
+ANSWER_COLUMNS = BOTH_COLUMNS | {"kind", "category", "template", "word_pair", "option_order", "word_order", "outcome", "log_odds"}
+READING_COLUMNS = BOTH_COLUMNS | {"interpretation", "context", "mark", "mention", "layer", "d_group", "d_other", "base_group",
+                                  "base_other", "blind"}
 PAPER_LINK = "https://arxiv.org/abs/2506.00253"
 
 
@@ -117,10 +121,12 @@ def read_study(folder: Path) -> Study:
     config = _read_config(folder)
     concept = load_concept(config["concept"])
     parts = load_study(folder)
-    known = {name: part for name, part in parts.items() if "role" in part.rows and "treatment" in part.rows}
+    known = {name: part for name, part in parts.items() if name.startswith(("behaviour_", "balanced_", "awareness_", "steering_", "lora_"))}
     if not known:
         raise ResultError(f"{folder} is a study without a finished part: run `alignblind study --out {folder}` with the models of "
                           "its study.json first.")
+    for name, part in known.items():
+        _check_columns(folder / f"{name}.parquet", part)
     n_layers = _n_layers(known.values())
     missing = [name for name in expected_parts(config, concept, n_layers) if name not in known]
     return Study(folder, config, concept, known, n_layers, missing)
@@ -141,6 +147,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if lacking:
         raise ResultError(f"{note} is not the configuration of a study: it lacks {', '.join(lacking)}.")
     return dict(config)
+
+
+def _check_columns(file: Path, part: Result) -> None:
+    reading = file.stem.startswith("awareness") or file.stem.endswith("_awareness")
+    lacking = sorted((READING_COLUMNS if reading else ANSWER_COLUMNS) - set(part.rows.columns))
+    if lacking:
+        raise ResultError(f"{file} lacks the columns {', '.join(lacking)}: another version made it. Delete it and its .json to compute "
+                          "it anew.")
 
 
 def _n_layers(parts: Iterable[Result]) -> int | None:
@@ -266,7 +280,6 @@ def treatments_table(study: Study) -> pd.DataFrame:
         readings = study.rows([f"awareness_{role}_{QUESTION}", *(f"{name}_awareness" for name in names)])
         if len(answers) and len(readings):
             table = comparison_table(answers, readings, seed=study.config["seed"])
-            table["n_readings"] = [_n_readings(readings[readings["treatment"] == name]) for name in table["treatment"]]
             about = answers.drop_duplicates("treatment").set_index("treatment")
             table.insert(0, "label", [_label(study, role, name, about.loc[name]) for name in table["treatment"]])
             rows.append(table)

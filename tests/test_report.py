@@ -31,7 +31,8 @@ VERSIONS = {"python": "3.11.0", "torch": "2.6.0"}
 def config_of(base: str = "some/base", aligned: str = "some/aligned", **changes: Any) -> dict[str, Any]:
     specs = {role: asdict(ModelSpec(name, dtype="float32", device="cpu")) for role, name in (("base", base), ("aligned", aligned))}
     note = {**specs, "concept": "race", "cue": "default", "quick": True, "seed": 0, "decoding": asdict(Decoding()),
-            "lora": asdict(LoraSettings()), "target_layer": 2, "balanced_pairs": 4, "published_pairs": 8, "base_revision": "sha256:1", "aligned_revision": "sha256:2"}
+            "lora": asdict(LoraSettings()), "target_layer": 2,
+            "balanced_pairs": 4, "published_pairs": 8, "base_revision": "sha256:1", "aligned_revision": "sha256:2"}
     return json.loads(json.dumps({**note, **changes}))
 
 
@@ -49,16 +50,17 @@ def answers(concept: Concept, role: str, treatment: dict[str, str], *, design: s
                 outcome = "invalid" if random.random() < invalid else valid[0] if random.random() < rate else valid[-1]
                 records.append({"kind": kind, "category": category, "word_pair": f"{category}{pair}", "template": template.name,
                                 "design": design, "option_order": option_order, "word_order": word_order, "outcome": outcome,
-                                "statement": "stereotype" if kind == "explicit" else "", "log_odds": random.normal() if kind == "implicit" else float("nan")})
+                                "statement": "stereotype" if kind == "explicit" else "",
+                                "log_odds": random.normal() if kind == "implicit" else float("nan")})
     return pd.DataFrame(records).assign(model=f"some/{role}", role=role, **treatment)
 
 
 def readings(role: str, treatment: dict[str, str], question: str) -> pd.DataFrame:
     random = np.random.default_rng(len(question))
     records = []
-    for context, layer in product(("a", "b", "c"), range(N_LAYERS)):
+    for context, mark, layer in product(("a", "b", "c"), ("marked", "unmarked"), range(N_LAYERS)):
         d_group, d_other = random.normal(0.1, 0.05), random.normal(0.2 if role == "aligned" else -0.1, 0.05)
-        records.append({"interpretation": question, "context": context, "mention": 0, "layer": layer, "d_group": d_group,
+        records.append({"interpretation": question, "context": context, "mark": mark, "mention": 0, "layer": layer, "d_group": d_group,
                         "d_other": d_other, "base_group": 0.3, "base_other": 0.4, "blind": d_other - d_group})
     return pd.DataFrame(records).assign(model=f"some/{role}", role=role, **treatment)
 
@@ -212,7 +214,8 @@ def test_the_numbers_are_those_of_the_statistics(finished, page):
 
 def test_readings_count_contexts_not_layers(finished, page):
     table = pd.read_csv(finished / "tables" / "awareness.csv")
-    assert table["n"].tolist() == [3] * 4
+    assert table["n"].tolist() == [6] * 4
+    assert set(pd.read_csv(finished / "tables" / "comparison.csv")["n_readings"]) == {6}
     rows = read_study(finished).parts["awareness_aligned_paper"].rows
     aligned = table[(table["role"] == "aligned") & (table["question"] == "paper")].iloc[0]
     assert aligned["r_blind"] == pytest.approx(rows["blind"].mean())
@@ -354,6 +357,14 @@ def test_a_damaged_part_is_named(tmp_path):
     folder = make_study(tmp_path / "study", without=("steering", "lora"))
     (folder / "behaviour_base.parquet").write_bytes(b"no parquet")
     with pytest.raises(ResultError, match=r"behaviour_base\.parquet"):
+        write_report(folder)
+
+
+def test_rows_of_another_version_are_named(tmp_path):
+    folder = make_study(tmp_path / "study", without=("steering", "lora"))
+    file = folder / "awareness_base_about.parquet"
+    pd.read_parquet(file).drop(columns=["mark"]).to_parquet(file, index=False)
+    with pytest.raises(ResultError, match=r"awareness_base_about\.parquet lacks the columns mark"):
         write_report(folder)
 
 
