@@ -5,6 +5,7 @@ hand as `HookedModel.bridge`, on the same weights. This module does NOT know con
 """
 
 import contextlib
+import copy
 import hashlib
 import logging
 import random
@@ -92,11 +93,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Generation:
-    """Text generated after a prompt; `finished` tells whether the model ended it itself (else the token limit did)."""
+    """Text generated after a prompt; `finished` tells whether the model ended it itself (else the token limit did).
+
+    `choices` are the log-probabilities of the continuations that were asked for, in their order.
+    """
 
     text: str
     n_tokens: int
     finished: bool
+    choices: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +164,8 @@ class HookedModel:
             self._check_layer(edit.site.layer)
         if treatment.adapter is not None and treatment.adapter not in self.adapters:
             known = ", ".join(self.adapters) or "none"
-            raise ModelError(f"the adapter {treatment.adapter!r} is not loaded (loaded: {known}): give its folder to load_model(adapters=).")
+            raise ModelError(f"the adapter {treatment.adapter!r} is not loaded (loaded: {known}): give its folder to "
+                             "load_model(adapters=).")
         return replace(self, treatment=treatment)
 
     def provenance(self) -> dict[str, Any]:
@@ -278,24 +284,28 @@ class HookedModel:
 
     def continuation_log_probs(self, rows: Sequence[Row], continuations: Sequence[Sequence[str]]) -> Float[Tensor, "row choice"]:
         """Log-probability of each of a row's continuations (the same number for every row), summed over their tokens, in float32."""
-        counts = {len(choices) for choices in continuations}
-        if len(continuations) != len(rows) or len(counts) != 1:
-            raise ModelError(f"every row needs the same number of continuations: {len(rows)} rows, counts {sorted(counts)}.")
-        (n,) = counts
-        ids = [[self.word_ids(text) for text in choices] for choices in continuations]
-        out = torch.empty(len(rows), n)
+        ids = self._continuation_ids(rows, continuations)
+        out = torch.empty(len(rows), len(ids[0]) if ids else 0)
         with torch.no_grad(), self._adapter():
             for batch in self._batches(rows):
-                out[batch.index] = self._choices(batch, [ids[i] for i in batch.index])
+                out[batch.index] = self._choices(batch, [ids[i] for i in batch.index], *self._prefill(batch, use_cache=True))
         return out
 
-    def _choices(self, batch: _Batch, ids: list[list[list[int]]]) -> Float[Tensor, "row choice"]:
+    def _continuation_ids(self, rows: Sequence[Row], continuations: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        counts = {len(choices) for choices in continuations}
+        if len(continuations) != len(rows) or len(counts) > 1:
+            raise ModelError(f"every row needs the same number of continuations: {len(rows)} rows, {len(continuations)} lists of "
+                             f"{' or '.join(map(str, sorted(counts)))}.")
+        return [[self.word_ids(text) for text in choices] for choices in continuations]
+
+    def _choices(self, batch: _Batch, ids: list[list[list[int]]], first: Float[Tensor, "row vocabulary"],
+                 past: Any) -> Float[Tensor, "row choice"]:
+        """Log-probabilities of continuations after prompts that have been read: the logits after them and their cache (used up)."""
         n, device = len(ids[0]), batch.ids.device
         flat = [choice for choices in ids for choice in choices]
         width = max(map(len, flat))
         targets = torch.tensor([choice + [0] * (width - len(choice)) for choice in flat], device=device)
         real = torch.tensor([[1] * len(choice) + [0] * (width - len(choice)) for choice in flat], device=device)
-        first, past = self._prefill(batch, use_cache=True)
         log_probs = first.float().log_softmax(-1).repeat_interleave(n, 0).gather(1, targets[:, :1])
         if width > 1:
             past.batch_repeat_interleave(n)
@@ -306,26 +316,35 @@ class HookedModel:
         return (log_probs * real).sum(1).view(-1, n).cpu()
 
     def generate(self, rows: Sequence[Row], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0,
+                 continuations: Sequence[Sequence[str]] | None = None,
                  progress: Callable[[int], None] | None = None) -> list[Generation]:
         """Continue each row, greedily (`temperature` 0, whatever the checkpoint's generation config says) or by sampling.
 
         Edits act on prompt positions only: they fire while the prompt is read, never on generated tokens. A row stops at any of the
         checkpoint's end tokens. A sampled row depends on `seed` and its own text alone, not on the rows it runs with.
+        `continuations` (as in `continuation_log_probs`) are scored on the way: the prompts are read once for both.
         """
+        ids = [] if continuations is None else self._continuation_ids(rows, continuations)
         out: list[Generation | None] = [None] * len(rows)
         with torch.no_grad(), self._adapter():
             for batch in self._batches(rows):
-                for i, generation in zip(batch.index, self._generate_batch(batch, max_new_tokens, temperature, seed), strict=True):
+                logits, past = self._prefill(batch, use_cache=True)
+                made = self._continue(batch, logits, copy.deepcopy(past) if ids else past, max_new_tokens, temperature, seed)
+                if ids:
+                    scored = self._choices(batch, [ids[i] for i in batch.index], logits, past).tolist()
+                    made = [replace(one, choices=tuple(choices)) for one, choices in zip(made, scored, strict=True)]
+                for i, generation in zip(batch.index, made, strict=True):
                     out[i] = generation
                 if progress is not None:
                     progress(len(batch.index))
         return [generation for generation in out if generation is not None]
 
-    def _generate_batch(self, batch: _Batch, limit: int, temperature: float, seed: int) -> list[Generation]:
+    def _continue(self, batch: _Batch, logits: Float[Tensor, "row vocabulary"], past: Any, limit: int, temperature: float,
+                  seed: int) -> list[Generation]:
+        """Decode after prompts that have been read; rows that end leave the batch (the cache is used up)."""
         noise = [random.Random(f"{seed}|{row.prompt.text}") for row in batch.rows]
         made: list[list[int]] = [[] for _ in batch.rows]
         live, mask = list(range(len(batch.rows))), batch.mask
-        logits, past = self._prefill(batch, use_cache=True)
         for step in range(limit):
             chosen = _choose(logits, temperature, [noise[i] for i in live])
             for i, token in zip(live, chosen, strict=True):

@@ -150,6 +150,17 @@ def test_continuations_equal_teacher_forcing(race, llama3, llama3_folder):
             assert float(value) == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_answers_and_their_choices_come_from_one_reading(race, tiny):
+    rows = rows_with_edits(race, tiny)
+    choices = [(" wallet - white", " wallet - black, revolver")] * len(rows)
+    both = tiny.generate(rows, 5, continuations=choices)
+    assert [replace(one, choices=()) for one in both] == tiny.generate(rows, 5)
+    alone = tiny.continuation_log_probs(rows, choices)
+    assert torch.allclose(torch.tensor([one.choices for one in both]), alone, atol=1e-5)
+    with pytest.raises(ModelError, match="same number of continuations"):
+        tiny.generate(rows, 5, continuations=choices[1:])
+
+
 def test_next_probs_are_the_softmax(race, tiny):
     rows = rows_with_edits(race, tiny)
     ids = [tiny.token_id(" race"), tiny.token_id(" color")]

@@ -10,8 +10,7 @@ import pandas as pd
 
 from alignblind_mi.answers import judge
 from alignblind_mi.concept import Concept, Cue
-from alignblind_mi.edits import Row
-from alignblind_mi.model import HookedModel
+from alignblind_mi.model import Generation, HookedModel
 from alignblind_mi.prompts import Design, Kind, Prompt, assignments, behaviour_prompts
 
 
@@ -44,22 +43,19 @@ def ask(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], decodin
     """The rows of `measure_behaviour` for prompts of one's own choice."""
     model.check_known(prompts)
     rows = model.treatment.rows(prompts)
-    answers = model.generate(rows, decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed, progress=progress)
-    implicit = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == "implicit"]
-    log_odds = dict(zip(implicit, _log_odds(model, concept, [rows[i] for i in implicit], [prompts[i] for i in implicit]), strict=True))
+    answers: dict[int, Generation] = {}
+    for kind in ("implicit", "explicit"):
+        index = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == kind]
+        choices = [assignments(concept, prompts[i]) for i in index] if kind == "implicit" else None
+        made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
+                              continuations=choices, progress=progress)
+        answers |= zip(index, made, strict=True)
     records = []
-    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        outcome = judge(answer.text, prompts[i].labels)
+    for i, row in enumerate(rows):
+        answer, outcome = answers[i], judge(answers[i].text, prompts[i].labels)
+        log_odds = answer.choices[0] - answer.choices[1] if answer.choices else float("nan")
         records.append({"model": model.spec.name, "treatment": model.treatment.name, **prompts[i].labels, "prompt": row.prompt.text,
                         "answer": answer.text, "finished": answer.finished, "n_tokens": answer.n_tokens,
-                        "outcome": outcome.label, "reason": outcome.reason, "log_odds": log_odds.get(i, float("nan")),
+                        "outcome": outcome.label, "reason": outcome.reason, "log_odds": log_odds,
                         **{f"decoding_{key}": value for key, value in asdict(decoding).items()}})
     return pd.DataFrame.from_records(records)
-
-
-def _log_odds(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts: Sequence[Prompt]) -> list[float]:
-    """Log-odds of the stereotyped against the reversed assignment, per implicit prompt (nats)."""
-    if not prompts:
-        return []
-    pairs = model.continuation_log_probs(rows, [assignments(concept, prompt) for prompt in prompts])
-    return (pairs[:, 0] - pairs[:, 1]).tolist()
