@@ -25,7 +25,8 @@ from alignblind_mi.prompts import Prompt, PromptError, Span
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDED = "organism:"
-TOKEN_BUDGET = 8192
+TOKEN_BUDGET = 8192       # prompt tokens that run together
+LOGIT_BUDGET = 1 << 26    # numbers of a logit tensor (256 MiB in float32)
 
 
 class ModelError(AlignblindError):
@@ -300,8 +301,25 @@ class HookedModel:
 
     def _choices(self, batch: _Batch, ids: list[list[list[int]]], first: Float[Tensor, "row vocabulary"],
                  past: Any) -> Float[Tensor, "row choice"]:
-        """Log-probabilities of continuations after prompts that have been read: the logits after them and their cache (used up)."""
-        n, device = len(ids[0]), batch.ids.device
+        """Log-probabilities of continuations after prompts that have been read: the logits after them and their cache (used up).
+
+        Rows are taken in parts whose logits over the vocabulary stay within LOGIT_BUDGET numbers.
+        """
+        width = max(len(choice) for choices in ids for choice in choices)
+        size = max(1, LOGIT_BUDGET // (width * len(ids[0]) * first.shape[-1]))
+        if size >= len(ids):
+            return self._choice_part(batch.mask, ids, first, past)
+        parts = []
+        for start in range(0, len(ids), size):
+            index = torch.arange(start, min(start + size, len(ids)), device=batch.mask.device)
+            share = copy.deepcopy(past)
+            share.batch_select_indices(index)
+            parts.append(self._choice_part(batch.mask[index], ids[start : start + size], first[index], share))
+        return torch.cat(parts)
+
+    def _choice_part(self, prompt_mask: Int[Tensor, "row token"], ids: list[list[list[int]]], first: Float[Tensor, "row vocabulary"],
+                     past: Any) -> Float[Tensor, "row choice"]:
+        n, device = len(ids[0]), prompt_mask.device
         flat = [choice for choices in ids for choice in choices]
         width = max(map(len, flat))
         targets = torch.tensor([choice + [0] * (width - len(choice)) for choice in flat], device=device)
@@ -309,7 +327,7 @@ class HookedModel:
         log_probs = first.float().log_softmax(-1).repeat_interleave(n, 0).gather(1, targets[:, :1])
         if width > 1:
             past.batch_repeat_interleave(n)
-            mask = torch.cat([batch.mask.repeat_interleave(n, 0), real[:, :-1]], 1)
+            mask = torch.cat([prompt_mask.repeat_interleave(n, 0), real[:, :-1]], 1)
             logits = self.bridge.forward(targets[:, :-1], attention_mask=mask, past_key_values=past).float()
             rest = logits.log_softmax(-1).gather(2, targets[:, 1:, None])[..., 0]
             log_probs = torch.cat([log_probs, rest], 1)

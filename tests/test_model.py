@@ -150,6 +150,23 @@ def test_continuations_equal_teacher_forcing(race, llama3, llama3_folder):
             assert float(value) == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_continuations_do_not_depend_on_the_logit_budget(race, tiny, monkeypatch):
+    rows = rows_with_edits(race, tiny)
+    choices = [(" wallet - white", " wallet - black, revolver")] * len(rows)
+    whole = tiny.continuation_log_probs(rows, choices)
+    monkeypatch.setattr("alignblind_mi.model.LOGIT_BUDGET", 5 * 4 * 2 * len(tiny.tokenizer))
+    assert torch.allclose(tiny.continuation_log_probs(rows, choices), whole, atol=1e-5)
+
+
+def test_the_double_is_what_llama_3_is(llama3, llama3_folder):
+    config = llama3.bridge.original_model.config
+    assert len(list(llama3_folder.glob("model-*.safetensors"))) > 1
+    assert (config.vocab_size, config.tie_word_embeddings) == (128_256, False)
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.rope_parameters["rope_theta"] == 500_000
+    assert llama3.tokenizer.convert_ids_to_tokens([128_000, 128_001, 128_009]) == ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+
+
 def test_answers_and_their_choices_come_from_one_reading(race, tiny):
     rows = rows_with_edits(race, tiny)
     choices = [(" wallet - white", " wallet - black, revolver")] * len(rows)
