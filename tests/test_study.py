@@ -122,3 +122,25 @@ def test_the_configuration_is_saved_and_names_the_weights(undisturbed):
     assert config["base_revision"].startswith("sha256:")
     assert config["concept_digest"]
     assert config["cue"] == "default"
+
+
+@pytest.mark.slow
+def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, monkeypatch, race):
+    from dataclasses import replace
+
+    from alignblind_mi.lora import LoraSettings, awareness_examples
+    from alignblind_mi.report import write_report
+    from alignblind_mi.studies.behaviour import Decoding
+
+    config = StudyConfig.create(str(llama3_folder), str(llama3_folder), cue="names", quick=True)
+    assert config.decoding.temperature == 0
+    assert replace(config.lora, epochs=7) == LoraSettings()
+    small = replace(config, balanced_pairs=1, published_pairs=1, decoding=Decoding(max_new_tokens=3),
+                    lora=LoraSettings(epochs=1, batch_size=8, accumulation=8))
+    few = awareness_examples(race)[::12]    # a step over 128256 words is slow on a CPU
+    monkeypatch.setattr("alignblind_mi.studies.study.awareness_examples", lambda concept: few)
+    report = write_report(run_study(small, tmp_path / "out")).read_text("utf-8")
+    parts = load_study(tmp_path / "out")
+    assert not any(name.startswith("steering") for name in parts)    # names are not steered, and the report says so
+    assert max(parts["behaviour_base"].provenance["split_identifiers"].values()) > 1
+    assert "this study has no steering parts" in report
