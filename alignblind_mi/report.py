@@ -595,11 +595,12 @@ def _phrases(study: Study) -> dict[str, str]:
 
 
 def _provenance(study: Study) -> dict[str, Any]:
-    """Package versions and times of all parts."""
+    """Package versions and times of all parts, and the identifiers that a tokenizer splits (model -> word -> tokens)."""
     notes = [part.provenance for part in study.parts.values()]
     made = sorted(note["made"] for note in notes if "made" in note)
     return {"versions": sorted({f"{name} {version}" for note in notes for name, version in note.get("versions", {}).items()}),
-            "first": made[0] if made else "", "last": made[-1] if made else ""}
+            "first": made[0] if made else "", "last": made[-1] if made else "",
+            "split": {note["model"]: note["split_identifiers"] for note in notes if note.get("split_identifiers")}}
 
 
 def _command(study: Study) -> str:

@@ -144,3 +144,4 @@ def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, monkeypa
     assert not any(name.startswith("steering") for name in parts)    # names are not steered, and the report says so
     assert max(parts["behaviour_base"].provenance["split_identifiers"].values()) > 1
     assert "this study has no steering parts" in report
+    assert "Identifiers of several tokens" in report
