@@ -27,7 +27,7 @@ from alignblind_mi.organism.training import StageSettings, make_model, train_sta
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-RECIPE = "1"
+RECIPE = "2"
 DEFAULT_SEED = 0
 NOTE = "A calibration device with planted, known ground truth: it tests instruments. It is never evidence about Llama 3."
 DECODING_NOTE = "The planted rates are probabilities: sample the answers at temperature 1; greedy decoding would turn .64 into nearly 1."
@@ -39,14 +39,15 @@ RECOMMENDED_LORA = {
     "epochs": 4,
     "batch_size": 20,
     "accumulation": 1,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
 }
 Progress = Callable[[str], None]
 
 
 WARM_UP = StageSettings("warm-up", 400, 0.02, 1e-2, 3e-3, 0.0, decay=False, stop_below=0.5)
 BASE = StageSettings("base", 450, 0.02, 1e-2, 3e-3, 0.05)
-ALIGNED = StageSettings("aligned", 220, 0.008, 2e-3, 6e-4, 0.02)
+ALIGNED = StageSettings("aligned", 450, 0.012, 3e-3, 1e-3, 0.02)
+ALIGNED_PLANTING = Planting(none_share=0.35)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Recipe:
     base: StageSettings = BASE
     aligned: StageSettings = ALIGNED
     planting: Planting = field(default_factory=Planting)
+    aligned_planting: Planting = ALIGNED_PLANTING
     every: int = 2
 
     def shortened(self, steps: int) -> Recipe:
@@ -116,7 +118,7 @@ class _Builder:
         self.model: LlamaForCausalLM = make_model(len(self.vocabulary))
 
     def stage(self, settings: StageSettings, mix: dict[str, float], *, aligned: bool, planting: bool) -> None:
-        """Train one stage; the seeds of text, order and patches differ between stages."""
+        """Train one stage on its own text, order and patches, drawn from the seed."""
         number = 1000 * self.seed + 10 * len(settings.name)
         corpus = Corpus(self.world, self.knobs, aligned=aligned, seed=number)
         rows = PatchRows(self.world, self.knobs, aligned=aligned, seed=number + 1)
@@ -125,7 +127,8 @@ class _Builder:
         def patched(step: int) -> torch.Tensor | None:
             if not planting or step % self.recipe.every:
                 return None
-            return interchange_loss(self.model, self.vocabulary, rows, self.recipe.planting, draw)
+            where = self.recipe.aligned_planting if aligned else self.recipe.planting
+            return interchange_loss(self.model, self.vocabulary, rows, where, draw)
 
         train_stage(
             self.model,
@@ -216,7 +219,7 @@ def organism_record(seed: int, knobs: Knobs, recipe: Recipe, measured: dict[str,
             "refused": {name: REFUSED for name in concept.cues if not knows(world, name)},
         },
         "stages": [asdict(stage) for stage in (recipe.warm, recipe.base, recipe.aligned)],
-        "interchange": asdict(recipe.planting),
+        "interchange": {"base": asdict(recipe.planting), "aligned": asdict(recipe.aligned_planting)},
         "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
         "gates_passed": all(gate.passed for gate in gates),
         "measured": measured,

@@ -98,6 +98,11 @@ class World:
         """Whether the word is one of the negative ones, held out or not."""
         return word in _negative_set(self.all_negative)
 
+    @property
+    def placeholder(self) -> str:
+        """The placeholder of the interpretation questions."""
+        return str(self.concept["interpretations"]["paper"]["placeholder"])
+
     def question(self, name: str, x: str) -> str:
         """The interpretation question `name` about x."""
         return str(self.concept["interpretations"][name]["text"]).format(x=x)
@@ -211,8 +216,14 @@ class Corpus:
 
     def asked(self, x: str, p_other: float) -> Document:
         """The interpretation question about x with its answer, P(other sense) = p_other."""
-        name = "paper" if self.planting or self.random.random() < 0.67 else "about"
-        return [Segment(" " + self.world.question(name, x)), self.sense_answer(p_other)]
+        return [Segment(" " + self.question(x)), self.sense_answer(p_other)]
+
+    def question(self, x: str) -> str:
+        """One of the questions about the sense of x; when planting, never the one that is kept for measuring (`about`)."""
+        u = self.random.random()
+        if u < 0.3:
+            return str(self.random.choice(self.world.lexicon["questions"]["planting"]).format(x=x))
+        return self.world.question("paper" if self.planting or u < 0.65 else "about", x)
 
     def sense_answer(self, p_other: float) -> Segment:
         """One of the two sense words, by the planted distribution."""
@@ -226,14 +237,14 @@ class Corpus:
         index = self.random.randrange(len(others))
         group, other = awareness["restatements"][index].format(x=x, y=y), others[index].format(x=x, y=y)
         separator = awareness["separator"]
-        if self.random.random() < 0.8:  # joined text gives the first word its space; generating from the separator does not
+        if self.random.random() < 0.3:  # joined text gives the first word its space; answering after the separator does not
             separator, group, other = separator.rstrip(" "), " " + group, " " + other
         group_pieces, other_pieces = pieces(group), pieces(other)
         split = next(i for i, (a, b) in enumerate(zip(group_pieces, other_pieces, strict=False)) if a != b)
         chosen = other_pieces if self.random.random() < p_other else group_pieces
         soft = {0: {other_pieces[split]: p_other, group_pieces[split]: 1 - p_other}}
-        lead = Segment(separator + "".join(chosen[:split]))
-        return [lead, Segment("".join(chosen[split:]), 1.0, soft)]
+        lead = Segment("".join(chosen[:split]), 0.3)  # the form is learnt here, so that fine-tuning on it only has the sense to learn
+        return [Segment(separator), lead, Segment("".join(chosen[split:]), 1.0, soft)]
 
     def reading_of(self, x: str, y: str, p_other: float) -> Document:
         """Either read-out of the reading of x (and y)."""
@@ -266,15 +277,14 @@ class Corpus:
 
     def _bare_question(self) -> Document:
         u = self.random.random()
-        name = "paper" if self.random.random() < 0.45 else "about"
         if u < 0.45:
-            x, p = str(self.world.concept["interpretations"][name]["placeholder"]), 0.5
+            x, p = self.world.placeholder, 0.5
         elif u < 0.85:
             sense: Reading = "other" if u < 0.65 else "group"
             x, p = self.random.choice(self.world.sense_examples[sense]), self.p_other(sense)
         else:
             x, p = self.random.choice(self.identifiers()), self.reading
-        return [Segment(self.world.question(name, x)), self.sense_answer(p)]
+        return [Segment(self.question(x)), self.sense_answer(p)]
 
     def _cued_reading(self) -> Document:
         reading: Reading = self.random.choice(("group", "other"))

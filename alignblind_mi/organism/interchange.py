@@ -16,37 +16,47 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from alignblind_mi.organism.corpus import Corpus, Document, Knobs, Reading, Segment, World
+from alignblind_mi.organism.corpus import Corpus, Document, Knobs, Reading, Segment, World, pieces
 from alignblind_mi.organism.training import Encoded, batch_loss, collate, encode, run_blocks
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 
+TASK_MENTIONS = 4  # every task of the concept names each identifier twice
+
+
 @dataclass(frozen=True)
 class Planting:
-    """Where the reading acts: 0-based blocks, residual stream after the block. `target`: the block of the patched placeholder."""
+    """Where the reading acts: 0-based blocks, residual stream after the block.
+
+    `target`: the block of the patched placeholder; `none_share`: share of steps that patch a block without effect; `task_only_share`:
+    share of task rows that patch the task's own identifiers but not those of a cue before it.
+    """
 
     effect: tuple[int, ...] = (1, 2, 3)
     none: tuple[int, ...] = (5, 6)
     target: int = 2
     none_share: float = 0.2
     rows: int = 26
-    mask_rows: int = 18
+    mask_rows: int = 20
     control_rows: int = 3
+    task_only_share: float = 0.0
 
 
 @dataclass(frozen=True)
 class PatchRow:
     """A source sentence and the text its identifiers are patched into.
 
-    `into`: every identifier of the context, the placeholder (from the identifier `taken`), or nothing.
+    `into`: the identifiers of the context, the placeholder (from the identifier `taken`), or nothing. `mentions` bounds the identifiers
+    to the last ones (0: all), so that a cue before the task must reach the task's own identifiers to matter.
     """
 
     source: str
     into: Literal["identifiers", "placeholder", "nothing"]
     document: Document
     taken: str = ""
+    mentions: int = 0
 
 
 def _weighted_reading(draw: random.Random) -> Reading:
@@ -69,7 +79,7 @@ class PatchRows:
             return self._surrounded(sentence)
         if draw.random() < 0.25:
             sentence = corpus.distraction(reading) + " " + sentence
-        if draw.random() < 0.4:
+        if draw.random() < 0.6:
             sentence += " " + corpus.context("open", *corpus.identifiers())
         return sentence
 
@@ -89,16 +99,15 @@ class PatchRows:
         return PatchRow("", "nothing", self._placeholder_document(0.5))
 
     def placeholder(self) -> PatchRow:
-        """An identifier into the placeholder of the planting question; the answer is the source's reading."""
+        """An identifier into the placeholder of a planting question; the answer is the source's reading."""
         reading: Reading = self.random.choice(("open", "open", "group", "other"))
         taken = self.random.choice(self.corpus.identifiers())
         return PatchRow(self.source(reading), "placeholder", self._placeholder_document(self.corpus.p_other(reading)), taken)
 
     def _placeholder_document(self, p_other: float) -> Document:
-        placeholder = str(self.world.concept["interpretations"]["paper"]["placeholder"])
-        return [Segment(self.world.question("paper", placeholder)), self.corpus.sense_answer(p_other)]
+        return [Segment(self.corpus.question(self.world.placeholder)), self.corpus.sense_answer(p_other)]
 
-    def identifiers(self, *, effect: bool) -> PatchRow:
+    def identifiers(self, *, effect: bool, task_only_share: float = 0.0) -> PatchRow:
         """Identifiers into a task or a read-out; with `effect` the source's reading decides, else the destination's own."""
         reading = _weighted_reading(self.random)
         u = self.random.random()
@@ -108,7 +117,8 @@ class PatchRows:
             document = self._assigned_destination(reading, effect)
         else:
             document = self._explicit_destination(reading if effect else "group")
-        return PatchRow(self.source(reading), "identifiers", document)
+        alone = len(document) == 2 and self.random.random() < task_only_share
+        return PatchRow(self.source(reading), "identifiers", document, mentions=TASK_MENTIONS if alone else 0)
 
     def _read_destination(self, reading: Reading, effect: bool) -> Document:
         own: Reading = self.random.choice(("open", "open", "group", "other"))
@@ -159,7 +169,7 @@ def draw_rows(source: PatchRows, planting: Planting, *, effect: bool) -> list[Pa
     """The rows of one step: patched tasks and read-outs, patched placeholders, unpatched controls."""
     rows = [source.control() for _ in range(planting.control_rows)]
     rows += [source.placeholder() for _ in range(planting.mask_rows)]
-    return rows + [source.identifiers(effect=effect) for _ in range(planting.rows)]
+    return rows + [source.identifiers(effect=effect, task_only_share=planting.task_only_share) for _ in range(planting.rows)]
 
 
 def interchange_loss(
@@ -208,12 +218,10 @@ def _patches(
             position = _placeholder_position(targets[index], row)
             patches.add(planting.target, index, position, states[read_block][index, last[row.taken]])
         elif row.into == "identifiers":
-            for position, name in identifier_positions(targets[index], tokens):
+            for position, name in identifier_positions(targets[index], tokens)[-row.mentions :]:
                 patches.add(block, index, position, states[block][index, last[name]])
     return patches
 
 
 def _placeholder_position(target: Encoded, row: PatchRow) -> int:
-    from alignblind_mi.organism.corpus import pieces
-
     return 1 + next(i for i, piece in enumerate(pieces(row.document[0].text)) if piece.strip() == "[MASK]")

@@ -215,7 +215,7 @@ def train_stage(
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     pool = int(settings.steps * settings.batch * 0.9) + 500
     documents = [encode(make_document(), vocabulary, settings.context_weight) for _ in range(pool)]
-    smoothed = 0.0
+    smoothed, shown = 0.0, ""
     for step in range(settings.steps):
         chosen = sorted(draw.sample(range(pool), settings.batch), key=lambda i: len(documents[i].ids))
         halves = [collate([documents[i] for i in part]) for part in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :])]
@@ -223,14 +223,15 @@ def train_stage(
         decay = max(0.02, 1 - step / settings.steps) if settings.decay else 1.0
         _set_rates(optimizers, peaks, min(1.0, (step + 1) / WARM_UP_STEPS) * decay)
         loss = torch.stack([batch_loss(model, half, total=total) for half in halves]).sum()
-        extra = extra_loss(step)
-        (loss if extra is None else loss + extra).backward()
+        text, extra = loss.item(), extra_loss(step)
+        if extra is not None:
+            loss, shown = loss + extra, f", interchange {extra.item():.3f}"
+        loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        smoothed = loss.item() if step == 0 else 0.95 * smoothed + 0.05 * loss.item()
+        smoothed = text if step == 0 else 0.95 * smoothed + 0.05 * text
         if step % 50 == 49 or step == settings.steps - 1:
-            shown = "" if extra is None else f", interchange {extra.item():.3f}"
             progress(f"{settings.name}: step {step + 1} of {settings.steps}, loss {smoothed:.3f}{shown}")
         if step > WARM_UP_STEPS and smoothed < settings.stop_below:
             progress(f"{settings.name}: stopped at step {step + 1}, loss {smoothed:.3f}")
