@@ -34,12 +34,12 @@ DECODING_NOTE = "The planted rates are probabilities: sample the answers at temp
 REFUSED = "not in the vocabulary"
 RECOMMENDED_LORA = {
     "rank": 4,
-    "alpha": 16,
+    "alpha": 32,
     "dropout": 0.0,
     "epochs": 4,
     "batch_size": 20,
     "accumulation": 1,
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
 }
 Progress = Callable[[str], None]
 
@@ -168,10 +168,10 @@ def build_organism(
     recipe: Recipe | None = None,
     pairs: int | None = None,
 ) -> OrganismReport:
-    """Train a pair, measure its gates and write out/base, out/aligned and out/organism.json; about 8 minutes on one core.
+    """Train a pair, measure its gates and write out/base, out/aligned and out/organism.json; about 11 minutes on one core.
 
     `reading` and `behaviour` are the two knobs of the aligned model; `recipe` and `pairs` (word pairs a category in the gates; None: all)
-    shorten it for tests. The same seed and knobs give the same weights on one machine and torch version.
+    shorten it for tests (fewer steps; fewer prompts and only two steering windows). The same seed and knobs give the same weights on one machine and torch version.
 
     Errors: ValueError for a knob outside 0..1.
     """
@@ -182,7 +182,7 @@ def build_organism(
     with one_thread():
         train_pair(out, seed=seed, knobs=knobs, recipe=recipe, progress=tell)
         tell("measuring the gates")
-        measured = measure_pair(out, recipe.planting, pairs=pairs)
+        measured = measure_pair(out, recipe.planting, pairs=pairs, subset=min(8, pairs or 8), windows=pairs is None)
     info = organism_record(seed, knobs, recipe, measured)
     (out / "organism.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     report = OrganismReport(out, info)
