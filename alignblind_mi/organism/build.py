@@ -171,7 +171,9 @@ def build_organism(
     """Train a pair, measure its gates and write out/base, out/aligned and out/organism.json; about 11 minutes on one core.
 
     `reading` and `behaviour` are the two knobs of the aligned model; `recipe` and `pairs` (word pairs a category in the gates; None: all)
-    shorten it for tests (fewer steps; fewer prompts and only two steering windows). The same seed and knobs give the same weights on one machine and torch version.
+    shorten it for tests (fewer steps; fewer prompts and only two steering windows).
+
+    The same seed and knobs give the same weights on one machine and torch version.
 
     Errors: ValueError for a knob outside 0..1.
     """
