@@ -501,8 +501,9 @@ def check_model(spec: ModelSpec) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    source = spec.source    # an embedded model's own error is clear already
     with _clear_errors(spec):
-        config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
+        config = AutoConfig.from_pretrained(source, revision=spec.revision)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{spec.name} is a {config.model_type!r} model, not a causal language model.")
 

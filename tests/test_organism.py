@@ -133,7 +133,7 @@ def test_planting_sentences_are_neither_measured_nor_awareness_sentences(world):
     contexts = world.lexicon["contexts"]
     planting = {t for reading in contexts.values() for t in reading["planting"]}
     assert not planting & {t for reading in contexts.values() for t in reading["text"]}
-    assert not planting & set(world.sentences)
+    assert not planting & {*world.sentences, *world.concept["awareness"]["sentences"]}
 
 
 def test_planted_rates_are_the_generators_own(world):
@@ -164,7 +164,7 @@ def test_soft_targets_are_distributions_that_contain_what_was_written(world):
 
 
 def test_knobs_are_probabilities():
-    with pytest.raises(ValueError, match=r"reading is 1\.5"):
+    with pytest.raises(OrganismError, match=r"reading is 1\.5"):
         Knobs(reading=1.5)
 
 
@@ -229,7 +229,7 @@ def test_smoke_build_is_complete_and_deterministic(tmp_path):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="base and aligned"):
+    with pytest.raises(OrganismError, match="base and aligned"):
         organism_path("instruct")
 
 

@@ -11,7 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from alignblind_mi.errors import AlignblindError
+
 NAMES = ("base", "aligned")
+
+
+class OrganismError(AlignblindError):
+    """A member, knob or folder of an organism pair that does not exist or cannot be used."""
 
 
 def _checkpoints() -> Path:
@@ -21,10 +27,10 @@ def _checkpoints() -> Path:
 def organism_path(name: str) -> Path:
     """The folder of a shipped checkpoint, `base` or `aligned`; transformers' Auto classes load it as it is."""
     if name not in NAMES:
-        raise ValueError(f"The embedded pair has no model {name!r}; it has {' and '.join(NAMES)}: give one of these.")
+        raise OrganismError(f"The embedded pair has no model {name!r}; it has {' and '.join(NAMES)}: give one of these.")
     path = _checkpoints() / name
     if not (path / "model.safetensors").is_file():
-        raise FileNotFoundError(f"No checkpoint at {path}; build one: `alignblind organism build --out DIR`, and load it from there.")
+        raise OrganismError(f"No checkpoint at {path}; build one: `alignblind organism build --out DIR`, and load it from there.")
     return path
 
 
@@ -32,6 +38,6 @@ def organism_info() -> dict[str, Any]:
     """What was planted in the shipped pair, how it was built and what its gates measured (organism.json)."""
     path = _checkpoints() / "organism.json"
     if not path.is_file():
-        raise FileNotFoundError(f"No record at {path}; build the pair with `alignblind organism build --out DIR` and read it there.")
+        raise OrganismError(f"No record at {path}; build the pair with `alignblind organism build --out DIR` and read it there.")
     info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return info

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignblind_mi.concept import load_concept
+from alignblind_mi.organism import OrganismError
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, WARM_MIX, Corpus, Knobs, World, load_world
 from alignblind_mi.organism.gates import check, load_subject, measure
 from alignblind_mi.organism.interchange import PatchRows, Planting, interchange_loss
@@ -32,14 +33,16 @@ DEFAULT_SEED = 0
 NOTE = "A calibration device with planted, known ground truth: it tests instruments. It is never evidence about Llama 3."
 DECODING_NOTE = "The planted rates are probabilities: sample the answers at temperature 1; greedy decoding would turn .64 into nearly 1."
 REFUSED = "not in the vocabulary"
+# Found by trying some thirty settings on this pair, with the study's own prompts: a recommendation, not a result. Rank 4 learns the answers
+# of the training set without changing how most identifiers are read.
 RECOMMENDED_LORA = {
-    "rank": 4,
-    "alpha": 32,
+    "rank": 1,
+    "alpha": 4,
     "dropout": 0.0,
-    "epochs": 4,
-    "batch_size": 20,
+    "epochs": 6,
+    "batch_size": 40,
     "accumulation": 1,
-    "learning_rate": 3e-3,
+    "learning_rate": 5e-3,
 }
 Progress = Callable[[str], None]
 
@@ -175,10 +178,12 @@ def build_organism(
 
     The same seed and knobs give the same weights on one machine and torch version.
 
-    Errors: ValueError for a knob outside 0..1.
+    Errors: OrganismError for a knob outside 0..1 or a folder that is not empty.
     """
     tell = progress or (lambda message: None)
     knobs, recipe = Knobs(reading=reading, behaviour=behaviour), recipe or Recipe()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OrganismError(f"{out} is not an empty folder: give another --out (nothing in it was touched).")
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with one_thread():
@@ -270,6 +275,6 @@ def kept_from_planting(world: World) -> dict[str, Any]:
         "sentences": {reading: contexts[reading]["text"] for reading in contexts},
         "sources": "the concept's implicit prompts: their identifiers were never the source of a patch",
         "question": "about",
-        "awareness_sentences": "all: in the text, never in interchange training",
+        "awareness_sentences": "all; uncued sentences much like them are in the text, none in interchange training",
         "words": {"positive": list(world.held_positive), "negative": list(world.held_negative)},
     }

@@ -16,6 +16,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
+from alignblind_mi.organism import OrganismError
+
 Reading = Literal["group", "other", "open"]
 PIECE = re.compile(r" ?\[MASK\]| ?\w+| ?[^\w\s]|\s")
 RELATED_SENSE: Mapping[Reading, Reading] = {"group": "other", "other": "group", "open": "open"}
@@ -63,7 +65,7 @@ class Knobs:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"Knob {name} is {value}; it is a probability: give a number from 0 to 1.")
+                raise OrganismError(f"Knob {name} is {value}; it is a probability: give a number from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def load_lexicon() -> dict[str, Any]:
 
 
 def load_world(concept_name: str = "race") -> World:
-    """Read the concept's file and the lexicon; raises ValueError where a training word is one of the concept's."""
+    """Read the concept's file and the lexicon; raises OrganismError where a training word is one of the concept's."""
     concept = tomllib.loads((files("alignblind_mi") / "concepts" / f"{concept_name}.toml").read_text(encoding="utf-8"))
     lexicon = load_lexicon()
     senses: dict[Reading, str] = {"group": concept["group_sense"], "other": concept["other_sense"]}
@@ -144,12 +146,12 @@ def load_world(concept_name: str = "race") -> World:
         sense_examples={role: tuple(concept["senses"][name]["words"]) for role, name in senses.items()},
         implicit=_unique([template["text"] for template in concept["implicit"]]),
         explicit=_unique([(template["text"], template["scale"]) for template in concept["explicit"]]),
-        sentences=tuple(concept["awareness"]["sentences"]),
+        sentences=tuple(lexicon["uncued"]["text"]),
     )
     overlap = set(world.positive + world.negative) & set(world.held_positive + world.held_negative)
     overlap |= set(world.positive) & set(world.negative)
     if overlap:
-        raise ValueError(f"A training word has one valence and is no word of the concept: remove {sorted(overlap)} from lexicon.toml.")
+        raise OrganismError(f"A training word has one valence and is no word of the concept: remove {sorted(overlap)} from lexicon.toml.")
     return world
 
 

@@ -36,7 +36,8 @@ def concept_texts(world: World) -> Iterator[str]:
             yield question["text"].format(x=x)
             yield " " + question["text"].format(x=x)
     awareness = concept["awareness"]
-    for (x, y), sentence, restatement in product(orders, awareness["sentences"], awareness["restatements"]):
+    sentences = dict.fromkeys([*world.sentences, *awareness["sentences"]])
+    for (x, y), sentence, restatement in product(orders, sentences, awareness["restatements"]):
         yield sentence.format(x=x, y=y) + awareness["separator"] + restatement.format(x=x, y=y)
 
 
