@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alignblind_mi.concept import load_concept
-from alignblind_mi.organism import NAMES, organism_info, organism_path
+from alignblind_mi.organism import NAMES, OrganismError, organism_info, organism_path
 from alignblind_mi.organism.build import Recipe, build_organism
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, Segment, load_world, pieces
 from alignblind_mi.organism.gates import check, load_subject, measure

@@ -32,7 +32,8 @@ def test_published_prompts_equal_the_released_ones(cue, race, released):
                for kind in ("implicit", "explicit") for p in behaviour_prompts(race, cue, kind, design="published")}
     found = 0
     for name, category in race.categories.items():
-        data = json.loads((released / "llama3_8b" / cue / f"{cue}_{category.released_as}_bias_results_chat8b_deterministic.json").read_text())
+        file = released / "llama3_8b" / cue / f"{cue}_{category.released_as}_bias_results_chat8b_deterministic.json"
+        data = json.loads(file.read_text())
         for key, answers in data.items():
             for template, (text, _) in answers.items():
                 assert text.startswith(prompts[name, "|".join(key.split()[2:]), template].rstrip(" ") + " ")
