@@ -45,8 +45,15 @@ def study(
 
     config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, dtype=dtype, device=device,
                                 device_map=device_map)
-    report = write_report(run_study(config, out))
-    typer.echo(f"The report is {report.resolve()}")
+    page = run_study(config, out) / "report.html"
+    if not _is_current(page):
+        write_report(out)
+    typer.echo(f"The report is {page.resolve()}")
+
+
+def _is_current(page: Path) -> bool:
+    """Whether a report is there that was drawn after the last part was finished."""
+    return page.is_file() and page.stat().st_mtime >= max(part.stat().st_mtime for part in page.parent.glob("*.parquet"))
 
 
 @app.command()

@@ -7,6 +7,7 @@ Trainer on the plain model; evaluation loads the adapter before the bridge, so t
 import json
 import random
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -105,13 +106,15 @@ def _train(spec: ModelSpec, examples: Sequence[Example], layers: Sequence[int], 
     encoded, dropped = _encode(tokenizer, examples, settings.max_length)
     set_seed(settings.seed)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(settings.modules),
-                        layers_to_transform=list(layers), task_type="CAUSAL_LM", base_model_name_or_path=spec.name)
+                        layers_to_transform=list(layers), task_type="CAUSAL_LM")
     peft = get_peft_model(model, config)
     trainer = Trainer(model=peft, args=_arguments(settings, folder, spec), train_dataset=encoded,
                       data_collator=lambda batch: _collate(batch, int(tokenizer.pad_token_id)))
     trainer.remove_callback(PrinterCallback)    # losses go to training.json, not to standard output
-    with torch.enable_grad():
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)    # transformers' own, about its next major version
         outcome = trainer.train()
+    peft.peft_config["default"].base_model_name_or_path = spec.name    # the name, not where it lies on this machine
     peft.save_pretrained(str(folder))
     parameters = sum(p.numel() for p in peft.parameters() if p.requires_grad)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
