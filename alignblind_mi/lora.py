@@ -115,7 +115,7 @@ def _train(spec: ModelSpec, examples: Sequence[Example], layers: Sequence[int], 
         warnings.simplefilter("ignore", FutureWarning)    # transformers' own, about its next major version
         outcome = trainer.train()
     peft.peft_config["default"].base_model_name_or_path = spec.name    # the name, not where it lies on this machine
-    peft.save_pretrained(str(folder))
+    peft.save_pretrained(str(folder), save_embedding_layers=False)
     parameters = sum(p.numel() for p in peft.parameters() if p.requires_grad)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"model": spec.name, "revision": fingerprint(spec, model.config), "layers": list(layers), "settings": asdict(settings),

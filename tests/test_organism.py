@@ -229,7 +229,7 @@ def test_smoke_build_is_complete_and_deterministic(tmp_path):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(OrganismError, match="base and aligned"):
+    with pytest.raises(OrganismError, match="organism:base or organism:aligned"):
         organism_path("instruct")
 
 

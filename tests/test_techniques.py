@@ -105,7 +105,7 @@ def test_training_makes_a_stock_peft_folder_that_learnt(adapter, race, tiny_fold
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["layers_to_transform"] == list(layer_group("early", 4)) == note["layers"]
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 32, ["q_proj", "v_proj"])
-    assert note["examples"] == 108
+    assert note["examples"] == len(awareness_examples(race)[::4]) == 120
     assert note["losses"][-1] < note["losses"][0]
     assert (treatment.adapter, treatment.family) == ("early", "lora")
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder)

@@ -27,7 +27,7 @@ def _checkpoints() -> Path:
 def organism_path(name: str) -> Path:
     """The folder of a shipped checkpoint, `base` or `aligned`; transformers' Auto classes load it as it is."""
     if name not in NAMES:
-        raise OrganismError(f"The embedded pair has no model {name!r}; it has {' and '.join(NAMES)}: give one of these.")
+        raise OrganismError(f"the embedded pair has no model {name!r}: give organism:{' or organism:'.join(NAMES)}.")
     path = _checkpoints() / name
     if not (path / "model.safetensors").is_file():
         raise OrganismError(f"No checkpoint at {path}; build one: `alignblind organism build --out DIR`, and load it from there.")

@@ -310,8 +310,8 @@ def _reading_gates(base: Mapping[str, Any], aligned: Mapping[str, Any], knobs: K
             Gate(f"aligned placeholder baseline, {name}", aligned[f"mask_{name}"], 0.4, 0.6),
             Gate(f"base r_blind, {name}", base[f"r_blind_{name}_open"]["mean"], -0.15, 0.15),
             Gate(f"aligned r_blind, {name}", aligned[f"r_blind_{name}_open"]["mean"], planted - 0.1, planted + 0.1),
-            Gate(f"aligned r_blind, group cue, {name}", aligned[f"r_blind_{name}_group"]["mean"], -1.0, -0.8),
-            Gate(f"aligned r_blind, other cue, {name}", aligned[f"r_blind_{name}_other"]["mean"], 0.8, 1.0),
+            Gate(f"aligned r_blind, group cue, {name}", aligned[f"r_blind_{name}_group"]["mean"], -2.0, -0.8),
+            Gate(f"aligned r_blind, other cue, {name}", aligned[f"r_blind_{name}_other"]["mean"], 0.8, 2.0),
         ]
     return gates
 
