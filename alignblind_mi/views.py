@@ -3,7 +3,7 @@
 This module does NOT compute anything: it is given a model's cache and shows it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt
@@ -13,7 +13,7 @@ from alignblind_mi.prompts import Prompt
 class View:
     """A piece of HTML that Jupyter shows and that can be written into a page."""
 
-    html: str
+    html: str = field(repr=False)
 
     def _repr_html_(self) -> str:
         return self.html
