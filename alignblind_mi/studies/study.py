@@ -7,6 +7,7 @@ part is the same whichever run computes it. This module does NOT know how result
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -124,10 +125,14 @@ def run_study(config: StudyConfig, out: Path) -> Path:
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
-    import torch
+    from alignblind_mi.organism.build import one_thread
 
-    if organism_record(config.aligned):
-        torch.set_num_threads(1)    # matrices this small gain nothing from more, and one thread gives the same bits on every machine
+    # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
+    with one_thread() if organism_record(config.aligned) else nullcontext():
+        return _run(config, out)
+
+
+def _run(config: StudyConfig, out: Path) -> Path:
     concept = load_concept(config.concept)
     split = _check_vocabulary(config, concept)
     folder = StudyFolder.open(out, config.identity())
