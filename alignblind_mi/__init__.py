@@ -16,7 +16,8 @@ _WHERE = {
     "results": ("Result", "load_result", "save_result"),
     "statistics": ("position_effect", "summarise"),
     "errors": ("AlignblindError",),
-    "model": ("HookedModel", "ModelSpec", "load_model"),
+    "loading": ("ModelSpec",),
+    "model": ("HookedModel", "load_model"),
     "organism": ("organism_info", "organism_path"),
     "patchscope": ("patchscope_rows",),
     "steering": ("layer_windows", "sense_steering"),
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from alignblind_mi.concept import Concept, load_concept
     from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment
     from alignblind_mi.errors import AlignblindError
+    from alignblind_mi.loading import ModelSpec
     from alignblind_mi.lora import LoraSettings, awareness_examples, layer_group, train_lora
-    from alignblind_mi.model import HookedModel, ModelSpec, load_model
+    from alignblind_mi.model import HookedModel, load_model
     from alignblind_mi.organism import organism_info, organism_path
     from alignblind_mi.patchscope import patchscope_rows
     from alignblind_mi.prompts import (

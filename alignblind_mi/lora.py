@@ -17,7 +17,7 @@ from typing import Any
 from alignblind_mi.concept import Concept, ConceptError
 from alignblind_mi.edits import Treatment, adapter_name
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.model import ModelSpec, fingerprint, load_huggingface
+from alignblind_mi.loading import ModelSpec, fingerprint, load_huggingface
 from alignblind_mi.results import versions
 
 # Shares of depth. Early and late are the paper's split (layers 0-19 and 20-31 of 32); middle is 10-21 of 32.

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from alignblind_mi import figures
 from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.loading import EMBEDDED, ModelSpec
 from alignblind_mi.lora import LAYER_GROUPS
-from alignblind_mi.model import EMBEDDED, ModelSpec
 from alignblind_mi.results import Result, ResultError, write_text
 from alignblind_mi.statistics import exact_interval, mean_interval, position_effect, summarise
 from alignblind_mi.steering import layer_windows, steerable

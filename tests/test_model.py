@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignblind_mi.concept import Concept
 from alignblind_mi.edits import Edit, EditError, Row, Site, Treatment
-from alignblind_mi.model import HookedModel, ModelError, ModelSpec, load_model
+from alignblind_mi.loading import ModelError, ModelSpec
+from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.prompts import Prompt, PromptError, implicit_prompts, interpretation_prompt, mark
 
 
@@ -154,7 +155,7 @@ def test_continuations_do_not_depend_on_the_logit_budget(race, tiny, monkeypatch
     rows = rows_with_edits(race, tiny)
     choices = [(" wallet - white", " wallet - black, revolver")] * len(rows)
     whole = tiny.continuation_log_probs(rows, choices)
-    monkeypatch.setattr("alignblind_mi.model.LOGIT_BUDGET", 5 * 4 * 2 * len(tiny.tokenizer))
+    monkeypatch.setattr("alignblind_mi.budget.LOGIT_BYTES", 4 * 5 * 7 * len(tiny.tokenizer))
     assert torch.allclose(tiny.continuation_log_probs(rows, choices), whole, atol=1e-5)
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from alignblind_mi import figures, report
 from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.loading import ModelSpec
 from alignblind_mi.lora import LoraSettings
-from alignblind_mi.model import ModelSpec
 from alignblind_mi.report import PAPER_LINK, expected_parts, read_study, write_report
 from alignblind_mi.results import Result, ResultError, save_result
 from alignblind_mi.statistics import summarise

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from alignblind_mi.edits import UNTREATED, Row, Site, Treatment
-from alignblind_mi.model import ModelError
+from alignblind_mi.loading import ModelError
 from alignblind_mi.patchscope import patchscope_rows
 from alignblind_mi.prompts import assignments, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.steering import sense_steering

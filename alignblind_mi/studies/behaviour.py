@@ -10,7 +10,8 @@ import pandas as pd
 
 from alignblind_mi.answers import judge
 from alignblind_mi.concept import Concept, Cue
-from alignblind_mi.model import Generation, HookedModel
+from alignblind_mi.decoding import Generation
+from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Design, Kind, Prompt, assignments, behaviour_prompts
 
 

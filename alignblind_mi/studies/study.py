@@ -18,8 +18,9 @@ import pandas as pd
 
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
+from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora
-from alignblind_mi.model import HookedModel, ModelError, ModelSpec, check_model, fingerprint, load_model
+from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import Kind, implicit_prompts
 from alignblind_mi.results import Result, StudyFolder, load_result, versions

@@ -1,0 +1,115 @@
+"""Where things are in a Hugging Face decoder: its layers, their attention and MLP, and taps on them.
+
+Knows modules and their names; does NOT know prompts or batches.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from alignblind_mi.edits import EditError
+from alignblind_mi.tokens import Taps
+
+# The children of a pre-norm block, in which resid_mid = resid_pre + attn_out and resid_post = resid_mid + mlp_out.
+PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+PLAIN_ROPE = {"default", "llama3", "linear", "yarn"}    # rotary embeddings that do not depend on the length of the text
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers. Errors: EditError if the model has no list of as many modules as its config has layers."""
+    depth = model.config.num_hidden_layers    # type: ignore[union-attr]
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if not found:
+        raise EditError(f"{type(model).__name__} has no list of {depth} decoder layers: rows cannot be run on it.")
+    return found[0]
+
+
+def is_pre_norm(layer: nn.Module) -> bool:
+    """Whether a layer is x + attention(norm(x)), then x + mlp(norm(x)), as in Llama, by its children's names."""
+    return {name for name, _ in layer.named_children()} == PRE_NORM
+
+
+def is_llama_like(model: Any) -> bool:
+    """Whether the layers may be called one by one: Llama's module names, full attention everywhere, a fixed rotary embedding.
+
+    Necessary, not sufficient: the engine compares itself with the model's own forward pass before it is used.
+    """
+    core, config = getattr(model, "model", None), model.config
+    named = all(hasattr(core, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")) and hasattr(model, "lm_head")
+    rope = getattr(config, "rope_parameters", None) or {}
+    full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return bool(named and full and not window and rope.get("rope_type", "default") in PLAIN_ROPE)
+
+
+@contextlib.contextmanager
+def inner_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
+    """Touch attn_out, resid_mid and mlp_out of one layer while it runs. Errors: EditError for a layer that is not pre-norm."""
+    if not taps.any(index, "attn_out", "resid_mid", "mlp_out"):
+        yield
+        return
+    if not is_pre_norm(layer):
+        raise EditError(f"the streams inside {type(layer).__name__} are not a pre-norm block's: edit or read resid_pre or resid_post.")
+    attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+    entering: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        entering[:] = [args[0]]
+
+    def after_attention(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+        value = taps.touch(index, "attn_out", output[0])
+        if taps.any(index, "resid_mid"):
+            mid = entering[0] + value
+            touched = taps.touch(index, "resid_mid", mid)
+            if touched is not mid:
+                value = touched - entering[0]
+        return (value, *output[1:])
+
+    def after_mlp(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return taps.touch(index, "mlp_out", output)
+
+    with hooked(layer.register_forward_pre_hook(before), attention.register_forward_hook(after_attention),
+                mlp.register_forward_hook(after_mlp)):
+        yield
+
+
+@contextlib.contextmanager
+def hooked(*handles: Any) -> Iterator[None]:
+    """Hooks that are there until the block ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def output_hook(touch: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that touches a module's output, be it a tensor or a tuple that begins with one."""
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return (touch(output[0]), *output[1:]) if isinstance(output, tuple) else touch(output)
+
+    return hook
+
+
+def unembed(model: Any, hidden: Float[Tensor, "*at d_model"]) -> Float[Tensor, "*at vocabulary"]:
+    """Logits of residual streams by a model's own final norm and head, in float32. Errors: EditError if it has no known final norm."""
+    norms = [getattr(model.base_model, name) for name in FINAL_NORMS if hasattr(model.base_model, name)]
+    if not norms:
+        raise EditError(f"{type(model).__name__} has no final norm of a known name ({', '.join(FINAL_NORMS)}): residual streams cannot be "
+                        "read through its head.")
+    return model.get_output_embeddings()(norms[0](hidden)).float()
+
+
+def log_probs_of(model: Any, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, " target"], logit_rows: int
+                 ) -> Float[Tensor, "row target"]:
+    """Exact log-probabilities of target tokens after residual streams, on the CPU; logits exist for `logit_rows` rows at a time."""
+    out = torch.empty(len(hidden), len(ids))
+    for start in range(0, len(hidden), logit_rows):
+        logits = unembed(model, hidden[start : start + logit_rows])
+        out[start : start + len(logits)] = (logits[:, ids.to(logits.device)] - logits.logsumexp(-1, keepdim=True)).cpu()
+    return out

@@ -1,0 +1,340 @@
+"""The engine: rows x edits, at close to the cost of what must be computed at all.
+
+Rows of one prompt share its clean *trunk*: what comes before their first edit, in layers and in columns, is computed once. A row enters the
+batch at the first layer that an edit of its own changes, with the columns from its first edited token on; the keys and values of the
+columns before it and of the layers below it are the trunk's. The layers are transformers' own modules, called one by one with its sdpa
+attention; what is left out is only what is known already. `plain.py` does the same rows without any of this; both are tested equal.
+
+This module does NOT know prompts, words, adapters or decoding: see `decoding.py` for what is done with a batch that has been read.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from alignblind_mi.blocks import inner_taps, log_probs_of, unembed
+from alignblind_mi.budget import Budget
+from alignblind_mi.tokens import Taps, TokenRow, left_pad, positions
+
+ATTENTION = "alignblind_sdpa"
+FULL_BATCH = 512     # tokens from which a batch is large enough to be cut where rows become shorter
+SAME_LENGTH = 0.85   # rows of at least this share of a batch's longest row do not make a batch of their own
+
+
+class Store:
+    """Keys and values of a batch: per layer two tensors [row, kv head, column, head dim], with room for columns to come.
+
+    Given to transformers' attention as its cache; `columns` are filled.
+    """
+
+    def __init__(self, columns: int, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.columns, self.layers = columns, layers
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer up to the columns of this step, which are written behind the filled ones."""
+        end = self.columns + key.shape[2]
+        for store, new in zip(self.layers[layer], (key, value), strict=True):
+            store[:, :, self.columns : end] = new
+        return self.layers[layer][0][:, :, :end], self.layers[layer][1][:, :, :end]
+
+    def select(self, rows: Int[Tensor, " row"]) -> None:
+        """Keep these rows, in this order; a row may be asked for more than once."""
+        self.layers = {layer: (k[rows.to(k.device)], v[rows.to(v.device)]) for layer, (k, v) in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Clean runs of some prompts, left-padded: residual streams entering the layers where rows join, keys and values of the columns.
+
+    `hidden[l]` [prompt, column, d_model]; `layers[l]` keys and values [prompt, kv head, column, head dim], of fewer columns where no row
+    needs more.
+    """
+
+    mask: Bool[Tensor, "prompt column"]
+    rope: tuple[Tensor, Tensor]
+    hidden: dict[int, Tensor]
+    layers: dict[int, tuple[Tensor, Tensor]]
+
+
+class _Reading:
+    """The cache of rows that are being read: their trunk's keys and values before `first`, their own from there on.
+
+    With `room` it becomes a Store of all rows with that many columns to come; without, nothing is kept.
+    """
+
+    def __init__(self, trunk: Trunk, owner: Tensor | None, first: int, room: int | None) -> None:
+        self.trunk, self.owner, self.first, self.room = trunk, owner, first, room
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.room is not None:
+            keys, values = self._keep(layer, key, value)
+            return keys, values
+        if self.first == 0:
+            return key, value
+        before = [self._of_trunk(part[:, :, : self.first], key.shape[0]) for part in self.trunk.layers[layer]]
+        return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+
+    def _of_trunk(self, part: Tensor, rows: int) -> Tensor:
+        if part.shape[0] == 1:
+            return part.expand(rows, -1, -1, -1)
+        assert self.owner is not None
+        return part[self.owner[:rows].to(part.device)]
+
+    def _keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = len(self.trunk.mask) if self.owner is None else len(self.owner), self.trunk.mask.shape[1]
+        out = []
+        for slot, new in enumerate((key, value)):
+            store = new.new_empty(rows, new.shape[1], columns + (self.room or 0), new.shape[3])
+            if layer in self.trunk.layers and self.owner is not None:
+                part = self.trunk.layers[layer][slot]
+                store[:, :, : part.shape[2]] = self._of_trunk(part, rows)
+            store[: new.shape[0], :, self.first : columns] = new
+            out.append(store)
+        self.kept[layer] = (out[0], out[1])
+        return out[0][: key.shape[0], :, :columns], out[1][: key.shape[0], :, :columns]
+
+    def store(self, n_layers: int) -> Store | None:
+        """What is kept of all layers, those below the first entry included."""
+        if self.room is None:
+            return None
+        for layer in set(range(n_layers)) - set(self.kept):
+            key, value = self.trunk.layers[layer]
+            self._keep(layer, key[:0, :, self.first :], value[:0, :, self.first :])
+        return Store(self.trunk.mask.shape[1], self.kept)
+
+
+@dataclass(eq=False)
+class Batch:
+    """Rows whose prompts have been read: `index` says which rows of the call they are.
+
+    `hidden` is the residual stream at the last column, `found` what was read at the places that the rows asked for. Rows that ask for
+    places are run as far as those need; only rows that do not can be continued.
+    """
+
+    engine: "Engine"
+    index: list[int]
+    hidden: Float[Tensor, "row d_model"]
+    mask: Bool[Tensor, "row column"]
+    store: Store | None
+    found: Float[Tensor, "row read d_model"] | None = None
+
+    def logits(self) -> Float[Tensor, "row vocabulary"]:
+        """Logits after the last column, in float32."""
+        return unembed(self.engine.model, self.hidden)
+
+    def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
+        """Exact log-probabilities of some next tokens; the vocabulary is there for a part of the rows at a time."""
+        return log_probs_of(self.engine.model, self.hidden, ids, self.engine.budget.logit_rows)
+
+    def extend(self, tokens: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new vocabulary"]:
+        """Read more tokens of every row and return the logits after each; `real` is False in padding on the right."""
+        assert self.store is not None
+        self.mask = torch.cat([self.mask, real.to(self.mask.device)], 1)
+        hidden = self.engine.step(tokens, self.mask, self.store)
+        self.store.columns += tokens.shape[1]
+        self.hidden = hidden[:, -1]
+        return unembed(self.engine.model, hidden)
+
+    def select(self, rows: Int[Tensor, " row"]) -> "Batch":
+        """The batch of these rows only (or of some rows more than once); this one is used up."""
+        assert self.store is not None
+        self.store.select(rows)
+        return Batch(self.engine, [self.index[i] for i in rows.tolist()], self.hidden[rows], self.mask[rows], self.store)
+
+    def copy(self) -> "Batch":
+        """A batch that can be used up while this one stays."""
+        assert self.store is not None
+        layers = {layer: (k.clone(), v.clone()) for layer, (k, v) in self.store.layers.items()}
+        return Batch(self.engine, self.index, self.hidden, self.mask, Store(self.store.columns, layers))
+
+
+class Engine:
+    """Runs token rows on a Llama-like transformers model (`blocks.is_llama_like`). See the module's docstring."""
+
+    name = "fast"
+
+    def __init__(self, model: Any, pad: int, budget: Budget) -> None:
+        _register_attention()
+        model.set_attn_implementation(ATTENTION)
+        self.model, self.core, self.pad, self.budget = model, model.model, pad, budget
+        self.n_layers = int(model.config.num_hidden_layers)
+
+    # ---- what is run together --------------------------------------------------------------------------------------
+
+    def batches(self, rows: Sequence[TokenRow], room: int | None) -> Iterator[Batch]:
+        """Read all rows, in batches; `room` is the number of tokens that will follow each prompt (None: no cache is kept)."""
+        groups: dict[Any, list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(i if row.reads else row.ids, []).append(i)
+        alone = sorted((group[0] for group in groups.values() if len(group) == 1), key=lambda i: -len(rows[i].ids))
+        for index in self._parts(alone, [len(row.ids) for row in rows], room):
+            yield self._read([rows[i] for i in index], index, room)
+        shared = sorted((group for group in groups.values() if len(group) > 1), key=lambda group: -len(rows[group[0]].ids))
+        for chunk in self.budget.trunks(shared, [len(row.ids) for row in rows]):
+            yield from self._read_shared(rows, chunk, room)
+
+    def _parts(self, order: Sequence[int], length: Sequence[int], room: int | None, width: int | None = None) -> Iterator[list[int]]:
+        """Cut rows that are ordered from long to short into batches: within the budget, and of like length where a batch is full enough."""
+        part: list[int] = []
+        for i in order:
+            longest = length[part[0]] if part else 0
+            full = len(part) * longest >= FULL_BATCH and length[i] < SAME_LENGTH * longest
+            if part and (full or not self.budget.fits(len(part) + 1, longest, (width or longest) + (room or 0), keep=room is not None)):
+                yield part
+                part = []
+            part.append(i)
+        if part:
+            yield part
+
+    def _read_shared(self, rows: Sequence[TokenRow], chunk: Sequence[list[int]], room: int | None) -> Iterator[Batch]:
+        """All rows of some prompts: their trunk once, then batches of rows by the length of what each must compute."""
+        width = max(len(rows[group[0]].ids) for group in chunk)
+        members = [(i, owner) for owner, group in enumerate(chunk) for i in group]
+        owner_of = dict(members)
+        suffix = {i: len(rows[i].ids) - first_column(rows[i]) for i, _ in members}
+        entry = {i: self.entry(rows[i]) for i, _ in members}
+        trunk = self._trunk([rows[group[0]].ids for group in chunk], set(entry.values()),
+                            whole=self.n_layers in entry.values(), columns=width - min(suffix.values()))
+        order = sorted(owner_of, key=lambda i: (-suffix[i], entry[i]))
+        length = [suffix.get(i, 0) for i in range(len(rows))]
+        for part in self._parts(order, length, room, width):
+            index = sorted(part, key=lambda i: entry[i])
+            yield self._join(trunk, [rows[i] for i in index], index, [owner_of[i] for i in index], width - length[part[0]], room)
+
+    def entry(self, row: TokenRow) -> int:
+        """The first layer that a row must compute itself; the number of layers for a row without edits."""
+        return min((edit.entry for edit in row.edits), default=self.n_layers)
+
+    # ---- reading prompts -------------------------------------------------------------------------------------------
+
+    def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None) -> Batch:
+        """Rows of prompts of their own: every column, and every layer that is asked for."""
+        ids, mask = left_pad([row.ids for row in rows], self.pad, self.device)
+        found = torch.empty(len(rows), len(rows[0].reads), self.model.config.hidden_size) if rows[0].reads else None
+        taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], found)
+        hidden = self.core.embed_tokens(ids)
+        rope, attend = self._rope(hidden, mask), _causal(mask, 0)
+        cache = _Reading(Trunk(mask, rope, {}, {}), None, 0, room)
+        hidden = taps.touch(-1, "resid_post", hidden)
+        for layer in range(self.n_layers if found is None else taps.deepest + 1):
+            hidden = self._layer(layer, hidden, attend, rope, cache, taps)
+        return Batch(self, index, hidden[:, -1], mask, None if found is not None else cache.store(self.n_layers), found)
+
+    def _trunk(self, ids: Sequence[tuple[int, ...]], entries: set[int], *, whole: bool, columns: int) -> Trunk:
+        """Clean runs of prompts; above the last layer at which a row joins only `columns` of them, unless the `whole` run is asked for."""
+        tokens, mask = left_pad(ids, self.pad, self.device)
+        hidden = self.core.embed_tokens(tokens)
+        trunk = Trunk(mask, self._rope(hidden, mask), {}, {})
+        cache, attend, rope = _Reading(trunk, None, 0, 0), _causal(mask, 0), trunk.rope
+        last = self.n_layers if whole else max(entries)
+        for layer in range(self.n_layers + 1):
+            if layer in entries:
+                trunk.hidden[layer] = hidden
+            if layer == last and not whole:
+                if columns == 0:
+                    break
+                hidden, rope = hidden[:, :columns], (rope[0][:, :columns], rope[1][:, :columns])
+                trunk_part = Trunk(mask[:, :columns], rope, {}, {})
+                cache, attend = _Reading(trunk_part, None, 0, 0), _causal(mask[:, :columns], 0)
+            if layer < self.n_layers:
+                hidden = self._layer(layer, hidden, attend, rope, cache, None)
+                trunk.layers[layer] = cache.kept[layer]
+        return trunk
+
+    def _join(self, trunk: Trunk, rows: Sequence[TokenRow], index: list[int], owners: list[int], first: int, room: int | None) -> Batch:
+        """Rows (ordered by entry) that leave their trunks: each joins the batch at its layer, with the columns from `first` on."""
+        width, owner = trunk.mask.shape[1], torch.tensor(owners)
+        mask = trunk.mask[owner.to(self.device)]
+        taps = Taps(rows, [len(row.ids) - width + first for row in rows])
+        entries = [self.entry(row) for row in rows]
+        attend, cache = _causal(mask, first), _Reading(trunk, owner, first, room)
+        at = owner.to(trunk.rope[0].device) if trunk.rope[0].shape[0] > 1 else None
+        rope = tuple((part if at is None else part[at])[:, first:] for part in trunk.rope)
+        hidden, active = trunk.hidden[entries[0]][:0, first:], 0
+        for layer in range(entries[0], self.n_layers + 1):
+            joining = sum(entry == layer for entry in entries[active:])
+            if joining:
+                new = trunk.hidden[layer][owner[active : active + joining], first:]
+                hidden, active = torch.cat([hidden, new]) if active else new, active + joining
+            hidden = taps.touch(layer - 1, "resid_post", hidden)
+            if layer < self.n_layers:
+                now = None if attend is None else attend[:active]
+                turn = rope if at is None else (rope[0][:active], rope[1][:active])
+                hidden = self._layer(layer, hidden, now, turn, cache, taps, post=False)
+        return Batch(self, index, hidden[:, -1], mask, cache.store(self.n_layers))
+
+    # ---- single steps ----------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return torch.device(self.core.embed_tokens.weight.device if self.core.embed_tokens.weight.device.type != "meta" else "cpu")
+
+    def _rope(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embedding of all columns; one row of it where no prompt is padded."""
+        where = positions(mask[:1] if bool(mask.all()) else mask)
+        cos, sin = self.core.rotary_emb(hidden, position_ids=where)
+        return cos, sin
+
+    def _layer(self, layer: int, hidden: Tensor, mask: Tensor | None, rope: Any, cache: Any, taps: Taps | None, *, post: bool = True
+               ) -> Tensor:
+        """One of the model's own layers, with the taps inside it and (with `post`) behind it."""
+        module = self.core.layers[layer]
+        if taps is None:
+            return module(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
+        with inner_taps(module, layer, taps):
+            hidden = module(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
+        return taps.touch(layer, "resid_post", hidden) if post else hidden
+
+    def step(self, tokens: Int[Tensor, "row new"], mask: Bool[Tensor, "row column"], store: Store) -> Float[Tensor, "row new d_model"]:
+        """Residual streams after more tokens, whose keys and values are written into the store; `mask` covers them too."""
+        hidden = self.core.embed_tokens(tokens.to(self.device))
+        whole, first = bool(mask.all()), store.columns
+        where = positions(mask[:1] if whole else mask)[:, first:]
+        rope = self.core.rotary_emb(hidden, position_ids=where)
+        attend = None if whole and tokens.shape[1] == 1 else _causal(mask, first)
+        for layer in range(self.n_layers):
+            hidden = self._layer(layer, hidden, attend, rope, store, None)
+        return hidden
+
+
+def first_column(row: TokenRow) -> int:
+    """The first position that a row must compute itself: its first edited token, or its last token if it has no edits."""
+    return min((edit.at.position for edit in row.edits), default=len(row.ids) - 1)
+
+
+def _causal(mask: Bool[Tensor, "row column"], first: int) -> Bool[Tensor, "row 1 query key"] | None:
+    """Which keys each query from column `first` on attends to; None where plain causal attention says it all.
+
+    Queries in the padding attend to themselves, so that no softmax is over nothing. Queries that begin behind the first key always need
+    a mask: sdpa aligns its own causal mask with the first key.
+    """
+    if first == 0 and bool(mask.all()):
+        return None
+    column = torch.arange(mask.shape[1], device=mask.device)
+    query = column[first:, None]
+    return ((column <= query) & mask[:, None, :] | (column == query))[:, None]
+
+
+def _grouped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+                       scaling: float | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+    """transformers' sdpa attention; on a CPU, masked prompts of grouped heads without copying keys and values to every head."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if query.device.type != "cpu" or attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _grouped_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)

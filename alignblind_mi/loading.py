@@ -1,0 +1,199 @@
+"""Loading: which model, from where, with which adapters, in which numbers; every way to fail is one sentence.
+
+Knows Hugging Face checkpoints, PEFT folders and the embedded organism; does NOT run anything.
+"""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from alignblind_mi.edits import adapter_name
+from alignblind_mi.errors import AlignblindError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMBEDDED = "organism:"
+EngineName = Literal["auto", "fast", "plain"]
+Quantization = Literal["8bit", "4bit"]
+
+
+class ModelError(AlignblindError):
+    """A model, tokenizer or adapter that cannot be loaded or used as asked."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how to load and run it: a Hugging Face id, a local checkpoint folder, or organism:base / organism:aligned.
+
+    `dtype` and `device` default to bfloat16 on a GPU and float32 on a CPU; `device_map` (and `offload_folder`, for what it puts on disk)
+    is passed on to transformers, as is `quantization` (bitsandbytes, the optional extra `quantized`). `engine`: `fast` shares work between
+    rows, `plain` is transformers' own forward pass; `auto` takes the fast one where it has been seen to give the model's own numbers.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+    offload_folder: str | None = None
+    quantization: Quantization | None = None
+    engine: EngineName = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ModelError(f"unknown dtype {self.dtype!r}. Known: {', '.join(DTYPES)}.")
+        if self.quantization is not None and self.quantization not in get_args(Quantization):
+            raise ModelError(f"unknown quantization {self.quantization!r}. Known: {', '.join(get_args(Quantization))}.")
+        if self.engine not in get_args(EngineName):
+            raise ModelError(f"unknown engine {self.engine!r}. Known: {', '.join(get_args(EngineName))}.")
+
+    @property
+    def source(self) -> str:
+        """What transformers loads from: the folder of an embedded checkpoint, or the name itself."""
+        if self.name.startswith(EMBEDDED):
+            from alignblind_mi.organism import organism_path
+
+            return str(organism_path(self.name.removeprefix(EMBEDDED)))
+        return self.name
+
+    def resolved(self) -> "ModelSpec":
+        """The same spec with the defaults of this machine filled in."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return replace(self, device=device, dtype=self.dtype or ("float32" if device == "cpu" else "bfloat16"))
+
+
+def check_model(spec: ModelSpec) -> None:
+    """Find out cheaply (its configuration only) whether a model can be loaded. Errors: ModelError in one sentence."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    source = spec.source    # an embedded model's own error is clear already
+    with _clear_errors(spec):
+        config = AutoConfig.from_pretrained(source, revision=spec.revision)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{spec.name} is a {config.model_type!r} model, not a causal language model.")
+
+
+@contextlib.contextmanager
+def _clear_errors(spec: ModelSpec) -> Iterator[None]:
+    """Turn the hub's and transformers' errors for an unreachable or broken checkpoint into one sentence."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from safetensors import SafetensorError
+
+    hub = "organism:base and organism:aligned are embedded and always there"
+    try:
+        yield
+    except GatedRepoError:
+        raise ModelError(f"{spec.name} is gated: accept its licence on its Hugging Face page and set HF_TOKEN, or use the embedded "
+                         f"pair ({hub}).") from None
+    except RepositoryNotFoundError:
+        raise ModelError(_missing(spec, hub)) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        cause = error.__cause__ if error.__cause__ is not None else error
+        if isinstance(cause, GatedRepoError):
+            raise ModelError(f"{spec.name} is gated: accept its licence on its Hugging Face page and set HF_TOKEN, or use the "
+                             f"embedded pair ({hub}).") from None
+        if Path(spec.source).is_dir():
+            raise ModelError(f"the checkpoint folder {spec.source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(_missing(spec, hub)) from error
+
+
+def _missing(spec: ModelSpec, hub: str) -> str:
+    return (f"the model {spec.name!r} cannot be found or reached: check its name and the connection; if it is a gated Hugging Face model, "
+            f"accept its licence and set HF_TOKEN; or use the embedded pair ({hub}).")
+
+
+def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
+    """The plain transformers model (frozen, in evaluation mode, sdpa attention) and its tokenizer. Errors: as `load_model`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert spec.dtype is not None
+    options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder}
+    if spec.quantization is not None:
+        options["quantization_config"] = quantization_config(spec)
+    with _clear_errors(spec), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(spec.source, revision=spec.revision)
+        model = AutoModelForCausalLM.from_pretrained(spec.source, revision=spec.revision, dtype=DTYPES[spec.dtype],
+                                                     attn_implementation="sdpa", **options)
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer of {spec.name} gives no character offsets (it is not a fast one): marks cannot be placed.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False).eval()
+    return (model if spec.device_map or spec.quantization else model.to(spec.device)), tokenizer
+
+
+def quantization_config(spec: ModelSpec) -> Any:
+    """transformers' configuration of bitsandbytes. Errors: ModelError if bitsandbytes is not installed."""
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ModelError(f"{spec.quantization} loading of {spec.name} needs bitsandbytes: "
+                         f"pip install 'alignblind-mi[quantized]'.") from None
+    if spec.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[str(spec.dtype)])
+
+
+def with_adapters(model: Any, adapters: Sequence[Path | str], spec: ModelSpec) -> Any:
+    """The model with LoRA adapters on it (a PeftModel), or None without any."""
+    from peft import PeftModel
+
+    peft = None
+    for folder in adapters:
+        name = adapter_name(folder)
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+        try:
+            if peft is None:
+                peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            else:
+                peft.load_adapter(str(folder), adapter_name=name)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ModelError(f"the adapter {folder} does not fit {spec.name}: {str(error).splitlines()[0]}") from error
+    return None if peft is None else peft.eval()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and transformer-lens' notes while loading; warnings of their loggers' errors remain."""
+    from transformers.utils import logging as hf_logging
+
+    bars, level = hf_logging.is_progress_bar_enabled(), logging.root.level
+    hf_logging.disable_progress_bar()
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every end token that the checkpoint's generation config and its tokenizer name (Llama 3 Instruct has two)."""
+    named = model.generation_config.eos_token_id
+    listed = named if isinstance(named, list) else [named]
+    return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
+
+
+def fingerprint(spec: ModelSpec, config: Any) -> str:
+    """What identifies the weights: the hub's commit, or for a folder a hash of its files (large files by name and size)."""
+    folder = Path(spec.source)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None) or spec.revision or "unknown")
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".model"):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            if size < 1 << 28:
+                digest.update(file.read_bytes())
+    return f"sha256:{digest.hexdigest()[:16]}"

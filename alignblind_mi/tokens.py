@@ -1,0 +1,165 @@
+"""Prompts, edits and readings in tokens: what the engines run.
+
+`Encoded` finds a mark's tokens; a `TokenRow` is a row whose sites have become (layer, stream, position); `Taps` touches the activations
+of a batch at those places. This module does NOT know models: it is shared by the engine, the plain path and the bridge.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from alignblind_mi.edits import How, Stream, Tokens, apply
+from alignblind_mi.prompts import Prompt, PromptError, Span
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt in tokens. `offsets[i]` are the characters of the text that token i stands for (0, 0 for special tokens)."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+    def tokens_of(self, span: Span) -> list[int]:
+        """Indices of the tokens that overlap a span; PromptError if there is none."""
+        found = [i for i, (start, end) in enumerate(self.offsets) if start < span.end and end > span.start]
+        if not found:
+            raise PromptError(f"no token covers characters {span.start}-{span.end} of the prompt {self.prompt.text!r}.")
+        return found
+
+    def positions(self, mark: str, tokens: Tokens = "last", occurrence: int | None = None) -> list[int]:
+        """Token positions of a mark: see `Site`."""
+        spans = self.prompt.spans(mark)
+        if occurrence is not None:
+            try:
+                spans = (spans[occurrence],)
+            except IndexError:
+                raise PromptError(f"the mark {mark!r} occurs {len(spans)} times, occurrence {occurrence} was asked for.") from None
+        each = [self.tokens_of(span) for span in spans]
+        return [position for found in each for position in (found if tokens == "all" else found[-1:])]
+
+
+class Place(NamedTuple):
+    """A stream of a layer at a token position. Layer -1, `resid_post`, is the output of the embedding."""
+
+    layer: int
+    stream: Stream
+    position: int
+
+
+def place(layer: int, stream: Stream, position: int) -> Place:
+    """A place in its one spelling: what enters a layer is what left the layer before it."""
+    return Place(layer - 1, "resid_post", position) if stream == "resid_pre" else Place(layer, stream, position)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenEdit:
+    """An `Edit` at one token."""
+
+    at: Place
+    vector: Float[Tensor, " d_model"]
+    how: How
+    strength: float
+
+    @property
+    def entry(self) -> int:
+        """The first layer whose computation the edit changes."""
+        return self.at.layer + (self.at.stream == "resid_post")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRow:
+    """A row in tokens: its ids, its edits in order, and the places whose activations are asked for."""
+
+    ids: tuple[int, ...]
+    edits: tuple[TokenEdit, ...] = ()
+    reads: tuple[Place, ...] = ()
+
+
+def left_pad(ids: Sequence[Sequence[int]], pad: int, device: torch.device | str
+             ) -> tuple[Int[Tensor, "row column"], Bool[Tensor, "row column"]]:
+    """Token ids padded on the left to one length, and where they are real."""
+    width = max(map(len, ids))
+    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids], device=device)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ids], device=device)
+    return tokens, mask
+
+
+def positions(mask: Bool[Tensor, "row column"]) -> Int[Tensor, "row column"]:
+    """Position of each column, counted from the first real token of its row (0 in the padding)."""
+    return (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Touch:
+    """Edits of one kind at one place of a batch, one per row and column."""
+
+    rows: Int[Tensor, " edit"]
+    columns: Int[Tensor, " edit"]
+    vectors: Float[Tensor, "edit d_model"]
+    strengths: Float[Tensor, "edit 1"]
+    how: How
+
+    def __call__(self, value: Tensor) -> None:
+        at = value[self.rows, self.columns]
+        value[self.rows, self.columns] = apply(at, self.vectors.to(at), self.how, self.strengths.to(at))
+
+
+@dataclass(eq=False)
+class Taps:
+    """The edits and readings of a batch of rows whose first column stands for position `first[i]` of row i.
+
+    Edits of one place act in the order in which their row lists them; a reading sees the activation after them. `found[i, j]` is reading j
+    of row i, in float32 on the CPU.
+    """
+
+    rows: Sequence[TokenRow]
+    first: Sequence[int]
+    found: Float[Tensor, "row read d_model"] | None = None
+    edits: Mapping[tuple[int, Stream], list[_Touch]] = field(init=False)
+    reads: Mapping[tuple[int, Stream], list[tuple[int, int, int]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        grouped: dict[tuple[int, Stream], dict[tuple[int, How], list[tuple[int, int, TokenEdit]]]] = defaultdict(lambda: defaultdict(list))
+        reads: dict[tuple[int, Stream], list[tuple[int, int, int]]] = defaultdict(list)
+        for i, (row, first) in enumerate(zip(self.rows, self.first, strict=True)):
+            turns: dict[Place, int] = defaultdict(int)
+            for edit in row.edits:
+                turn = turns[edit.at]
+                turns[edit.at] += 1
+                grouped[edit.at[:2]][turn, edit.how].append((i, edit.at.position - first, edit))
+            for j, at in enumerate(row.reads):
+                reads[at[:2]].append((i, j, at.position - first))
+        self.reads = dict(reads)
+        self.edits = {where: [_touch(how, kinds[turn, how]) for turn, how in sorted(kinds)] for where, kinds in grouped.items()}
+
+    def any(self, layer: int, *streams: Stream) -> bool:
+        """Whether anything is edited or read in these streams of a layer."""
+        return any((layer, stream) in self.edits or (layer, stream) in self.reads for stream in streams)
+
+    @property
+    def deepest(self) -> int:
+        """The last layer that must run for the readings."""
+        return max(layer for layer, _ in self.reads)
+
+    def touch(self, layer: int, stream: Stream, value: Float[Tensor, "row column d_model"]) -> Float[Tensor, "row column d_model"]:
+        """The activations after their edits (a copy where there are any: what others keep of them stays as it was), readings taken."""
+        where = (layer, stream)
+        if where in self.edits:
+            value = value.clone()
+            for edit in self.edits[where]:
+                edit(value)
+        if where in self.reads and self.found is not None:
+            rows, slots, columns = (list(part) for part in zip(*self.reads[where], strict=True))
+            self.found[rows, slots] = value[rows, columns].float().cpu()
+        return value
+
+
+def _touch(how: How, edits: Sequence[tuple[int, int, TokenEdit]]) -> _Touch:
+    return _Touch(torch.tensor([i for i, _, _ in edits]), torch.tensor([column for _, column, _ in edits]),
+                  torch.stack([edit.vector for _, _, edit in edits]), torch.tensor([[edit.strength] for _, _, edit in edits]), how)
