@@ -4,6 +4,7 @@ Knows modules and their names; does NOT know prompts or batches.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +46,21 @@ def is_llama_like(model: Any) -> bool:
     full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return bool(named and full and not window and rope.get("rope_type", "default") in PLAIN_ROPE)
+
+
+def has_own_keys(layer: nn.Module) -> bool:
+    """Whether a layer's keys and values can be had from its modules alone: two projections and nothing on them."""
+    attention = getattr(layer, "self_attn", None)
+    return is_pre_norm(layer) and {name for name, _ in attention.named_children()} == {"q_proj", "k_proj", "v_proj", "o_proj"}  # type: ignore[union-attr]
+
+
+def keys_and_values(layer: Any, hidden: Float[Tensor, "row column d_model"], rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The rotated keys and the values of a layer (`has_own_keys`) at all columns, [row, kv head, column, head dim]."""
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    shape = (*hidden.shape[:2], -1, attention.head_dim)
+    key, value = (project(normed).view(shape).transpose(1, 2) for project in (attention.k_proj, attention.v_proj))
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate(key[:, :0], key, *(part.to(key.device) for part in rope))[1], value
 
 
 @contextlib.contextmanager

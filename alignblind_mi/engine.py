@@ -9,6 +9,7 @@ This module does NOT know prompts, words, adapters or decoding: see `decoding.py
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from alignblind_mi.blocks import inner_taps, log_probs_of, unembed
+from alignblind_mi.blocks import has_own_keys, inner_taps, keys_and_values, log_probs_of, unembed
 from alignblind_mi.budget import Budget
 from alignblind_mi.tokens import Taps, TokenRow, left_pad, positions
 
@@ -69,8 +70,12 @@ class _Reading:
     def __init__(self, trunk: Trunk, owner: Tensor | None, first: int, room: int | None) -> None:
         self.trunk, self.owner, self.first, self.room = trunk, owner, first, room
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.all_columns: tuple[Tensor, Tensor] | None = None
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of all columns. Where `all_columns` holds those of this reading, the new ones are the last of them."""
+        if self.all_columns is not None:
+            (key, value), self.all_columns = self.all_columns, None
         if self.room is not None:
             keys, values = self._keep(layer, key, value)
             return keys, values
@@ -163,6 +168,7 @@ class Engine:
         model.set_attn_implementation(ATTENTION)
         self.model, self.core, self.pad, self.budget = model, model.model, pad, budget
         self.n_layers = int(model.config.num_hidden_layers)
+        self.trims = has_own_keys(self.core.layers[-1])
 
     # ---- what is run together --------------------------------------------------------------------------------------
 
@@ -222,7 +228,9 @@ class Engine:
         cache = _Reading(Trunk(mask, rope, {}, {}), None, 0, room)
         hidden = taps.touch(-1, "resid_post", hidden)
         for layer in range(self.n_layers if found is None else taps.deepest + 1):
-            hidden = self._layer(layer, hidden, attend, rope, cache, taps)
+            last = found is None and layer == self.n_layers - 1
+            hidden = self._last_column(hidden, attend, rope, cache, taps) if last else self._layer(layer, hidden, attend, rope, cache, taps)
+            hidden = taps.touch(layer, "resid_post", hidden, skip=ids.shape[1] - hidden.shape[1])
         return Batch(self, index, hidden[:, -1], mask, None if found is not None else cache.store(self.n_layers), found)
 
     def _trunk(self, ids: Sequence[tuple[int, ...]], entries: set[int], *, whole: bool, columns: int) -> Trunk:
@@ -242,7 +250,7 @@ class Engine:
                 trunk_part = Trunk(mask[:, :columns], rope, {}, {})
                 cache, attend = _Reading(trunk_part, None, 0, 0), _causal(mask[:, :columns], 0)
             if layer < self.n_layers:
-                hidden = self._layer(layer, hidden, attend, rope, cache, None)
+                hidden = self._layer(layer, hidden, attend, rope, cache)
                 trunk.layers[layer] = cache.kept[layer]
         return trunk
 
@@ -259,13 +267,15 @@ class Engine:
         for layer in range(entries[0], self.n_layers + 1):
             joining = sum(entry == layer for entry in entries[active:])
             if joining:
-                new = trunk.hidden[layer][owner[active : active + joining], first:]
+                new = trunk.hidden[layer][owner[active : active + joining], -hidden.shape[1] :]
                 hidden, active = torch.cat([hidden, new]) if active else new, active + joining
-            hidden = taps.touch(layer - 1, "resid_post", hidden)
-            if layer < self.n_layers:
-                now = None if attend is None else attend[:active]
-                turn = rope if at is None else (rope[0][:active], rope[1][:active])
-                hidden = self._layer(layer, hidden, now, turn, cache, taps, post=False)
+            hidden = taps.touch(layer - 1, "resid_post", hidden, skip=width - first - hidden.shape[1])
+            now = None if attend is None else attend[:active]
+            turn = rope if at is None else (rope[0][:active], rope[1][:active])
+            if layer < self.n_layers - 1:
+                hidden = self._layer(layer, hidden, now, turn, cache, taps)
+            elif layer == self.n_layers - 1:
+                hidden = self._last_column(hidden, now, turn, cache, taps)
         return Batch(self, index, hidden[:, -1], mask, cache.store(self.n_layers))
 
     # ---- single steps ----------------------------------------------------------------------------------------------
@@ -281,15 +291,19 @@ class Engine:
         cos, sin = self.core.rotary_emb(hidden, position_ids=where)
         return cos, sin
 
-    def _layer(self, layer: int, hidden: Tensor, mask: Tensor | None, rope: Any, cache: Any, taps: Taps | None, *, post: bool = True
-               ) -> Tensor:
-        """One of the model's own layers, with the taps inside it and (with `post`) behind it."""
-        module = self.core.layers[layer]
-        if taps is None:
-            return module(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
-        with inner_taps(module, layer, taps):
-            hidden = module(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
-        return taps.touch(layer, "resid_post", hidden) if post else hidden
+    def _layer(self, layer: int, hidden: Tensor, mask: Tensor | None, rope: Any, cache: Any, taps: Taps | None = None) -> Tensor:
+        """One of the model's own layers, with the taps inside it."""
+        with inner_taps(self.core.layers[layer], layer, taps) if taps else nullcontext():
+            return self.core.layers[layer](hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
+
+    def _last_column(self, hidden: Tensor, mask: Tensor | None, rope: Any, cache: "_Reading", taps: Taps) -> Tensor:
+        """The model's last layer, at the last column only where nothing is touched inside it: of the others it needs keys and values."""
+        last = self.n_layers - 1
+        if not self.trims or taps.any(last, "attn_out", "resid_mid", "mlp_out"):
+            return self._layer(last, hidden, mask, rope, cache, taps)
+        cache.all_columns = keys_and_values(self.core.layers[last], hidden, rope)
+        turn = (rope[0][:, -1:], rope[1][:, -1:])
+        return self._layer(last, hidden[:, -1:], None if mask is None else mask[:, :, -1:], turn, cache)
 
     def step(self, tokens: Int[Tensor, "row new"], mask: Bool[Tensor, "row column"], store: Store) -> Float[Tensor, "row new d_model"]:
         """Residual streams after more tokens, whose keys and values are written into the store; `mask` covers them too."""
@@ -299,7 +313,7 @@ class Engine:
         rope = self.core.rotary_emb(hidden, position_ids=where)
         attend = None if whole and tokens.shape[1] == 1 else _causal(mask, first)
         for layer in range(self.n_layers):
-            hidden = self._layer(layer, hidden, attend, rope, store, None)
+            hidden = self._layer(layer, hidden, attend, rope, store)
         return hidden
 
 

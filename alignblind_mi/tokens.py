@@ -105,9 +105,11 @@ class _Touch:
     strengths: Float[Tensor, "edit 1"]
     how: How
 
-    def __call__(self, value: Tensor) -> None:
-        at = value[self.rows, self.columns]
-        value[self.rows, self.columns] = apply(at, self.vectors.to(at), self.how, self.strengths.to(at))
+    def __call__(self, value: Tensor, skip: int) -> None:
+        there = self.columns >= skip
+        rows, columns = self.rows[there], self.columns[there] - skip
+        at = value[rows, columns]
+        value[rows, columns] = apply(at, self.vectors[there].to(at), self.how, self.strengths[there].to(at))
 
 
 @dataclass(eq=False)
@@ -147,13 +149,17 @@ class Taps:
         """The last layer that must run for the readings."""
         return max(layer for layer, _ in self.reads)
 
-    def touch(self, layer: int, stream: Stream, value: Float[Tensor, "row column d_model"]) -> Float[Tensor, "row column d_model"]:
-        """The activations after their edits (a copy where there are any: what others keep of them stays as it was), readings taken."""
+    def touch(self, layer: int, stream: Stream, value: Float[Tensor, "row column d_model"], *, skip: int = 0
+              ) -> Float[Tensor, "row column d_model"]:
+        """The activations after their edits (a copy where there are any: what others keep of them stays as it was), readings taken.
+
+        `skip` columns on the left are not there any more: edits of theirs have nothing left to change.
+        """
         where = (layer, stream)
         if where in self.edits:
             value = value.clone()
             for edit in self.edits[where]:
-                edit(value)
+                edit(value, skip)
         if where in self.reads and self.found is not None:
             rows, slots, columns = (list(part) for part in zip(*self.reads[where], strict=True))
             self.found[rows, slots] = value[rows, columns].float().cpu()

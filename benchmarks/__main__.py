@@ -1,0 +1,62 @@
+"""`python -m benchmarks`: ratios of our time against rivals' in the same run. See `--help`."""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignblind_mi.results import versions
+from benchmarks.jobs import JOBS, Bench
+from benchmarks.models import SIZES, make_checkpoint, quiet_single_thread
+from benchmarks.timing import run
+
+
+def main() -> None:
+    """Run the jobs that are asked for, print a table and write records."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Ratios on random-weight models, one CPU thread.")
+    parser.add_argument("--size", default="S", help="S, D or M, or several with commas (default: S)")
+    parser.add_argument("--jobs", default=",".join(JOBS), help=f"comma-separated: {', '.join(JOBS)}")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one for warming up (default: 3)")
+    parser.add_argument("--json", type=Path, help="write the records to this file")
+    parser.add_argument("--models", type=Path, help="where the random checkpoints are kept (default: a temporary folder)")
+    args = parser.parse_args()
+    sizes, jobs = args.size.split(","), args.jobs.split(",")
+    for given, known in ((sizes, SIZES), (jobs, JOBS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            parser.error(f"unknown {unknown[0]!r}: choose from {', '.join(known)}")
+    quiet_single_thread()
+    with tempfile.TemporaryDirectory() as folder:
+        records = [record for size in sizes for record in _size(size, jobs, args.rounds, args.models or Path(folder))]
+    if args.json:
+        note = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "versions": versions()}
+        args.json.write_text(json.dumps({"records": records, **note}, indent=1), "utf-8")
+
+
+def _size(name: str, jobs: list[str], rounds: int, folder: Path) -> list[dict[str, Any]]:
+    size = SIZES[name]
+    bench = Bench(size, make_checkpoint(size, folder / name))
+    records = []
+    for job in jobs:
+        made = run(JOBS[job](bench), rounds, lambda line: print(line, file=sys.stderr, flush=True))
+        for record in made:
+            _show(record)
+        records += made
+    return records
+
+
+def _show(record: dict[str, Any]) -> None:
+    floor = "" if record["floor_share"] is None else f"  {100 * record['floor_share']:.0f} % of the floor"
+    memory = f"  memory {record['memory_share']:.3f} of its" if "memory_share" in record else ""
+    exact = "same output" if record["exact"] else "OUTPUT DIFFERS"
+    print(f"{record['job']:<11}{record['size']:<3}{record['ratio']:>8.2f}x  [{record['ratio_low']:.2f}, {record['ratio_high']:.2f}]  "
+          f"{record['rival']:<52}{exact}{floor}{memory}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
