@@ -5,7 +5,7 @@ Knows sizes of models and of memory; does NOT run anything.
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,13 @@ import torch
 from alignblind_mi.errors import AlignblindError
 
 USABLE = 0.6             # share of the free memory that a batch may fill
-LOGIT_BYTES = 1 << 28    # float32 logits that exist at a time
-MOST_TOKENS = {"cpu": 4096, "cuda": 65536}    # more tokens at a time gain nothing
-MOST_ROWS = {"cpu": 256, "cuda": 2048}
+LOGIT_BYTES = 1 << 28    # float32 logits that exist at a time while answers are decoded
+LENS_ROWS = {"cpu": 128, "cuda": 1024}    # residual streams that are read through the whole vocabulary at a time
+MOST_TOKENS = {"cpu": 16384, "cuda": 65536}    # more tokens or rows at a time gain nothing
+MOST_ROWS = {"cpu": 512, "cuda": 2048}
+SHORTER = 0.85           # rows shorter than this share of the longest one are better read apart ...
+FULL_BATCH = 512         # ... from the longer ones, where those are at least so many tokens
+Numbers = Sequence[int] | Mapping[int, int]
 log = logging.getLogger(__name__)
 
 
@@ -69,30 +73,43 @@ class Budget:
         self.memory = int(USABLE * (free_memory(device) if free is None else free))
         self.tokens = max(1, min(MOST_TOKENS.get(kind, MOST_TOKENS["cpu"]), self.memory // cost.token))
         self.rows = MOST_ROWS.get(kind, MOST_ROWS["cpu"])
+        self.lens_rows = LENS_ROWS.get(kind, LENS_ROWS["cpu"])
 
     @property
     def logit_rows(self) -> int:
         """Rows whose logits over the vocabulary may exist at a time."""
         return max(1, LOGIT_BYTES // (4 * self.cost.vocabulary))
 
-    def fits(self, rows: int, tokens: int, columns: int, *, keep: bool) -> bool:
-        """Whether so many rows may run together, each computing `tokens` tokens and, with `keep`, caching `columns` in all layers."""
-        if rows == 1:
-            return True
-        cached = rows * columns * self.cost.column if keep else 0
-        most = min(self.rows, self.logit_rows) if keep else self.rows
-        return rows <= most and rows * tokens <= self.tokens and rows * tokens * self.cost.token + cached <= self.memory
+    def most_rows(self, tokens: int, columns: int, *, keep: bool) -> int:
+        """How many rows may run at a time, each computing `tokens` and, with `keep`, caching `columns` in all layers: at least one."""
+        each = tokens * self.cost.token + (columns * self.cost.column if keep else 0)
+        most = min(self.rows, self.tokens // tokens, self.memory // each, self.logit_rows if keep else self.rows)
+        return max(1, most)
 
     def trunks(self, groups: Sequence[list[int]], length: Sequence[int]) -> Iterator[Sequence[list[int]]]:
         """Cut groups of rows that share a prompt (long prompts first) into chunks whose trunks exist at a time."""
         chunk: list[list[int]] = []
         for group in groups:
-            if chunk and not self.fits(len(chunk) + 1, length[chunk[0][0]], length[chunk[0][0]], keep=True):
+            longest = length[chunk[0][0]] if chunk else 0
+            if chunk and len(chunk) >= self.most_rows(longest, longest, keep=True):
                 yield chunk
                 chunk = []
             chunk.append(group)
         if chunk:
             yield chunk
+
+    def parts(self, order: Sequence[int], length: Numbers, columns: Numbers, *, keep: bool) -> Iterator[list[int]]:
+        """Cut rows (long ones first) into batches that may run together: of like length, and of like size where several are needed.
+
+        `length[i]` are the tokens that row i computes, `columns[i]` those that it caches with `keep`.
+        """
+        for same in _like_length(order, length):
+            most = self.most_rows(length[same[0]], max(columns[i] for i in same), keep=keep)
+            count = -(-len(same) // most)
+            sizes = [len(same) // count + (k < len(same) % count) for k in range(count)]
+            for size in sizes:
+                yield same[:size]
+                same = same[size:]
 
     def shrink(self, error: BaseException) -> None:
         """Half as much from now on. Errors: OutOfMemoryError where there is nothing left to halve."""
@@ -104,6 +121,17 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.tokens} prompt tokens, {self.rows} rows and {self.memory / 2**30:.1f} GiB"
+
+
+def _like_length(order: Sequence[int], length: Numbers) -> Iterator[list[int]]:
+    part: list[int] = []
+    for i in order:
+        if part and len(part) * length[part[0]] >= FULL_BATCH and length[i] < SHORTER * length[part[0]]:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
 
 
 def release() -> None:

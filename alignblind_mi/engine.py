@@ -19,11 +19,9 @@ from torch import Tensor
 
 from alignblind_mi.blocks import has_own_keys, inner_taps, keys_and_values, log_probs_of, unembed
 from alignblind_mi.budget import Budget
-from alignblind_mi.tokens import Taps, TokenRow, left_pad, positions
+from alignblind_mi.tokens import Reader, Taps, TokenRow, left_pad, positions
 
 ATTENTION = "alignblind_sdpa"
-FULL_BATCH = 512     # tokens from which a batch is large enough to be cut where rows become shorter
-SAME_LENGTH = 0.85   # rows of at least this share of a batch's longest row do not make a batch of their own
 
 
 class Store:
@@ -126,7 +124,7 @@ class Batch:
     hidden: Float[Tensor, "row d_model"]
     mask: Bool[Tensor, "row column"]
     store: Store | None
-    found: Float[Tensor, "row read d_model"] | None = None
+    found: Float[Tensor, "row read value"] | None = None
 
     def logits(self) -> Float[Tensor, "row vocabulary"]:
         """Logits after the last column, in float32."""
@@ -134,7 +132,7 @@ class Batch:
 
     def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
         """Exact log-probabilities of some next tokens; the vocabulary is there for a part of the rows at a time."""
-        return log_probs_of(self.engine.model, self.hidden, ids, self.engine.budget.logit_rows)
+        return log_probs_of(self.engine.model, self.hidden, ids, self.engine.budget.lens_rows)
 
     def extend(self, tokens: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new vocabulary"]:
         """Read more tokens of every row and return the logits after each; `real` is False in padding on the right."""
@@ -172,30 +170,21 @@ class Engine:
 
     # ---- what is run together --------------------------------------------------------------------------------------
 
-    def batches(self, rows: Sequence[TokenRow], room: int | None) -> Iterator[Batch]:
-        """Read all rows, in batches; `room` is the number of tokens that will follow each prompt (None: no cache is kept)."""
+    def batches(self, rows: Sequence[TokenRow], room: int | None, reader: Reader | None = None) -> Iterator[Batch]:
+        """Read all rows, in batches; `room` is the number of tokens that will follow each prompt (None: no cache is kept).
+
+        `reader` says what is kept at the places that rows ask for.
+        """
         groups: dict[Any, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(i if row.reads else row.ids, []).append(i)
-        alone = sorted((group[0] for group in groups.values() if len(group) == 1), key=lambda i: -len(rows[i].ids))
-        for index in self._parts(alone, [len(row.ids) for row in rows], room):
-            yield self._read([rows[i] for i in index], index, room)
-        shared = sorted((group for group in groups.values() if len(group) > 1), key=lambda group: -len(rows[group[0]].ids))
-        for chunk in self.budget.trunks(shared, [len(row.ids) for row in rows]):
+        length = [len(row.ids) for row in rows]
+        alone = sorted((group[0] for group in groups.values() if len(group) == 1), key=lambda i: -length[i])
+        for index in self.budget.parts(alone, length, [n + (room or 0) for n in length], keep=room is not None):
+            yield self._read([rows[i] for i in index], index, room, reader)
+        shared = sorted((group for group in groups.values() if len(group) > 1), key=lambda group: -length[group[0]])
+        for chunk in self.budget.trunks(shared, length):
             yield from self._read_shared(rows, chunk, room)
-
-    def _parts(self, order: Sequence[int], length: Sequence[int], room: int | None, width: int | None = None) -> Iterator[list[int]]:
-        """Cut rows that are ordered from long to short into batches: within the budget, and of like length where a batch is full enough."""
-        part: list[int] = []
-        for i in order:
-            longest = length[part[0]] if part else 0
-            full = len(part) * longest >= FULL_BATCH and length[i] < SAME_LENGTH * longest
-            if part and (full or not self.budget.fits(len(part) + 1, longest, (width or longest) + (room or 0), keep=room is not None)):
-                yield part
-                part = []
-            part.append(i)
-        if part:
-            yield part
 
     def _read_shared(self, rows: Sequence[TokenRow], chunk: Sequence[list[int]], room: int | None) -> Iterator[Batch]:
         """All rows of some prompts: their trunk once, then batches of rows by the length of what each must compute."""
@@ -207,10 +196,9 @@ class Engine:
         trunk = self._trunk([rows[group[0]].ids for group in chunk], set(entry.values()),
                             whole=self.n_layers in entry.values(), columns=width - min(suffix.values()))
         order = sorted(owner_of, key=lambda i: (-suffix[i], entry[i]))
-        length = [suffix.get(i, 0) for i in range(len(rows))]
-        for part in self._parts(order, length, room, width):
+        for part in self.budget.parts(order, suffix, dict.fromkeys(order, width + (room or 0)), keep=room is not None):
             index = sorted(part, key=lambda i: entry[i])
-            yield self._join(trunk, [rows[i] for i in index], index, [owner_of[i] for i in index], width - length[part[0]], room)
+            yield self._join(trunk, [rows[i] for i in index], index, [owner_of[i] for i in index], width - suffix[part[0]], room)
 
     def entry(self, row: TokenRow) -> int:
         """The first layer that a row must compute itself; the number of layers for a row without edits."""
@@ -218,20 +206,19 @@ class Engine:
 
     # ---- reading prompts -------------------------------------------------------------------------------------------
 
-    def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None) -> Batch:
+    def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None) -> Batch:
         """Rows of prompts of their own: every column, and every layer that is asked for."""
         ids, mask = left_pad([row.ids for row in rows], self.pad, self.device)
-        found = torch.empty(len(rows), len(rows[0].reads), self.model.config.hidden_size) if rows[0].reads else None
-        taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], found)
+        taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], reader)
         hidden = self.core.embed_tokens(ids)
         rope, attend = self._rope(hidden, mask), _causal(mask, 0)
         cache = _Reading(Trunk(mask, rope, {}, {}), None, 0, room)
         hidden = taps.touch(-1, "resid_post", hidden)
-        for layer in range(self.n_layers if found is None else taps.deepest + 1):
-            last = found is None and layer == self.n_layers - 1
+        for layer in range(self.n_layers if taps.found is None else taps.deepest + 1):
+            last = taps.found is None and layer == self.n_layers - 1
             hidden = self._last_column(hidden, attend, rope, cache, taps) if last else self._layer(layer, hidden, attend, rope, cache, taps)
             hidden = taps.touch(layer, "resid_post", hidden, skip=ids.shape[1] - hidden.shape[1])
-        return Batch(self, index, hidden[:, -1], mask, None if found is not None else cache.store(self.n_layers), found)
+        return Batch(self, index, hidden[:, -1], mask, cache.store(self.n_layers) if taps.found is None else None, taps.found)
 
     def _trunk(self, ids: Sequence[tuple[int, ...]], entries: set[int], *, whole: bool, columns: int) -> Trunk:
         """Clean runs of prompts; above the last layer at which a row joins only `columns` of them, unless the `whole` run is asked for."""

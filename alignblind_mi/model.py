@@ -27,7 +27,7 @@ from alignblind_mi.engine import Engine
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids, with_adapters
 from alignblind_mi.plain import PlainEngine
 from alignblind_mi.prompts import Prompt
-from alignblind_mi.tokens import Encoded, Taps, TokenEdit, TokenRow, left_pad, place
+from alignblind_mi.tokens import Encoded, Reader, Taps, TokenEdit, TokenRow, left_pad, place
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,25 +205,28 @@ class HookedModel:
 
     def record(self, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, "row site d_model"]:
         """Activations at sites, after the row's edits, in float32. A site of several tokens is an error: pick one with `occurrence`."""
+        return self._at_sites(rows, sites, Reader(self.d_model, lambda activations: activations))
+
+    def lens_log_probs(self, rows: Sequence[Row], sites: Sequence[Site], targets: Sequence[str]) -> Float[Tensor, "row site target"]:
+        """What the residual stream at each site says of single-token words through the final norm and the unembedding.
+
+        Exact log-probabilities over the whole vocabulary, which exists for a part of the sites at a time (logit lens, nostalgebraist 2020).
+        """
+        ids = torch.tensor([self.token_id(word) for word in targets])
+        return self._at_sites(rows, sites, Reader(len(ids), lambda resid: log_probs_of(self.engine.model, resid, ids,
+                                                                                       self.engine.budget.lens_rows)))
+
+    def _at_sites(self, rows: Sequence[Row], sites: Sequence[Site], reader: Reader) -> Float[Tensor, "row site value"]:
         for site in sites:
             self._check_layer(site.layer)
-        out = torch.empty(len(rows), len(sites), self.d_model)
+        out = torch.empty(len(rows), len(sites), reader.size)
 
         def keep(batch: Batch) -> None:
             out[batch.index] = batch.found
 
         if sites:
-            self._over(self._token_rows(rows, sites), None, keep)
+            self._over(self._token_rows(rows, sites), None, keep, reader)
         return out
-
-    def lens_log_probs(self, rows: Sequence[Row], sites: Sequence[Site], targets: Sequence[str]) -> Float[Tensor, "row site target"]:
-        """What the residual stream at each site says of single-token words through the final norm and the unembedding: exact
-        log-probabilities; the vocabulary exists for a part of the sites at a time (logit lens, nostalgebraist 2020)."""
-        ids, resid = torch.tensor([self.token_id(word) for word in targets]), self.record(rows, sites)
-        weight = self.engine.model.get_input_embeddings().weight
-        with torch.no_grad(), self._adapter():
-            flat = resid.flatten(0, 1).to(DTYPES[str(self.spec.dtype)]).to(weight.device if weight.device.type != "meta" else "cpu")
-            return log_probs_of(self.engine.model, flat, ids, self.engine.budget.logit_rows).view(*resid.shape[:2], len(ids))
 
     def next_log_probs(self, rows: Sequence[Row]) -> Float[Tensor, "row vocabulary"]:
         """Log-probabilities of every next token after each row, in float32."""
@@ -295,14 +298,14 @@ class HookedModel:
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
-    def _over(self, rows: Sequence[TokenRow], room: int | None, work: Callable[[Batch], None]) -> None:
+    def _over(self, rows: Sequence[TokenRow], room: int | None, work: Callable[[Batch], None], reader: Reader | None = None) -> None:
         """Read all rows in batches and do the work on each; when memory runs out, go on with smaller batches and the rows that are left."""
         left = list(range(len(rows)))
         with torch.no_grad(), self._adapter():
             while left:
                 done: set[int] = set()
                 try:
-                    for batch in self.engine.batches([rows[i] for i in left], room):
+                    for batch in self.engine.batches([rows[i] for i in left], room, reader):
                         batch.index = [left[i] for i in batch.index]
                         index = list(batch.index)
                         work(batch)

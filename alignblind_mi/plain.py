@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alignblind_mi.blocks import decoder_layers, hooked, inner_taps, output_hook
 from alignblind_mi.budget import Budget
-from alignblind_mi.tokens import Taps, TokenRow, left_pad, positions
+from alignblind_mi.tokens import Reader, Taps, TokenRow, left_pad, positions
 
 
 @dataclass(eq=False)
@@ -29,7 +29,7 @@ class Batch:
     last: Float[Tensor, "row vocabulary"]
     mask: Bool[Tensor, "row column"]
     past: Any
-    found: Float[Tensor, "row read d_model"] | None = None
+    found: Float[Tensor, "row read value"] | None = None
 
     def logits(self) -> Float[Tensor, "row vocabulary"]:
         """Logits after the last column, in float32."""
@@ -68,25 +68,21 @@ class PlainEngine:
         self.layers = decoder_layers(model)
         self.takes = set(inspect.signature(model.forward).parameters)
 
-    def batches(self, rows: Sequence[TokenRow], room: int | None) -> Iterator[Batch]:
-        """Read all rows, long ones first, in batches; `room` None keeps no cache."""
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-        while order:
-            longest, size = len(rows[order[0]].ids), 1
-            while size < len(order) and self.budget.fits(size + 1, longest, longest + (room or 0), keep=room is not None):
-                size += 1
-            index, order = order[:size], order[size:]
-            yield self._read([rows[i] for i in index], index, room)
+    def batches(self, rows: Sequence[TokenRow], room: int | None, reader: Reader | None = None) -> Iterator[Batch]:
+        """Read all rows, long ones first, in batches: see `engine.Engine.batches`."""
+        length = [len(row.ids) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: -length[i])
+        for index in self.budget.parts(order, length, [n + (room or 0) for n in length], keep=room is not None):
+            yield self._read([rows[i] for i in index], index, room, reader)
 
-    def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None) -> Batch:
+    def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None) -> Batch:
         ids, mask = left_pad([row.ids for row in rows], self.pad, self.model.get_input_embeddings().weight.device)
-        found = torch.empty(len(rows), len(rows[0].reads), self.model.config.hidden_size) if rows[0].reads else None
-        taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], found)
+        taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], reader)
         with ExitStack() as stack:
             for hook in self._hooks(taps):
                 stack.enter_context(hook)
             out = self.forward(ids, mask, None, use_cache=room is not None, logits_to_keep=1)
-        return Batch(self, index, out.logits[:, -1].float(), mask, out.past_key_values, found)
+        return Batch(self, index, out.logits[:, -1].float(), mask, out.past_key_values, taps.found)
 
     def _hooks(self, taps: Taps) -> Iterator[Any]:
         if taps.any(-1, "resid_post"):

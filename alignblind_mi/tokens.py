@@ -4,9 +4,12 @@
 of a batch at those places. This module does NOT know models: it is shared by the engine, the plain path and the bridge.
 """
 
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -25,9 +28,21 @@ class Encoded:
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
 
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Where the text up to and with each token ends."""
+        return tuple(accumulate((end for _, end in self.offsets), max))
+
     def tokens_of(self, span: Span) -> list[int]:
         """Indices of the tokens that overlap a span; PromptError if there is none."""
-        found = [i for i, (start, end) in enumerate(self.offsets) if start < span.end and end > span.start]
+        first = bisect_right(self.ends, span.start)    # special tokens cover nothing and end at 0
+        found = []
+        for i in range(first, len(self.offsets)):
+            start, end = self.offsets[i]
+            if start >= span.end and end > start:
+                break
+            if start < span.end and end > span.start:
+                found.append(i)
         if not found:
             raise PromptError(f"no token covers characters {span.start}-{span.end} of the prompt {self.prompt.text!r}.")
         return found
@@ -112,17 +127,26 @@ class _Touch:
         value[rows, columns] = apply(at, self.vectors[there].to(at), self.how, self.strengths[there].to(at))
 
 
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """What is kept of an activation: `act` maps [reading, d_model] to [reading, size]."""
+
+    size: int
+    act: Callable[[Tensor], Tensor]
+
+
 @dataclass(eq=False)
 class Taps:
     """The edits and readings of a batch of rows whose first column stands for position `first[i]` of row i.
 
-    Edits of one place act in the order in which their row lists them; a reading sees the activation after them. `found[i, j]` is reading j
-    of row i, in float32 on the CPU.
+    Edits of one place act in the order in which their row lists them; a reading sees the activation after them. `found[i, j]` is what
+    `reader` makes of reading j of row i, on the CPU.
     """
 
     rows: Sequence[TokenRow]
     first: Sequence[int]
-    found: Float[Tensor, "row read d_model"] | None = None
+    reader: "Reader | None" = None
+    found: Float[Tensor, "row read value"] | None = field(init=False, default=None)
     edits: Mapping[tuple[int, Stream], list[_Touch]] = field(init=False)
     reads: Mapping[tuple[int, Stream], list[tuple[int, int, int]]] = field(init=False)
 
@@ -137,6 +161,8 @@ class Taps:
                 grouped[edit.at[:2]][turn, edit.how].append((i, edit.at.position - first, edit))
             for j, at in enumerate(row.reads):
                 reads[at[:2]].append((i, j, at.position - first))
+        if reads and self.reader is not None:
+            self.found = torch.empty(len(self.rows), max(len(row.reads) for row in self.rows), self.reader.size)
         self.reads = dict(reads)
         self.edits = {where: [_touch(how, kinds[turn, how]) for turn, how in sorted(kinds)] for where, kinds in grouped.items()}
 
@@ -160,9 +186,9 @@ class Taps:
             value = value.clone()
             for edit in self.edits[where]:
                 edit(value, skip)
-        if where in self.reads and self.found is not None:
+        if where in self.reads and self.reader is not None and self.found is not None:
             rows, slots, columns = (list(part) for part in zip(*self.reads[where], strict=True))
-            self.found[rows, slots] = value[rows, columns].float().cpu()
+            self.found[rows, slots] = self.reader.act(value[rows, columns]).float().cpu()
         return value
 
 
