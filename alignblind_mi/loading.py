@@ -39,7 +39,7 @@ class ModelSpec:
     revision: str | None = None
     dtype: str | None = None
     device: str | None = None
-    device_map: str | None = None
+    device_map: str | dict[str, Any] | None = None
     offload_folder: str | None = None
     quantization: Quantization | None = None
     engine: EngineName = "auto"

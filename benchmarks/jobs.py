@@ -216,7 +216,7 @@ def patchscope(bench: Bench) -> Contest:
 
 
 def selfie(bench: Bench) -> Contest:
-    """The same residuals into five placeholders at once, 20 tokens. SelfIE's library runs 8 at a time; its relevancy needs two more passes."""
+    """The same residuals into five placeholders at once, 20 tokens. SelfIE's library runs 8 at a time."""
     size, at = bench.size, [3, 4, 5, 6, 7]
     question, vectors = _question(bench.size, 22, at), _sources(bench)
     rows = patchscope_rows(vectors, question, TARGET_LAYER)

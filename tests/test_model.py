@@ -1,82 +1,17 @@
 """The hooked model against an independent oracle: plain Hugging Face, one row at a time, edits by plain forward hooks."""
 
-import contextlib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from doubles import make_adapter
+from oracle import Oracle
 
 from alignblind_mi.concept import Concept
 from alignblind_mi.edits import Edit, EditError, Row, Site, Treatment
 from alignblind_mi.loading import ModelError, ModelSpec
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.prompts import Prompt, PromptError, implicit_prompts, interpretation_prompt, mark
-
-
-class Oracle:
-    """Plain transformers, batch 1, no padding, no cache sharing; edits by a forward hook on the decoder layer."""
-
-    def __init__(self, folder: Path, adapter: Path | None = None):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        if adapter is not None:
-            from peft import PeftModel
-            self.model = PeftModel.from_pretrained(self.model, adapter).eval()
-
-    def layers(self):
-        return next(m for n, m in self.model.named_modules() if n.endswith("layers"))
-
-    @contextlib.contextmanager
-    def edited(self, row: Row, columns: dict[str, list[int]]):
-        handles = []
-        for edit in row.edits:
-            def hook(module, args, output, edit=edit):
-                hidden = output[0] if isinstance(output, tuple) else output
-                if hidden.shape[1] == 1:
-                    return None   # a decoding step: prompt positions only
-                for column in columns[edit.site.mark]:
-                    x, v = hidden[0, column].clone(), edit.vector
-                    if edit.how == "replace":
-                        hidden[0, column] = v
-                    elif edit.how == "add":
-                        hidden[0, column] = x + edit.strength * v
-                    else:
-                        hidden[0, column] = x - edit.strength * (x @ v) * v / (v @ v)
-                return output
-            handles.append(self.layers()[edit.site.layer].register_forward_hook(hook))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def columns(self, prompt: Prompt) -> dict[str, list[int]]:
-        offsets = self.tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"]
-        last = lambda span: max(i for i, (a, b) in enumerate(offsets) if a < span.end and b > span.start)  # noqa: E731
-        return {name: [last(span) for span in spans] for name, spans in prompt.marks.items()}
-
-    @torch.no_grad()
-    def next_log_probs(self, row: Row) -> torch.Tensor:
-        ids = self.tokenizer(row.prompt.text, return_tensors="pt").input_ids
-        with self.edited(row, self.columns(row.prompt)):
-            return self.model(ids).logits[0, -1].log_softmax(-1)
-
-    @torch.no_grad()
-    def greedy(self, row: Row, n: int, stop: set[int]) -> list[int]:
-        ids = self.tokenizer(row.prompt.text, return_tensors="pt").input_ids
-        with self.edited(row, self.columns(row.prompt)):
-            out = self.model(ids, use_cache=True)
-            made, past, logits = [], out.past_key_values, out.logits
-            for _ in range(n):
-                made.append(int(logits[0, -1].argmax()))
-                if made[-1] in stop:
-                    break
-                out = self.model(torch.tensor([[made[-1]]]), past_key_values=past, use_cache=True)
-                past, logits = out.past_key_values, out.logits
-        return made
 
 
 def rows_with_edits(race: Concept, model: HookedModel, n: int = 12) -> list[Row]:
@@ -130,10 +65,10 @@ def test_recorded_activations_equal_hidden_states(race, tiny, tiny_folder):
     sites = [Site(0, "marked", occurrence=0), Site(2, "unmarked", occurrence=1), Site(1, "negative")]
     ours = tiny.record([Row(p) for p in prompts], sites)
     for prompt, found in zip(prompts, ours, strict=True):
-        ids, columns = oracle.tokenizer(prompt.text, return_tensors="pt").input_ids, oracle.columns(prompt)
+        columns = [oracle.columns(Row(prompt, (Edit(site, found[0]),))).popitem()[1][0] for site in sites]
         with torch.no_grad():
-            states = oracle.model(ids, output_hidden_states=True).hidden_states
-        expected = [states[1][0, columns["marked"][0]], states[3][0, columns["unmarked"][1]], states[2][0, columns["negative"][0]]]
+            states = oracle.model(oracle.ids(prompt), output_hidden_states=True).hidden_states
+        expected = [states[site.layer + 1][0, column] for site, column in zip(sites, columns, strict=True)]
         assert torch.allclose(found, torch.stack(expected), atol=1e-5)
 
 
@@ -143,12 +78,7 @@ def test_continuations_equal_teacher_forcing(race, llama3, llama3_folder):
     ours = llama3.continuation_log_probs(rows, choices[:5])
     for row, texts, found in zip(rows, choices, ours, strict=False):
         for text, value in zip(texts, found, strict=True):
-            prompt = oracle.tokenizer(row.prompt.text).input_ids
-            more = oracle.tokenizer(text, add_special_tokens=False).input_ids
-            with torch.no_grad(), oracle.edited(row, oracle.columns(row.prompt)):
-                log_probs = oracle.model(torch.tensor([prompt + more])).logits[0].log_softmax(-1)
-            expected = sum(log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(more))
-            assert float(value) == pytest.approx(float(expected), abs=1e-4)
+            assert float(value) == pytest.approx(oracle.log_prob_of(row, text), abs=1e-4)
 
 
 def test_continuations_do_not_depend_on_the_logit_budget(race, tiny, monkeypatch):
@@ -207,14 +137,6 @@ def test_sampling_follows_the_distribution(tiny):
     top = int(p.argmax())
     share = sum(text == tiny.tokenizer.decode([top]) for text in firsts) / len(firsts)
     assert share == pytest.approx(float(p[top]), abs=4 * float(p[top] * (1 - p[top]) / 400) ** 0.5 + 1e-3)
-
-
-def make_adapter(folder: Path, out: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder),
-                           LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    model.save_pretrained(out)
-    return out
 
 
 def test_adapters_switch_by_treatment(race, tiny_folder, tmp_path):

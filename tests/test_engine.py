@@ -1,0 +1,423 @@
+"""Exactness, as a matrix: every row equals plain Hugging Face run one row at a time in fp32 (see oracle.py), on both engines."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from doubles import make_adapter, tiny_llama
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import Oracle
+
+from alignblind_mi.budget import Budget, OutOfMemoryError, RowCost
+from alignblind_mi.edits import Edit, EditError, Row, Site, Treatment
+from alignblind_mi.loading import ModelError, ModelSpec
+from alignblind_mi.model import load_model
+from alignblind_mi.prompts import Prompt, Span
+
+WORDS = [f"w{i}" for i in range(60)]
+D, LAYERS, CLOSE = 32, 4, 1e-5
+TEXTS = ["w1 w2 w3 w4 w5 w6", "w7 w8 w9 w10 w11 w12 w13 w14 w15", "w20 w21 w22 w23 w24 w25", "w30 w31 w32"]
+PLACES = {"end": -1, "middle": None, "first": 0}
+STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+
+def prompt_of(text: str, chat: bool) -> Prompt:
+    """A prompt with a mark on its last, a middle and its first token (the BOS itself where a chat template has written it)."""
+    text = f"<bos>{text}" if chat else text
+    words = text.split(" ")
+    starts = [sum(len(w) + 1 for w in words[:i]) for i in range(len(words))]
+    spans = [Span(start, start + len(word)) for start, word in zip(starts, words, strict=True)]
+    first = Span(0, 5) if chat else spans[0]
+    return Prompt(text, {"end": (spans[-1],), "middle": (spans[len(spans) // 2],), "first": (first,), "two": (first, spans[-1])})
+
+
+def cells(chat: bool, seed: int = 0) -> list[Row]:
+    """Every operation x place, several sites in one row, and no edit, on prompts that are shared by many rows, by two, and by none."""
+    g = torch.Generator().manual_seed(seed)
+    vector = lambda: 2 * torch.randn(D, generator=g)  # noqa: E731
+    prompts = [prompt_of(text, chat) for text in TEXTS]
+    rows = [Row(prompts[0])]
+    rows += [Row(prompts[0], (Edit(Site(1, place), vector(), how, 1.0 if how == "replace" else 0.7),))
+             for how, place in product(("replace", "add", "ablate"), PLACES)]
+    rows += [Row(prompts[1], tuple(Edit(Site(layer, name), vector()) for layer, name in product((0, 1, 2), ("first", "middle")))),
+             Row(prompts[1], (Edit(Site(3, "end"), vector()), Edit(Site(0, "middle", "resid_pre"), vector(), "add", -1.5))),
+             Row(prompts[1], (Edit(Site(2, "two"), vector(), "add"), Edit(Site(2, "two"), vector(), "ablate"),
+                              Edit(Site(2, "end"), vector()))),
+             Row(prompts[2], (Edit(Site(3, "middle"), vector()),)), Row(prompts[3]), Row(prompts[3], (Edit(Site(3, "first"), vector()),))]
+    rows += [Row(prompts[i % 2], (Edit(Site(i % LAYERS, "middle", stream), vector(), how),))
+             for i, (stream, how) in enumerate(product(STREAMS, ("replace", "add", "ablate")))]
+    return rows
+
+
+@pytest.fixture(scope="module", params=list(product((True, False), (1, 2, 4))), ids=lambda p: f"{'tied' if p[0] else 'untied'}-kv{p[1]}")
+def checkpoint(request, tmp_path_factory) -> tuple[Path, list[Path]]:
+    """Tied / untied embeddings x one, two or four (as many as heads) key-value heads, and two adapters for each."""
+    tied, kv_heads = request.param
+    folder = tiny_llama(tmp_path_factory.mktemp("cell"), WORDS, layers=LAYERS, kv_heads=kv_heads, tied=tied, seed=kv_heads)
+    return folder, [make_adapter(folder, tmp_path_factory.mktemp("adapters") / name, seed) for seed, name in enumerate(("one", "two"))]
+
+
+@pytest.mark.parametrize("adapters", ["none loaded", "off", "one", "two"])
+@pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])
+def test_every_cell_equals_the_oracle(checkpoint, adapters, chat):
+    folder, both = checkpoint
+    loaded = {"none loaded": [], "off": both, "one": both[:1], "two": both}[adapters]
+    name = adapters if adapters in ("one", "two") else None
+    oracle = Oracle(folder, dict(zip(("one", "two"), both, strict=True)).get(name))
+    rows, stop = cells(chat), {2}
+    expected = [oracle.next_log_probs(row) for row in rows]
+    tokens = [oracle.greedy(row, 5, stop, cached=i % 2 == 0) for i, row in enumerate(rows)]
+    for engine in ("fast", "plain"):
+        model = load_model(ModelSpec(str(folder), engine=engine), adapters=loaded).under(Treatment("t", adapter=name))
+        assert model.engine.name == engine
+        for part in (rows, *[[row] for row in rows[::4]], rows[2:4], rows[:1] * 3):
+            wanted = torch.stack([expected[rows.index(row)] for row in part])
+            assert (model.next_log_probs(part) - wanted).abs().max() < CLOSE, engine
+        for row, made, ids in zip(rows, model.generate(rows, 5), tokens, strict=True):
+            kept = [i for i in ids if i != 2]
+            assert made.text == model.tokenizer.decode(kept, skip_special_tokens=True), (engine, row.edits)
+            assert made.finished == (2 in ids)
+
+
+def test_every_stream_of_the_bridge_equals_the_engines(checkpoint):
+    """The twin: same weights, and the same numbers whatever is edited, read at other hook points than the edited ones."""
+    folder, both = checkpoint
+    model = load_model(str(folder), adapters=both)
+    own = {p.data_ptr() for p in model.engine.model.parameters()}
+    assert {p.data_ptr() for p in model.bridge.original_model.parameters()} == own
+    for adapter, row in product((None, "two"), cells(False)):
+        view = model.under(Treatment("t", edits=row.edits, adapter=adapter))
+        cached = view.cache(row.prompt, [f"blocks.{LAYERS - 1}.hook_resid_post", "blocks.2.hook_resid_post"])
+        read = view.record([row], [Site(2, "end"), Site(LAYERS - 1, "end")])[0]
+        assert torch.allclose(cached["blocks.2.hook_resid_post"][0, -1], read[0], atol=1e-4)
+        assert torch.allclose(cached[f"blocks.{LAYERS - 1}.hook_resid_post"][0, -1], read[1], atol=1e-4)
+
+
+def test_recording_equals_the_bridge_s_cache_in_every_stream(checkpoint):
+    model = load_model(str(checkpoint[0]))
+    prompts = [prompt_of(text, False) for text in TEXTS]
+    for stream, place in product(STREAMS, PLACES):
+        found = model.record([Row(p) for p in prompts], [Site(layer, place, stream) for layer in range(LAYERS)])
+        for prompt, vectors in zip(prompts, found, strict=True):
+            (item,) = model.encode([prompt])
+            at = item.positions(place)[0]
+            cached = model.cache(prompt, [f"blocks.{layer}.hook_{stream}" for layer in range(LAYERS)])
+            expected = torch.stack([cached[f"blocks.{layer}.hook_{stream}"][0, at] for layer in range(LAYERS)])
+            assert torch.allclose(vectors, expected, atol=1e-5), (stream, place)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("one"), WORDS, layers=LAYERS, tied=False, seed=9)
+
+
+@pytest.fixture(scope="module")
+def pair(one):
+    """Both engines on one checkpoint, and its oracle."""
+    return load_model(ModelSpec(str(one), engine="fast")), load_model(ModelSpec(str(one), engine="plain")), Oracle(one)
+
+
+def edits_of(draw, prompt: Prompt, g: torch.Generator) -> tuple[Edit, ...]:
+    how = st.sampled_from(("replace", "add", "ablate"))
+    made = []
+    for _ in range(draw(st.integers(0, 3))):
+        kind = draw(how)
+        site = Site(draw(st.integers(0, LAYERS - 1)), draw(st.sampled_from(sorted(prompt.marks))), draw(st.sampled_from(STREAMS)))
+        made.append(Edit(site, 2 * torch.randn(D, generator=g), kind, 1.0 if kind == "replace" else draw(st.floats(-2, 2))))
+    return tuple(made)
+
+
+@st.composite
+def row_lists(draw) -> list[Row]:
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    texts = draw(st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12), min_size=1, max_size=4))
+    prompts = [prompt_of(" ".join(words), draw(st.booleans())) for words in texts]
+    return [Row(p := draw(st.sampled_from(prompts)), edits_of(draw, p, g)) for _ in range(draw(st.integers(1, 8)))]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(rows=row_lists(), tokens=st.sampled_from([3, 16, 4096]))
+def test_any_rows_in_any_batches_equal_the_oracle(pair, rows, tokens):
+    fast, plain, oracle = pair
+    fast.engine.budget.tokens = tokens
+    expected = torch.stack([oracle.next_log_probs(row) for row in rows])
+    assert (fast.next_log_probs(rows) - expected).abs().max() < CLOSE
+    assert (plain.next_log_probs(rows) - expected).abs().max() < CLOSE
+    assert fast.generate(rows, 4) == plain.generate(rows, 4)
+    choices = [(" w1 w2", " w3")] * len(rows)
+    found = fast.continuation_log_probs(rows, choices)
+    for row, texts, values in zip(rows, choices, found.tolist(), strict=True):
+        assert values == pytest.approx([oracle.log_prob_of(row, text) for text in texts], abs=1e-4)
+
+
+# ---- named pitfalls (engine.md) ------------------------------------------------------------------------------------------
+
+
+def test_pitfall_padding_without_a_mask_is_impossible(pair):
+    """Rows of different lengths run together as they run alone: padding is never attended to, by either engine."""
+    for model in pair[:2]:
+        rows = [Row(prompt_of(text, False)) for text in TEXTS]
+        alone = torch.cat([model.next_log_probs([row]) for row in rows])
+        assert (model.next_log_probs(rows) - alone).abs().max() < CLOSE
+
+
+def test_pitfall_left_padding_shifts_edit_columns(pair):
+    row = Row(prompt_of(TEXTS[3], False), (Edit(Site(0, "first"), torch.ones(D)),))
+    for model in pair[:2]:
+        together = model.next_log_probs([Row(prompt_of(TEXTS[1], False)), row])[1]
+        assert (together - pair[2].next_log_probs(row)).abs().max() < CLOSE
+
+
+def test_pitfall_edits_fire_on_the_prompt_only(pair):
+    """With a cache every later step has one column: an edit of position 0 must not hit it, nor an edit of the prompt's last token."""
+    fast, _, oracle = pair
+    for place in ("first", "end"):
+        row = Row(prompt_of(TEXTS[0], False), (Edit(Site(1, place), 3 * torch.ones(D)),))
+        ids = oracle.greedy(row, 8, {2}, cached=False)
+        assert fast.generate([row], 8)[0].text == fast.tokenizer.decode([i for i in ids if i != 2], skip_special_tokens=True)
+
+
+def test_pitfall_a_masked_suffix_without_a_mask_is_causal_from_the_wrong_key(pair):
+    """Rows that begin behind a prefix need a mask even without padding: sdpa aligns its own causal mask with the first key."""
+    prompt = prompt_of(TEXTS[1], False)
+    rows = [Row(prompt, (Edit(Site(0, "middle"), k * torch.ones(D)),)) for k in (1.0, 2.0)]
+    expected = torch.stack([pair[2].next_log_probs(row) for row in rows])
+    assert (pair[0].next_log_probs(rows) - expected).abs().max() < CLOSE
+
+
+def test_pitfall_cached_activations_survive_later_edits(pair):
+    fast = pair[0]
+    prompt = prompt_of(TEXTS[0], False)
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(LAYERS)]
+    clean = fast.cache(prompt, names)
+    kept = {name: clean[name].clone() for name in names}
+    fast.under(Treatment("t", edits=(Edit(Site(1, "middle"), torch.ones(D)),))).cache(prompt, names)
+    fast.next_log_probs([Row(prompt, (Edit(Site(1, "middle"), torch.ones(D)),))] * 2)
+    assert all(torch.equal(clean[name], kept[name]) for name in names)
+
+
+def test_pitfall_the_last_layer_s_residual_is_before_the_final_norm(pair):
+    fast, _, oracle = pair
+    prompt = prompt_of(TEXTS[0], False)
+    resid = fast.record([Row(prompt)], [Site(LAYERS - 1, "end")])[0, 0]
+    with torch.no_grad():
+        after = oracle.model(oracle.ids(prompt), output_hidden_states=True).hidden_states[-1][0, -1]
+        assert torch.allclose(oracle.model.model.norm(resid), after, atol=1e-5)
+    assert not torch.allclose(resid, after, atol=1e-2)
+
+
+def test_pitfall_the_bridge_s_resid_mid_misses_the_skip_connection(pair):
+    """An edit at the bridge's own hook_resid_mid changes the MLP's input alone; ours changes the stream, in all three paths."""
+    fast, plain, oracle = pair
+    row = Row(prompt_of(TEXTS[0], False), (Edit(Site(1, "middle", "resid_mid"), 3 * torch.ones(D)),))
+    expected = oracle.next_log_probs(row)
+    for model in (fast, plain):
+        assert (model.next_log_probs([row])[0] - expected).abs().max() < CLOSE
+    (item,) = fast.encode([row.prompt])
+    at = item.positions("middle")[0]
+
+    def hook(value, hook):
+        value = value.clone()
+        value[:, at] = 3.0
+        return value
+
+    with torch.no_grad():
+        naive = fast.bridge.run_with_hooks(torch.tensor([item.ids]), fwd_hooks=[("blocks.1.hook_resid_mid", hook)])
+    assert (naive[0, -1].log_softmax(-1) - expected).abs().max() > 1e-2, "transformer-lens has changed: the detour may go"
+
+
+def test_pitfall_no_full_prompt_logits(pair, monkeypatch):
+    """The head sees one column a row, whatever the length of the prompts."""
+    fast, seen = pair[0], []
+    head = fast.engine.model.lm_head
+    run = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: (seen.append(x.shape), run(x))[1])
+    fast.next_log_probs([Row(prompt_of(text, False)) for text in TEXTS])
+    fast.generate([Row(prompt_of(TEXTS[0], False))], 3)
+    assert all(shape.numel() // D <= len(TEXTS) for shape in seen)
+
+
+def test_shared_trunks_do_less_work(pair):
+    """What the engine is for, counted and not timed: token-layers of a sweep, against running every row whole."""
+    fast, prompt, counted = pair[0], prompt_of(TEXTS[1], False), []
+    handles = [layer.register_forward_pre_hook(lambda m, args: counted.append(args[0].shape[0] * args[0].shape[1]))
+               for layer in fast.engine.model.model.layers]
+    rows = [Row(prompt, (Edit(Site(layer, "middle"), torch.ones(D)),)) for layer in range(LAYERS)] + [Row(prompt)]
+    fast.next_log_probs(rows)
+    for handle in handles:
+        handle.remove()
+    whole = len(rows) * 10 * LAYERS
+    assert 10 * LAYERS <= sum(counted) < 0.5 * whole
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_goes_on_with_smaller_batches_and_loses_nothing(pair, monkeypatch):
+    fast, rows, done = replace(pair[0]), cells(False), []
+    expected, layer = fast.generate(rows, 3), fast.engine.model.model.layers[1]
+    run, failures = layer.forward, []
+
+    def forward(hidden, **kwargs):
+        if hidden.shape[0] * hidden.shape[1] > 40:
+            failures.append(hidden.shape)
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return run(hidden, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    monkeypatch.setattr(fast.engine, "budget", Budget(RowCost.of(fast.engine.model.config, 4), "cpu"))
+    assert fast.generate(rows, 3, progress=done.append) == expected
+    assert failures
+    assert sum(done) == len(rows), "each row is finished once"
+    assert fast.engine.budget.tokens < 40 * 16
+
+
+def test_a_row_that_never_fits_is_one_sentence(pair, monkeypatch):
+    def forward(hidden, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+    monkeypatch.setattr(pair[0].engine.model.model.layers[0], "forward", forward)
+    monkeypatch.setattr(pair[0].engine, "budget", Budget(RowCost.of(pair[0].engine.model.config, 4), "cpu"))
+    with pytest.raises(OutOfMemoryError, match="not even one row fits"):
+        pair[0].next_log_probs(cells(False))
+
+
+def test_other_errors_are_not_taken_for_memory(pair, monkeypatch):
+    def forward(hidden, **kwargs):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(pair[0].engine.model.model.layers[0], "forward", forward)
+    with pytest.raises(RuntimeError, match="something else"):
+        pair[0].next_log_probs(cells(False))
+
+
+def test_the_budget_follows_the_free_memory(pair):
+    cost = RowCost.of(pair[0].engine.model.config, 4)
+    small, large = Budget(cost, "cpu", free=1 << 20), Budget(cost, "cpu", free=1 << 34)
+    assert small.tokens < large.tokens
+    assert 1 == Budget(cost, "cpu", free=1).most_rows(50, 90, keep=True) < small.most_rows(50, 90, keep=True)
+    parts = list(small.parts(list(range(40)), [30] * 40, [50] * 40, keep=True))
+    assert [i for part in parts for i in part] == list(range(40))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1, "batches of one length are of one size"
+
+
+# ---- where the fast engine is not for ------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_llama_like_runs_on_the_plain_engine(tmp_path):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    folder = tiny_llama(tmp_path / "words", WORDS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)
+                    ).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    model = load_model(str(tmp_path / "gpt2"))
+    assert model.provenance()["engine"] == "plain"
+    rows = [Row(prompt_of(text, False), (Edit(Site(1, "middle"), torch.ones(D)),)) for text in TEXTS]
+    alone = torch.cat([model.next_log_probs([row]) for row in rows])
+    assert (model.next_log_probs(rows) - alone).abs().max() < CLOSE
+    ids = torch.tensor([model.encode([rows[0].prompt])[0].ids])
+    with torch.no_grad():
+        expected = model.engine.model(ids).logits[0, -1].log_softmax(-1)
+    assert torch.allclose(expected, model.next_log_probs([Row(rows[0].prompt)])[0], atol=1e-5)
+    with pytest.raises(ModelError, match="fast engine cannot run"):
+        load_model(ModelSpec(str(tmp_path / "gpt2"), engine="fast"))
+    with pytest.raises(EditError, match="not a pre-norm block"):
+        model.next_log_probs([Row(rows[0].prompt, (Edit(Site(1, "middle", "mlp_out"), torch.ones(D)),))])
+
+
+def test_sliding_windows_are_not_run_on_the_fast_engine(tmp_path):
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    folder = tiny_llama(tmp_path / "words", WORDS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = MistralConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, sliding_window=4, bos_token_id=1, eos_token_id=2)
+    for name, window in (("sliding", 4), ("full", None)):
+        config.sliding_window = window
+        MistralForCausalLM(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    assert load_model(str(tmp_path / "sliding")).engine.name == "plain"
+    assert load_model(str(tmp_path / "full")).engine.name == "fast"
+
+
+def test_a_model_whose_numbers_differ_is_sent_to_the_plain_engine(one, monkeypatch):
+    """Llama's names with another computation inside: the trial at loading sees it."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward = LlamaModel.forward
+
+    def scaled(self, input_ids=None, inputs_embeds=None, **kwargs):
+        return forward(self, inputs_embeds=3 * self.embed_tokens(input_ids), **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", scaled)
+    assert load_model(str(one)).engine.name == "plain"
+    with pytest.raises(ModelError, match="differ from the model's own"):
+        load_model(ModelSpec(str(one), engine="fast"))
+
+
+# ---- placement and other numbers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_placed_and_offloaded_models_give_the_same_rows(where, llama3_folder, race, tmp_path):
+    """Llama 3's double, sharded: through accelerate's placement, and with layers that lie on the disk until they run."""
+    from alignblind_mi.prompts import implicit_prompts
+
+    prompts = implicit_prompts(race, "default")[:400:57]
+    rows = [Row(p, (Edit(Site(1, "marked"), torch.ones(32)),) * (i % 2)) for i, p in enumerate(prompts * 2)]
+    expected = load_model(str(llama3_folder)).next_log_probs(rows)
+    devices = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": where, "model.layers.2": where, "model.norm": "cpu",
+               "model.rotary_emb": "cpu", "lm_head": where}
+    spec = ModelSpec(str(llama3_folder), dtype="float32", device_map=devices, offload_folder=str(tmp_path))
+    placed = load_model(spec)
+    assert placed.engine.name == "fast"
+    assert (placed.next_log_probs(rows) - expected).abs().max() < CLOSE
+    assert placed.generate(rows[:3], 4) == load_model(str(llama3_folder)).generate(rows[:3], 4)
+    name = "blocks.2.hook_resid_post"
+    assert torch.allclose(placed.cache(prompts[0], [name])[name], load_model(str(llama3_folder)).cache(prompts[0], [name])[name], atol=1e-4)
+
+
+def test_bfloat16_goes_through_the_same_path(one):
+    """Agreement is reported, not asserted token by token: rounding differs between batches."""
+    rows = cells(False)
+    full, half = load_model(str(one)), load_model(ModelSpec(str(one), dtype="bfloat16"))
+    assert half.engine.name == "fast"
+    same = sum(a.text == b.text for a, b in zip(full.generate(rows, 3), half.generate(rows, 3), strict=True)) / len(rows)
+    print(f"bfloat16 gives the greedy texts of float32 in {same:.0%} of {len(rows)} rows")
+    assert (full.next_log_probs(rows).argmax(-1) == half.next_log_probs(rows).argmax(-1)).float().mean() > 0.5
+    assert torch.isfinite(half.next_log_probs(rows)).all()
+
+
+def test_stop_strings_end_an_answer_and_are_cut(pair):
+    rows = cells(False)[:6]
+    whole = pair[0].generate(rows, 12)
+    for row, answer in zip(rows, whole, strict=True):
+        words = answer.text.split(" ")
+        if len(words) > 3:
+            stop = f" {words[2]}"
+            (cut,) = pair[0].generate([row], 12, stop=[stop])
+            assert cut.text == answer.text[: answer.text.index(stop)]
+            assert cut.finished
+            assert cut.n_tokens < answer.n_tokens
+
+
+def test_lens_log_probs_are_those_of_the_whole_vocabulary(pair, monkeypatch):
+    prompts = [prompt_of(text, False) for text in TEXTS]
+    sites = [Site(layer, place) for layer, place in product(range(LAYERS), PLACES)]
+    for model in pair[:2]:
+        monkeypatch.setattr(model.engine.budget, "lens_rows", 5)
+        found = model.lens_log_probs([Row(p) for p in prompts], sites, [" w1", " w2"])
+        resid = model.record([Row(p) for p in prompts], sites)
+        with torch.no_grad():
+            logits = model.engine.model.lm_head(model.engine.model.model.norm(resid))
+        expected = logits.log_softmax(-1)[..., [model.token_id(" w1"), model.token_id(" w2")]]
+        assert torch.allclose(found, expected, atol=1e-5)
+        answer = model.next_log_probs([Row(p) for p in prompts])[:, model.token_id(" w1")]
+        at_last = found[:, sites.index(Site(LAYERS - 1, "end")), 0]
+        assert torch.allclose(at_last, answer, atol=1e-5), "the lens at the last layer is the answer"
