@@ -23,18 +23,32 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
+Base = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")]
+Aligned = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:aligned.")]
+ConceptName = Annotated[str, typer.Option(help="A built-in concept or a .toml file.")]
+CueName = Annotated[str, typer.Option(help="A cue of the concept.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A few word pairs, two windows, two adapters: to see that it works.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
+DeviceMap = Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")]
+Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes; pip install 'alignblind-mi[quantized]').")]
+EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own forward pass), or auto: fast where both agree.")]
+
+
 @app.command()
 def study(
-    base: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")] = "organism:base",
-    aligned: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:aligned.")] = "organism:aligned",
-    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = "race",
-    cue: Annotated[str, typer.Option(help="A cue of the concept.")] = "default",
+    base: Base = "organism:base",
+    aligned: Aligned = "organism:aligned",
+    concept: ConceptName = "race",
+    cue: CueName = "default",
     out: Annotated[Path, typer.Option(help="Results folder; a study that is in it already is resumed.")] = Path("study"),
-    quick: Annotated[bool, typer.Option("--quick", help="A few word pairs, two windows, two adapters: to see that it works.")] = False,
+    quick: Quick = False,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantization: Quantized = None,
+    engine: EngineOption = "auto",
 ) -> None:
     """Run the whole study and write OUT/report.html.
 
@@ -44,7 +58,7 @@ def study(
     from alignblind_mi.studies.study import StudyConfig, run_study
 
     config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, dtype=dtype, device=device,
-                                device_map=device_map)
+                                device_map=device_map, quantization=quantization, engine=engine)
     page = run_study(config, out) / "report.html"
     if not _is_current(page):
         write_report(out)
@@ -54,6 +68,38 @@ def study(
 def _is_current(page: Path) -> bool:
     """Whether a report is there that was drawn after the last part was finished."""
     return page.is_file() and page.stat().st_mtime >= max(part.stat().st_mtime for part in page.parent.glob("*.parquet"))
+
+
+@app.command()
+def forecast(
+    base: Base = "organism:base",
+    aligned: Aligned = "organism:aligned",
+    concept: ConceptName = "race",
+    cue: CueName = "default",
+    quick: Quick = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantization: Quantized = None,
+    rate: Annotated[bool, typer.Option(help="Measure this machine's rate on two of the model's layers, without weights.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Before loading: does the model fit here, in which numbers, and how long does the study take?
+
+    Example: alignblind forecast --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct
+    """
+    from dataclasses import asdict
+
+    from alignblind_mi.studies.forecast import forecast as forecast_study
+    from alignblind_mi.studies.study import StudyConfig
+
+    found = forecast_study(StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, dtype=dtype, device=device,
+                                              device_map=device_map, quantization=quantization), measure=rate)
+    if as_json:
+        fits = [{**asdict(one), "fits": one.fits} for one in found.fits]
+        typer.echo(json.dumps({**asdict(found), "fits": fits}, indent=1))
+    else:
+        typer.echo(str(found))
 
 
 @app.command()

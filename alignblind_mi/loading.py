@@ -67,16 +67,24 @@ class ModelSpec:
         return replace(self, device=device, dtype=self.dtype or ("float32" if device == "cpu" else "bfloat16"))
 
 
-def check_model(spec: ModelSpec) -> None:
-    """Find out cheaply (its configuration only) whether a model can be loaded. Errors: ModelError in one sentence."""
+def load_config(spec: ModelSpec) -> Any:
+    """A model's transformers configuration. Errors: ModelError in one sentence for a model that cannot be reached."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     source = spec.source    # an embedded model's own error is clear already
     with _clear_errors(spec):
-        config = AutoConfig.from_pretrained(source, revision=spec.revision)
+        return AutoConfig.from_pretrained(source, revision=spec.revision)
+
+
+def check_model(spec: ModelSpec) -> None:
+    """Find out cheaply (its configuration only) whether a model can be loaded. Errors: ModelError in one sentence."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = load_config(spec)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{spec.name} is a {config.model_type!r} model, not a causal language model.")
+    if spec.quantization is not None:
+        quantization_config(spec)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,12 @@ def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, r
     return pd.DataFrame.from_records(records)
 
 
+def awareness_sources(concept: Concept, cue: str | Cue, *, mentions: Sequence[int] = (0,), max_word_pairs: int = 20, seed: int = 0
+                      ) -> list[Prompt]:
+    """The prompts that `measure_awareness` takes its readings from, one per reading."""
+    return [source.prompt for source in _sources(concept, cue, mentions, max_word_pairs, seed)]
+
+
 def _sources(concept: Concept, cue: str | Cue, mentions: Sequence[int], max_word_pairs: int, seed: int) -> list[_Source]:
     chosen: dict[str, _Source] = {}
     for prompt in implicit_prompts(concept, cue, design="balanced", seed=seed, max_word_pairs=max_word_pairs):

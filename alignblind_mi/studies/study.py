@@ -18,16 +18,19 @@ import pandas as pd
 
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
-from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint
+from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.progress import Advance, Progress
-from alignblind_mi.prompts import Kind, implicit_prompts
+from alignblind_mi.prompts import Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, load_result, versions
 from alignblind_mi.steering import layer_windows, sense_steering, steerable
-from alignblind_mi.studies.awareness import TARGET_LAYER, measure_awareness
+from alignblind_mi.studies.awareness import TARGET_LAYER, awareness_sources, measure_awareness
 from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
+
+BOTH: tuple[Kind, ...] = ("implicit", "explicit")
+Treat = Callable[[HookedModel], Treatment]
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,12 @@ class StudyConfig:
 
     @classmethod
     def create(cls, base: str, aligned: str, *, concept: str = "race", cue: str = "default", quick: bool = False, seed: int = 0,
-               dtype: str | None = None, device: str | None = None, device_map: str | None = None) -> "StudyConfig":
-        """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer)."""
-        specs = [ModelSpec(name, dtype=dtype, device=device, device_map=device_map).resolved() for name in (base, aligned)]
+               **options: Any) -> "StudyConfig":
+        """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
+
+        `options` are those of `ModelSpec` (dtype, device, device_map, quantization, engine ...), for both models.
+        """
+        specs = [ModelSpec(name, **options).resolved() for name in (base, aligned)]
         load_concept(concept).cue(cue)
         for spec in specs:
             check_model(spec)
@@ -67,14 +73,8 @@ class StudyConfig:
         out = asdict(self)
         out["concept_digest"] = load_concept(self.concept).digest
         for role, spec in (("base", self.base), ("aligned", self.aligned)):
-            out[f"{role}_revision"] = fingerprint(spec, _config_of(spec))
+            out[f"{role}_revision"] = fingerprint(spec, load_config(spec))
         return json.loads(json.dumps(out)) | {"format": 1}
-
-
-def _config_of(spec: ModelSpec) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(spec.source, revision=spec.revision)
 
 
 def organism_record(spec: ModelSpec) -> dict[str, Any]:
@@ -84,13 +84,26 @@ def organism_record(spec: ModelSpec) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What a part asks of a model: prompts, each read `times` times and continued by at most `new_tokens`."""
+
+    prompts: Sequence[Prompt]
+    new_tokens: int = 0
+    times: int = 1
+
+
+@dataclass(frozen=True)
 class Part:
-    """A piece of the study: its file name, the model it needs (with adapters or not), and how its rows are computed."""
+    """A piece of the study: its file name, the model it needs (with adapters or not), how its rows are computed, and what that asks."""
 
     name: str
     role: str
     adapters: bool
     compute: Callable[[HookedModel, Advance], pd.DataFrame]
+    loads: Callable[[], list[Load]]
+
+
+Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]
 
 
 class _Models:
@@ -137,7 +150,7 @@ def _run(config: StudyConfig, out: Path) -> Path:
     concept = load_concept(config.concept)
     split = _check_vocabulary(config, concept)
     folder = StudyFolder.open(out, config.identity())
-    models, parts = _Models(config, out), list(_parts(config, concept))
+    models, parts = _Models(config, out), list(study_parts(config, concept))
     progress = Progress(len(parts) + len(lora_groups(config)))
     for model, words in split.items():
         said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
@@ -188,17 +201,17 @@ def _check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[s
     return split
 
 
-def _parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
+def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
     """All parts in the order in which they are computed: one model after the other, adapters last."""
-    n_layers = int(_config_of(config.aligned).num_hidden_layers)
+    n_layers = int(load_config(config.aligned).num_hidden_layers)
     for role in ("base", "aligned"):
         yield from _observations(config, concept, role)
     if steerable(concept.cue(config.cue)):
         yield from _steering(config, concept, n_layers)
     for group in lora_groups(config):
         treatment = Treatment(f"lora_{group}", adapter=f"lora_{group}", family="lora")
-        yield Part(f"lora_{group}", "aligned", True, _behaviour(config, concept, ("implicit", "explicit"), partial(_same, treatment)))
-        yield Part(f"lora_{group}_awareness", "aligned", True, _awareness(config, concept, "paper", partial(_same, treatment)))
+        yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, BOTH, partial(_same, treatment)))
+        yield Part(f"lora_{group}_awareness", "aligned", True, *_awareness(config, concept, "paper", partial(_same, treatment)))
 
 
 def _same(treatment: Treatment, model: HookedModel) -> Treatment:
@@ -207,12 +220,10 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
 
 
 def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
-    yield Part(f"behaviour_{role}", role, False, _behaviour(config, concept, ("implicit", "explicit"), partial(_same, UNTREATED)))
-    yield Part(f"balanced_{role}", role, False, lambda model, advance: measure_behaviour(
-        model, concept, config.cue, design="balanced", decoding=config.decoding, seed=config.seed, max_word_pairs=config.balanced_pairs,
-        progress=advance))
+    yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED)))
+    yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED), design="balanced"))
     for reading in concept.interpretations:
-        yield Part(f"awareness_{role}_{reading}", role, False, _awareness(config, concept, reading, partial(_same, UNTREATED)))
+        yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED)))
 
 
 def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[Part]:
@@ -225,30 +236,39 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
                 return sense_steering(model, concept, config.cue, name, window)
 
             label = f"steering_{name}_{window[0]:02d}-{window[-1]:02d}"
-            kinds: tuple[Kind, ...] = ("implicit", "explicit") if window in compared else ("implicit",)
-            yield Part(label, "aligned", False, _behaviour(config, concept, kinds, treat))
+            kinds: tuple[Kind, ...] = BOTH if window in compared else ("implicit",)
+            yield Part(label, "aligned", False, *_behaviour(config, concept, kinds, treat))
             if window in compared:
-                yield Part(f"{label}_awareness", "aligned", False, _awareness(config, concept, "paper", treat))
+                yield Part(f"{label}_awareness", "aligned", False, *_awareness(config, concept, "paper", treat))
 
 
-def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind],
-               treat: Callable[[HookedModel], Treatment]) -> Callable[[HookedModel, Advance], pd.DataFrame]:
+def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], treat: Treat, design: Design = "published") -> Work:
+    pairs = config.published_pairs if design == "published" else config.balanced_pairs
+
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         treatment = treat(model)
-        rows = measure_behaviour(model.under(treatment), concept, config.cue, design="published", kinds=kinds, decoding=config.decoding,
-                                 seed=config.seed, max_word_pairs=config.published_pairs, progress=advance)
+        rows = measure_behaviour(model.under(treatment), concept, config.cue, design=design, kinds=kinds, decoding=config.decoding,
+                                 seed=config.seed, max_word_pairs=pairs, progress=advance)
         return _with_treatment(rows, treatment)
-    return compute
+
+    def loads() -> list[Load]:
+        return [Load(behaviour_prompts(concept, config.cue, kind, design=design, seed=config.seed, max_word_pairs=pairs),
+                     config.decoding.max_new_tokens) for kind in kinds]
+    return compute, loads
 
 
-def _awareness(config: StudyConfig, concept: Concept, reading: str,
-               treat: Callable[[HookedModel], Treatment]) -> Callable[[HookedModel, Advance], pd.DataFrame]:
+def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat) -> Work:
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         treatment = treat(model)
         rows = measure_awareness(model.under(treatment), concept, config.cue, reading=reading, target_layer=config.target_layer,
                                  seed=config.seed)
         return _with_treatment(rows, treatment)
-    return compute
+
+    def loads() -> list[Load]:
+        sources = awareness_sources(concept, config.cue, seed=config.seed)
+        layers = int(load_config(config.aligned).num_hidden_layers)
+        return [Load(sources), Load([interpretation_prompt(concept.interpretation(reading))], times=len(sources) * layers)]
+    return compute, loads
 
 
 def _with_treatment(rows: pd.DataFrame, treatment: Treatment) -> pd.DataFrame:
@@ -257,7 +277,7 @@ def _with_treatment(rows: pd.DataFrame, treatment: Treatment) -> pd.DataFrame:
 
 
 def _train(config: StudyConfig, concept: Concept, out: Path, progress: Progress) -> None:
-    n_layers = int(_config_of(config.aligned).num_hidden_layers)
+    n_layers = int(load_config(config.aligned).num_hidden_layers)
     examples = awareness_examples(concept)
     for group, folder in zip(lora_groups(config), adapter_folders(config, out), strict=True):
         done = (folder / "training.json").is_file()
