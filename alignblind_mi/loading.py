@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -18,8 +18,8 @@ from alignblind_mi.errors import AlignblindError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDED = "organism:"
-EngineName = Literal["auto", "fast", "plain"]
-Quantization = Literal["8bit", "4bit"]
+ENGINES = ("auto", "fast", "plain")
+QUANTIZATIONS = ("8bit", "4bit")
 
 
 class ModelError(AlignblindError):
@@ -41,16 +41,16 @@ class ModelSpec:
     device: str | None = None
     device_map: str | dict[str, Any] | None = None
     offload_folder: str | None = None
-    quantization: Quantization | None = None
-    engine: EngineName = "auto"
+    quantization: str | None = None
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ModelError(f"unknown dtype {self.dtype!r}. Known: {', '.join(DTYPES)}.")
-        if self.quantization is not None and self.quantization not in get_args(Quantization):
-            raise ModelError(f"unknown quantization {self.quantization!r}. Known: {', '.join(get_args(Quantization))}.")
-        if self.engine not in get_args(EngineName):
-            raise ModelError(f"unknown engine {self.engine!r}. Known: {', '.join(get_args(EngineName))}.")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ModelError(f"unknown quantization {self.quantization!r}. Known: {', '.join(QUANTIZATIONS)}.")
+        if self.engine not in ENGINES:
+            raise ModelError(f"unknown engine {self.engine!r}. Known: {', '.join(ENGINES)}.")
 
     @property
     def source(self) -> str:

@@ -63,8 +63,6 @@ class Twin:
         """The bridge. Errors: ModelError for an architecture that transformer-lens does not know."""
         from transformer_lens.model_bridge import TransformerBridge
 
-        if self.spec.quantization is not None:
-            check_bridge_carries(self.spec)
         plain = self.module.base_model.model if hasattr(self.module, "peft_config") else self.module
         try:
             with quiet():
@@ -73,7 +71,18 @@ class Twin:
         except (ValueError, NotImplementedError) as error:
             raise ModelError(f"transformer-lens cannot carry {self.spec.name} ({str(error).splitlines()[0]}): rows run, but hook points, "
                              "attention patterns and its tools are not there.") from error
-        return bridge.eval()
+        difference = self._difference(bridge.eval(), plain)
+        if difference > tolerance(plain):
+            raise ModelError(f"transformer-lens' view of {self.spec.name} differs from the model by {difference:.2g} in log-probabilities: "
+                             "rows run, but its hook points would show something else.")
+        return bridge
+
+    def _difference(self, bridge: Any, plain: Any) -> float:
+        """The largest difference of next-token log-probabilities between the bridge and the model it was made from."""
+        ids = torch.arange(min(8, plain.config.vocab_size), device=bridge.cfg.device)[None]
+        with torch.no_grad():
+            theirs = self.model(ids, use_cache=False).logits[:, -1].float().log_softmax(-1)
+            return float((bridge.forward(ids)[:, -1].float().log_softmax(-1) - theirs.to(ids.device)).abs().max())
 
     @property
     def booted(self) -> bool:
@@ -96,12 +105,6 @@ def share_weights(model: Any) -> Any:
 def _accelerate_hooks(module: Any) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
-
-
-def check_bridge_carries(spec: ModelSpec) -> None:
-    """Errors: ModelError where transformer-lens would show wrong values of quantised weights."""
-    raise ModelError(f"{spec.name} is loaded in {spec.quantization}: rows run on it, but transformer-lens' bridge is not tested on packed "
-                     "weights. Load it without quantization to look at hook points.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -454,5 +457,9 @@ def _trial(fast: Engine, plain: PlainEngine) -> str:
         ours = next(fast.batches(rows, None)).logits().log_softmax(-1)
         theirs = next(plain.batches(rows, None)).logits().log_softmax(-1)
     difference = float((ours - theirs.to(ours.device)).abs().max())
-    close = 1e-3 if fast.model.dtype == torch.float32 else 0.5
-    return "" if difference < close else f"its log-probabilities differ from the model's own by {difference:.2g}"
+    return "" if difference <= tolerance(fast.model) else f"its log-probabilities differ from the model's own by {difference:.2g}"
+
+
+def tolerance(model: Any) -> float:
+    """How far log-probabilities of two computations of the same model may be apart: rounding, more of it in fewer bits."""
+    return 1e-3 if model.dtype == torch.float32 and not getattr(model, "is_quantized", False) else 0.5

@@ -13,6 +13,7 @@ import torch
 from alignblind_mi.results import versions
 from benchmarks.jobs import JOBS, Bench
 from benchmarks.models import SIZES, make_checkpoint, quiet_single_thread
+from benchmarks.scaling import scaling
 from benchmarks.timing import run
 
 
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--size", default="S", help="S, D or M, or several with commas (default: S)")
     parser.add_argument("--jobs", default=",".join(JOBS), help=f"comma-separated: {', '.join(JOBS)}")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one for warming up (default: 3)")
+    parser.add_argument("--scaling", action="store_true", help="instead: how cost grows with rows, layers and prompt length")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--models", type=Path, help="where the random checkpoints are kept (default: a temporary folder)")
     args = parser.parse_args()
@@ -32,7 +34,11 @@ def main() -> None:
             parser.error(f"unknown {unknown[0]!r}: choose from {', '.join(known)}")
     quiet_single_thread()
     with tempfile.TemporaryDirectory() as folder:
-        records = [record for size in sizes for record in _size(size, jobs, args.rounds, args.models or Path(folder))]
+        models = args.models or Path(folder)
+        if args.scaling:
+            records = [_show_point(point) for point in scaling(models, args.rounds)]
+        else:
+            records = [record for size in sizes for record in _size(size, jobs, args.rounds, models)]
     if args.json:
         note = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "versions": versions()}
         args.json.write_text(json.dumps({"records": records, **note}, indent=1), "utf-8")
@@ -48,6 +54,12 @@ def _size(name: str, jobs: list[str], rounds: int, folder: Path) -> list[dict[st
             _show(record)
         records += made
     return records
+
+
+def _show_point(point: dict[str, Any]) -> dict[str, Any]:
+    bend = "  <- dearer by more than a fifth" if point["bends"] else ""
+    print(f"{point['axis']:<8}{point['value']:>6}{point['seconds']:>10.3f} s   unit cost {point['unit_cost']:.2f}{bend}", flush=True)
+    return point
 
 
 def _show(record: dict[str, Any]) -> None:

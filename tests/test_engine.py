@@ -394,6 +394,55 @@ def test_bfloat16_goes_through_the_same_path(one):
     assert torch.isfinite(half.next_log_probs(rows)).all()
 
 
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_models_run_on_both_engines_and_the_bridge(quantization, tmp_path):
+    """bitsandbytes' packed weights (on a CPU here): the engines agree, the bridge shows the same activations, the weights are shared."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama(tmp_path / "words", WORDS))
+    tokenizer.save_pretrained(tmp_path / "wide")    # packing wants widths in multiples of 64
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, bos_token_id=1,
+                                 num_attention_heads=4, num_key_value_heads=2, eos_token_id=2)).save_pretrained(tmp_path / "wide")
+    models = [load_model(ModelSpec(str(tmp_path / "wide"), quantization=quantization, engine=engine)) for engine in ("auto", "plain")]
+    assert [model.engine.name for model in models] == ["fast", "plain"]
+    assert models[0].provenance()["quantization"] == quantization
+    rows = [Row(prompt_of(text, False), (Edit(Site(0, "middle"), torch.ones(128)),)) for text in TEXTS * 2]
+    found = [model.next_log_probs(rows) for model in models]
+    assert (found[0] - found[1]).abs().max() < 0.05
+    assert (found[0] - load_model(str(tmp_path / "wide")).next_log_probs(rows)).abs().max() < 1.0, "packing changes numbers, not the model"
+    cached = models[0].cache(rows[0].prompt, ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"][0, -1]
+    assert torch.allclose(cached.float(), models[0].record([Row(rows[0].prompt)], [Site(1, "end")])[0, 0], atol=0.05)
+
+
+def test_quantisation_without_its_package_is_one_sentence(one, monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "bitsandbytes":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ModelError, match=r"needs bitsandbytes: pip install 'alignblind-mi\[quantized\]'"):
+        load_model(ModelSpec(str(one), quantization="4bit"))
+    with pytest.raises(ModelError, match="unknown quantization"):
+        ModelSpec(str(one), quantization="2bit")
+
+
+def test_a_bridge_that_shows_something_else_is_refused(one, monkeypatch):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    forward = TransformerBridge.forward
+    monkeypatch.setattr(TransformerBridge, "forward", lambda self, *args, **kwargs: 2 * forward(self, *args, **kwargs))
+    model = load_model(str(one))
+    assert model.next_log_probs([Row(prompt_of(TEXTS[0], False))]).isfinite().all()
+    with pytest.raises(ModelError, match=r"view of .* differs from the model"):
+        _ = model.bridge
+
+
 def test_stop_strings_end_an_answer_and_are_cut(pair):
     rows = cells(False)[:6]
     whole = pair[0].generate(rows, 12)
