@@ -28,6 +28,7 @@ class Bench:
         from transformers import AutoModelForCausalLM
 
         self.size, self.folder = size, folder
+        self.libraries: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Callable[[], Any] | None]] = {}
         loaded = load_model(ModelSpec(str(folder), dtype="float32", device="cpu", engine="fast"))
         self.ours: HookedModel = replace(loaded, stop_ids=frozenset())
         self.bridge = self.ours.bridge
@@ -209,8 +210,10 @@ def patchscope(bench: Bench) -> Contest:
     share = needed / (many.numel() * size.layers)
     name = "bridge, one by one"
     timed = len(vectors[:: size.every])
+    job = {"layer": TARGET_LAYER, "position": at, "targets": targets}
+    libraries = {f"{library}, batched": start(job, {"ids": ids, "vectors": vectors}) for library, start in bench.libraries.items()}
     return Contest("patchscope", size.name, len(rows), lambda: bench.ours.next_probs(rows, words),
-                   {name: one_by_one, "Hugging Face batched": batched},
+                   {name: one_by_one, "Hugging Face batched": batched, **{n: run for n, run in libraries.items() if run is not None}},
                    lambda ours, theirs, rival: close(ours[:: size.every] if rival == name else ours, theirs),
                    {name: timed / len(rows)}, {"prefill": bench.prefill(many, torch.ones_like(many))}, lambda t: share * t["prefill"])
 
