@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ LOGIT_BYTES = 1 << 28    # float32 logits that exist at a time while answers are
 LENS_ROWS = {"cpu": 128, "cuda": 1024}    # residual streams that are read through the whole vocabulary at a time
 MOST_TOKENS = {"cpu": 16384, "cuda": 65536}    # more tokens or rows at a time gain nothing
 MOST_ROWS = {"cpu": 512, "cuda": 2048}
-SHORTER = 0.85           # rows shorter than this share of the longest one are better read apart ...
-FULL_BATCH = 512         # ... from the longer ones, where those are at least so many tokens
+OVERHEAD = {"cpu": 20.0, "cuda": 300.0}    # what a batch costs beyond its tokens, in tokens: measured on a CPU, of a GPU's order
 Numbers = Sequence[int] | Mapping[int, int]
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Budget:
     """What may run together on a device. `tokens` prompt tokens and `rows` rows at most, and `memory` bytes."""
 
     def __init__(self, cost: RowCost, device: torch.device | str, *, free: int | None = None) -> None:
-        kind = torch.device(device).type
+        self.kind = kind = torch.device(device).type
         self.cost, self.device = cost, device
         self.memory = int(USABLE * (free_memory(device) if free is None else free))
         self.tokens = max(1, min(MOST_TOKENS.get(kind, MOST_TOKENS["cpu"]), self.memory // cost.token))
@@ -98,13 +98,16 @@ class Budget:
         if chunk:
             yield chunk
 
-    def parts(self, order: Sequence[int], length: Numbers, columns: Numbers, *, keep: bool) -> Iterator[list[int]]:
-        """Cut rows (long ones first) into batches that may run together: of like length, and of like size where several are needed.
+    def parts(self, order: Sequence[int], length: Numbers, width: Numbers, room: int | None, share: Mapping[int, float] | None = None
+              ) -> Iterator[list[int]]:
+        """Cut rows (long ones first) into batches that may run together, at the least cost: see `cheapest_cuts`.
 
-        `length[i]` are the tokens that row i computes, `columns[i]` those that it caches with `keep`.
+        `length[i]` are the tokens that row i computes, in a `share` of the layers (default: all); with `room`, `width[i]` + `room` columns
+        are cached. Batches of one cut are of like size where memory asks for several.
         """
-        for same in _like_length(order, length):
-            most = self.most_rows(length[same[0]], max(columns[i] for i in same), keep=keep)
+        overhead = OVERHEAD.get(self.kind, OVERHEAD["cpu"]) * (1 + (room or 0))
+        for same in cheapest_cuts(order, length, share or {}, overhead):
+            most = self.most_rows(length[same[0]], max(width[i] for i in same) + (room or 0), keep=room is not None)
             count = -(-len(same) // most)
             sizes = [len(same) // count + (k < len(same) % count) for k in range(count)]
             for size in sizes:
@@ -123,15 +126,27 @@ class Budget:
         return f"{self.tokens} prompt tokens, {self.rows} rows and {self.memory / 2**30:.1f} GiB"
 
 
-def _like_length(order: Sequence[int], length: Numbers) -> Iterator[list[int]]:
-    part: list[int] = []
+def cheapest_cuts(order: Sequence[int], length: Numbers, share: Mapping[int, float], overhead: float) -> list[list[int]]:
+    """Cut rows, long ones first, into batches of the least cost.
+
+    Each row of a batch costs the length of its longest row, times the share of the layers that it runs (default 1); each batch costs
+    `overhead` tokens more, as a small batch uses a processor badly. Exact, by dynamic programming over the different lengths.
+    """
+    lengths = sorted({length[i] for i in order}, reverse=True)
+    work = dict.fromkeys(lengths, 0.0)
     for i in order:
-        if part and len(part) * length[part[0]] >= FULL_BATCH and length[i] < SHORTER * length[part[0]]:
-            yield part
-            part = []
-        part.append(i)
-    if part:
-        yield part
+        work[length[i]] += share.get(i, 1.0)
+    before = [0.0, *accumulate(work[n] for n in lengths)]
+    best, cut = [0.0], [0]
+    for end in range(1, len(lengths) + 1):
+        costs = [best[start] + lengths[start] * (before[end] - before[start]) + overhead for start in range(end)]
+        best.append(min(costs))
+        cut.append(costs.index(best[-1]))
+    bounds, end = [], len(lengths)
+    while end:
+        bounds.append((lengths[cut[end]], lengths[end - 1]))
+        end = cut[end]
+    return [[i for i in order if low <= length[i] <= high] for high, low in reversed(bounds)]
 
 
 def release() -> None:

@@ -2,15 +2,18 @@
 
 Rows of one prompt share its clean *trunk*: what comes before their first edit, in layers and in columns, is computed once. A row enters the
 batch at the first layer that an edit of its own changes, with the columns from its first edited token on; the keys and values of the
-columns before it and of the layers below it are the trunk's. The layers are transformers' own modules, called one by one with its sdpa
-attention; what is left out is only what is known already. `plain.py` does the same rows without any of this; both are tested equal.
+columns before it and of the layers below it are the trunk's. Rows of different prompts that begin alike, as the questions of one template
+do, share that *stem* with its edits. The layers are transformers' own modules, called one by one with its sdpa attention; what is left out
+is only what is known already, and in the last layer all columns but the last. `plain.py` does the same rows without any of this; both are
+tested equal.
 
 This module does NOT know prompts, words, adapters or decoding: see `decoding.py` for what is done with a batch that has been read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from alignblind_mi.budget import Budget
 from alignblind_mi.tokens import Reader, Taps, TokenRow, left_pad, positions
 
 ATTENTION = "alignblind_sdpa"
+STEM_COST = 64    # tokens that sharing a beginning must save to be worth a run of its own
 
 
 class Store:
@@ -60,13 +64,16 @@ class Trunk:
 
 
 class _Reading:
-    """The cache of rows that are being read: their trunk's keys and values before `first`, their own from there on.
+    """The cache of rows that are being read: their trunk's keys and values in the columns before `first`, their own from there on.
 
-    With `room` it becomes a Store of all rows with that many columns to come; without, nothing is kept.
+    `owner[i]` is the trunk's prompt that row i goes on from. With `room` it becomes a Store of all `rows` with that many columns to come;
+    without, nothing is kept.
     """
 
-    def __init__(self, trunk: Trunk, owner: Tensor | None, first: int, room: int | None) -> None:
-        self.trunk, self.owner, self.first, self.room = trunk, owner, first, room
+    def __init__(self, rows: int, columns: int, room: int | None, trunk: Trunk | None = None, owner: Tensor | None = None, first: int = 0
+                 ) -> None:
+        self.rows, self.columns, self.room = rows, columns, room
+        self.trunk, self.owner, self.first = trunk, owner, first
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.all_columns: tuple[Tensor, Tensor] | None = None
 
@@ -75,40 +82,34 @@ class _Reading:
         if self.all_columns is not None:
             (key, value), self.all_columns = self.all_columns, None
         if self.room is not None:
-            keys, values = self._keep(layer, key, value)
-            return keys, values
-        if self.first == 0:
-            return key, value
-        before = [self._of_trunk(part[:, :, : self.first], key.shape[0]) for part in self.trunk.layers[layer]]
-        return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+            self.kept[layer] = (self._kept(0, layer, key), self._kept(1, layer, value))
+            key, value = (part[: len(key), :, : self.columns] for part in self.kept[layer])
+        elif self.first:
+            key, value = (torch.cat([self._of_trunk(slot, layer, len(new))[:, :, : self.first], new], 2)
+                          for slot, new in enumerate((key, value)))
+        return key, value
 
-    def _of_trunk(self, part: Tensor, rows: int) -> Tensor:
-        if part.shape[0] == 1:
-            return part.expand(rows, -1, -1, -1)
-        assert self.owner is not None
-        return part[self.owner[:rows].to(part.device)]
+    def _of_trunk(self, slot: int, layer: int, rows: int) -> Tensor:
+        assert self.trunk is not None
+        part = self.trunk.layers[layer][slot]
+        return part.expand(rows, -1, -1, -1) if len(part) == 1 else part[self.owner[:rows].to(part.device)]    # type: ignore[index]
 
-    def _keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        rows, columns = len(self.trunk.mask) if self.owner is None else len(self.owner), self.trunk.mask.shape[1]
-        out = []
-        for slot, new in enumerate((key, value)):
-            store = new.new_empty(rows, new.shape[1], columns + (self.room or 0), new.shape[3])
-            if layer in self.trunk.layers and self.owner is not None:
-                part = self.trunk.layers[layer][slot]
-                store[:, :, : part.shape[2]] = self._of_trunk(part, rows)
-            store[: new.shape[0], :, self.first : columns] = new
-            out.append(store)
-        self.kept[layer] = (out[0], out[1])
-        return out[0][: key.shape[0], :, :columns], out[1][: key.shape[0], :, :columns]
+    def _kept(self, slot: int, layer: int, new: Tensor) -> Tensor:
+        store = new.new_empty(self.rows, new.shape[1], self.columns + (self.room or 0), new.shape[3])
+        if self.trunk is not None and layer in self.trunk.layers:
+            part = self._of_trunk(slot, layer, self.rows)[:, :, : self.columns]
+            store[:, :, : part.shape[2]] = part
+        store[: len(new), :, self.first : self.columns] = new
+        return store
 
     def store(self, n_layers: int) -> Store | None:
         """What is kept of all layers, those below the first entry included."""
         if self.room is None:
             return None
         for layer in set(range(n_layers)) - set(self.kept):
-            key, value = self.trunk.layers[layer]
-            self._keep(layer, key[:0, :, self.first :], value[:0, :, self.first :])
-        return Store(self.trunk.mask.shape[1], self.kept)
+            key, value = self.trunk.layers[layer]    # type: ignore[union-attr]
+            self.update(key[:0, :, self.first : self.columns], value[:0, :, self.first : self.columns], layer)
+        return Store(self.columns, self.kept)
 
 
 @dataclass(eq=False)
@@ -178,25 +179,47 @@ class Engine:
         groups: dict[Any, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(i if row.reads else row.ids, []).append(i)
-        length = [len(row.ids) for row in rows]
-        alone = sorted((group[0] for group in groups.values() if len(group) == 1), key=lambda i: -length[i])
-        for index in self.budget.parts(alone, length, [n + (room or 0) for n in length], keep=room is not None):
-            yield self._read([rows[i] for i in index], index, room, reader)
-        shared = sorted((group for group in groups.values() if len(group) > 1), key=lambda group: -length[group[0]])
-        for chunk in self.budget.trunks(shared, length):
+        alone = [group[0] for group in groups.values() if len(group) == 1]
+        stems = [(stem, group) for stem, group in common_stems(rows, alone) if stem]
+        yield from self._read_all(rows, sorted(set(alone) - {i for _, group in stems for i in group}), room, reader)
+        if stems:
+            yield from self._read_stems(rows, stems, room, reader)
+        shared = sorted((group for group in groups.values() if len(group) > 1), key=lambda group: -len(rows[group[0]].ids))
+        for chunk in self.budget.trunks(shared, [len(row.ids) for row in rows]):
             yield from self._read_shared(rows, chunk, room)
+
+    def _read_all(self, rows: Sequence[TokenRow], chosen: Sequence[int], room: int | None, reader: Reader | None,
+                  trunk: Trunk | None = None, owners: Mapping[int, int] | None = None) -> Iterator[Batch]:
+        """Rows that have nothing in common, or that go on from a trunk's prompts (`owners`)."""
+        before = 0 if trunk is None else trunk.mask.shape[1]
+        length = {i: len(rows[i].ids) for i in chosen}
+        order = sorted(chosen, key=lambda i: -length[i])
+        for index in self.budget.parts(order, length, {i: before + n for i, n in length.items()}, room):
+            owner = None if owners is None else torch.tensor([owners[i] for i in index])
+            yield self._read([rows[i] for i in index], index, room, reader, trunk, owner)
+
+    def _read_stems(self, rows: Sequence[TokenRow], stems: Sequence[tuple[int, list[int]]], room: int | None, reader: Reader | None
+                    ) -> Iterator[Batch]:
+        """Rows of different prompts that begin alike, edits included: each beginning once, then what is left of every row."""
+        trunk = self._trunk([cut(rows[group[0]], 0, stem) for stem, group in stems], set(), whole=True, columns=0)
+        owners = {i: owner for owner, (_, group) in enumerate(stems) for i in group}
+        rest = list(rows)
+        for stem, group in stems:
+            for i in group:
+                rest[i] = cut(rows[i], stem, len(rows[i].ids))
+        yield from self._read_all(rest, sorted(owners), room, reader, trunk, owners)
 
     def _read_shared(self, rows: Sequence[TokenRow], chunk: Sequence[list[int]], room: int | None) -> Iterator[Batch]:
         """All rows of some prompts: their trunk once, then batches of rows by the length of what each must compute."""
         width = max(len(rows[group[0]].ids) for group in chunk)
-        members = [(i, owner) for owner, group in enumerate(chunk) for i in group]
-        owner_of = dict(members)
-        suffix = {i: len(rows[i].ids) - first_column(rows[i]) for i, _ in members}
-        entry = {i: self.entry(rows[i]) for i, _ in members}
-        trunk = self._trunk([rows[group[0]].ids for group in chunk], set(entry.values()),
-                            whole=self.n_layers in entry.values(), columns=width - min(suffix.values()))
+        owner_of = {i: owner for owner, group in enumerate(chunk) for i in group}
+        suffix = {i: len(rows[i].ids) - first_column(rows[i]) for i in owner_of}
+        entry = {i: self.entry(rows[i]) for i in owner_of}
+        trunk = self._trunk([TokenRow(rows[group[0]].ids) for group in chunk], set(entry.values()), whole=self.n_layers in entry.values(),
+                            columns=width - min(suffix.values()))
         order = sorted(owner_of, key=lambda i: (-suffix[i], entry[i]))
-        for part in self.budget.parts(order, suffix, dict.fromkeys(order, width + (room or 0)), keep=room is not None):
+        share = {i: (self.n_layers - entry[i]) / self.n_layers for i in order}
+        for part in self.budget.parts(order, suffix, dict.fromkeys(order, width), room, share):
             index = sorted(part, key=lambda i: entry[i])
             yield self._join(trunk, [rows[i] for i in index], index, [owner_of[i] for i in index], width - suffix[part[0]], room)
 
@@ -206,13 +229,17 @@ class Engine:
 
     # ---- reading prompts -------------------------------------------------------------------------------------------
 
-    def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None) -> Batch:
-        """Rows of prompts of their own: every column, and every layer that is asked for."""
+    def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None, trunk: Trunk | None = None,
+              owner: Tensor | None = None) -> Batch:
+        """Rows with every column of theirs (behind their trunk's, if any), and every layer that is asked for."""
         ids, mask = left_pad([row.ids for row in rows], self.pad, self.device)
         taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], reader)
+        if trunk is not None and owner is not None:
+            mask = torch.cat([trunk.mask[owner.to(self.device)], mask], 1)
+        first = mask.shape[1] - ids.shape[1]
         hidden = self.core.embed_tokens(ids)
-        rope, attend = self._rope(hidden, mask), _causal(mask, 0)
-        cache = _Reading(Trunk(mask, rope, {}, {}), None, 0, room)
+        rope, attend = self._rope(hidden, mask, first), _causal(mask, first)
+        cache = _Reading(len(rows), mask.shape[1], room, trunk, owner, first)
         hidden = taps.touch(-1, "resid_post", hidden)
         for layer in range(self.n_layers if taps.found is None else taps.deepest + 1):
             last = taps.found is None and layer == self.n_layers - 1
@@ -220,12 +247,16 @@ class Engine:
             hidden = taps.touch(layer, "resid_post", hidden, skip=ids.shape[1] - hidden.shape[1])
         return Batch(self, index, hidden[:, -1], mask, cache.store(self.n_layers) if taps.found is None else None, taps.found)
 
-    def _trunk(self, ids: Sequence[tuple[int, ...]], entries: set[int], *, whole: bool, columns: int) -> Trunk:
-        """Clean runs of prompts; above the last layer at which a row joins only `columns` of them, unless the `whole` run is asked for."""
-        tokens, mask = left_pad(ids, self.pad, self.device)
-        hidden = self.core.embed_tokens(tokens)
-        trunk = Trunk(mask, self._rope(hidden, mask), {}, {})
-        cache, attend, rope = _Reading(trunk, None, 0, 0), _causal(mask, 0), trunk.rope
+    def _trunk(self, rows: Sequence[TokenRow], entries: set[int], *, whole: bool, columns: int) -> Trunk:
+        """What rows to come have in common, run once.
+
+        Above the last layer at which a row joins only `columns` are needed, unless the `whole` run is asked for.
+        """
+        tokens, mask = left_pad([row.ids for row in rows], self.pad, self.device)
+        taps = Taps(rows, [len(row.ids) - tokens.shape[1] for row in rows])
+        hidden = taps.touch(-1, "resid_post", self.core.embed_tokens(tokens))
+        trunk = Trunk(mask, self._rope(hidden, mask, 0), {}, {})
+        cache, attend, rope = _Reading(len(rows), tokens.shape[1], 0), _causal(mask, 0), trunk.rope
         last = self.n_layers if whole else max(entries)
         for layer in range(self.n_layers + 1):
             if layer in entries:
@@ -234,10 +265,9 @@ class Engine:
                 if columns == 0:
                     break
                 hidden, rope = hidden[:, :columns], (rope[0][:, :columns], rope[1][:, :columns])
-                trunk_part = Trunk(mask[:, :columns], rope, {}, {})
-                cache, attend = _Reading(trunk_part, None, 0, 0), _causal(mask[:, :columns], 0)
+                cache, attend = _Reading(len(rows), columns, 0), _causal(mask[:, :columns], 0)
             if layer < self.n_layers:
-                hidden = self._layer(layer, hidden, attend, rope, cache)
+                hidden = taps.touch(layer, "resid_post", self._layer(layer, hidden, attend, rope, cache, taps))
                 trunk.layers[layer] = cache.kept[layer]
         return trunk
 
@@ -247,7 +277,7 @@ class Engine:
         mask = trunk.mask[owner.to(self.device)]
         taps = Taps(rows, [len(row.ids) - width + first for row in rows])
         entries = [self.entry(row) for row in rows]
-        attend, cache = _causal(mask, first), _Reading(trunk, owner, first, room)
+        attend, cache = _causal(mask, first), _Reading(len(rows), width, room, trunk, owner, first)
         at = owner.to(trunk.rope[0].device) if trunk.rope[0].shape[0] > 1 else None
         rope = tuple((part if at is None else part[at])[:, first:] for part in trunk.rope)
         hidden, active = trunk.hidden[entries[0]][:0, first:], 0
@@ -272,9 +302,9 @@ class Engine:
         """Where token ids go in."""
         return torch.device(self.core.embed_tokens.weight.device if self.core.embed_tokens.weight.device.type != "meta" else "cpu")
 
-    def _rope(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embedding of all columns; one row of it where no prompt is padded."""
-        where = positions(mask[:1] if bool(mask.all()) else mask)
+    def _rope(self, hidden: Tensor, mask: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Rotary embedding of the columns from `first` on; one row of it where no prompt is padded."""
+        where = positions(mask[:1] if bool(mask.all()) else mask)[:, first:]
         cos, sin = self.core.rotary_emb(hidden, position_ids=where)
         return cos, sin
 
@@ -295,10 +325,9 @@ class Engine:
     def step(self, tokens: Int[Tensor, "row new"], mask: Bool[Tensor, "row column"], store: Store) -> Float[Tensor, "row new d_model"]:
         """Residual streams after more tokens, whose keys and values are written into the store; `mask` covers them too."""
         hidden = self.core.embed_tokens(tokens.to(self.device))
-        whole, first = bool(mask.all()), store.columns
-        where = positions(mask[:1] if whole else mask)[:, first:]
-        rope = self.core.rotary_emb(hidden, position_ids=where)
-        attend = None if whole and tokens.shape[1] == 1 else _causal(mask, first)
+        first = store.columns
+        rope = self._rope(hidden, mask, first)
+        attend = None if tokens.shape[1] == 1 and bool(mask.all()) else _causal(mask, first)
         for layer in range(self.n_layers):
             hidden = self._layer(layer, hidden, attend, rope, store)
         return hidden
@@ -307,6 +336,55 @@ class Engine:
 def first_column(row: TokenRow) -> int:
     """The first position that a row must compute itself: its first edited token, or its last token if it has no edits."""
     return min((edit.at.position for edit in row.edits), default=len(row.ids) - 1)
+
+
+def cut(row: TokenRow, start: int, stop: int) -> TokenRow:
+    """The tokens of a row from `start` to `stop`, with the edits and readings there, positions counted from `start`."""
+    edits = tuple(replace(e, at=e.at._replace(position=e.at.position - start)) for e in row.edits if start <= e.at.position < stop)
+    reads = tuple(at._replace(position=at.position - start) for at in row.reads if start <= at.position < stop)
+    return TokenRow(row.ids[start:stop], edits, reads)
+
+
+def common_stems(rows: Sequence[TokenRow], chosen: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Rows in groups that begin with the same tokens under the same edits: (tokens in common, rows of the group).
+
+    The last token of a row and what it reads are never in common. Of all ways to group them, the one that saves most tokens, each shared
+    beginning counted as STEM_COST; a stem of 0 says that there is nothing to share.
+    """
+    numbers: dict[Any, int] = {}
+    spelt = {i: [numbers.setdefault(sign, len(numbers)) for sign in _signs(rows[i])] for i in chosen}
+    order = sorted(chosen, key=spelt.__getitem__)
+    common = [0, *(_common(spelt[a], spelt[b]) for a, b in pairwise(order))]
+
+    def best(start: int, stop: int) -> tuple[int, list[tuple[int, list[int]]]]:
+        """The best grouping of neighbours in the order, and what it saves: all of them, or the best of each branch."""
+        if stop - start == 1:
+            return 0, [(0, [order[start]])]
+        stem = min(common[start + 1 : stop])
+        bounds = [start, *(k for k in range(start + 1, stop) if common[k] == stem), stop]
+        branches = [best(a, b) for a, b in pairwise(bounds)]
+        saved, whole = sum(saving for saving, _ in branches), stem * (stop - start - 1) - STEM_COST
+        return (whole, [(stem, order[start:stop])]) if whole > saved else (saved, [group for _, groups in branches for group in groups])
+
+    return best(0, len(order))[1] if order else []
+
+
+def _signs(row: TokenRow) -> Iterator[Any]:
+    """What makes each token of a row what it is, as far as it may be shared: its id and its edits."""
+    edits: dict[int, list[Any]] = {}
+    for edit in row.edits:
+        edits.setdefault(edit.at.position, []).append((*edit.at[:2], edit.how, edit.strength, *_memory(edit.vector)))
+    for position in range(min([len(row.ids) - 1, *(at.position for at in row.reads)])):
+        yield row.ids[position], tuple(edits.get(position, ()))
+
+
+def _memory(vector: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Where a vector's numbers lie: views of the same memory are the same edit."""
+    return vector.data_ptr(), vector.stride()
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _causal(mask: Bool[Tensor, "row column"], first: int) -> Bool[Tensor, "row 1 query key"] | None:

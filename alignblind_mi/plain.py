@@ -72,7 +72,7 @@ class PlainEngine:
         """Read all rows, long ones first, in batches: see `engine.Engine.batches`."""
         length = [len(row.ids) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -length[i])
-        for index in self.budget.parts(order, length, [n + (room or 0) for n in length], keep=room is not None):
+        for index in self.budget.parts(order, length, length, room):
             yield self._read([rows[i] for i in index], index, room, reader)
 
     def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None) -> Batch:

@@ -1,7 +1,7 @@
 """Exactness, as a matrix: every row equals plain Hugging Face run one row at a time in fp32 (see oracle.py), on both engines."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 
-from alignblind_mi.budget import Budget, OutOfMemoryError, RowCost
+from alignblind_mi import engine
+from alignblind_mi.budget import Budget, OutOfMemoryError, RowCost, cheapest_cuts
 from alignblind_mi.edits import Edit, EditError, Row, Site, Treatment
+from alignblind_mi.engine import common_stems
 from alignblind_mi.loading import ModelError, ModelSpec
 from alignblind_mi.model import load_model
 from alignblind_mi.prompts import Prompt, Span
+from alignblind_mi.tokens import TokenRow
 
 WORDS = [f"w{i}" for i in range(60)]
 D, LAYERS, CLOSE = 32, 4, 1e-5
@@ -62,6 +65,7 @@ def checkpoint(request, tmp_path_factory) -> tuple[Path, list[Path]]:
 
 @pytest.mark.parametrize("adapters", ["none loaded", "off", "one", "two"])
 @pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])
+@pytest.mark.usefixtures("stems_at_any_price")
 def test_every_cell_equals_the_oracle(checkpoint, adapters, chat):
     folder, both = checkpoint
     loaded = {"none loaded": [], "off": both, "one": both[:1], "two": both}[adapters]
@@ -70,15 +74,15 @@ def test_every_cell_equals_the_oracle(checkpoint, adapters, chat):
     rows, stop = cells(chat), {2}
     expected = [oracle.next_log_probs(row) for row in rows]
     tokens = [oracle.greedy(row, 5, stop, cached=i % 2 == 0) for i, row in enumerate(rows)]
-    for engine in ("fast", "plain"):
-        model = load_model(ModelSpec(str(folder), engine=engine), adapters=loaded).under(Treatment("t", adapter=name))
-        assert model.engine.name == engine
+    for name_of in ("fast", "plain"):
+        model = load_model(ModelSpec(str(folder), engine=name_of), adapters=loaded).under(Treatment("t", adapter=name))
+        assert model.engine.name == name_of
         for part in (rows, *[[row] for row in rows[::4]], rows[2:4], rows[:1] * 3):
             wanted = torch.stack([expected[rows.index(row)] for row in part])
-            assert (model.next_log_probs(part) - wanted).abs().max() < CLOSE, engine
+            assert (model.next_log_probs(part) - wanted).abs().max() < CLOSE, name_of
         for row, made, ids in zip(rows, model.generate(rows, 5), tokens, strict=True):
             kept = [i for i in ids if i != 2]
-            assert made.text == model.tokenizer.decode(kept, skip_special_tokens=True), (engine, row.edits)
+            assert made.text == model.tokenizer.decode(kept, skip_special_tokens=True), (name_of, row.edits)
             assert made.finished == (2 in ids)
 
 
@@ -133,16 +137,27 @@ def edits_of(draw, prompt: Prompt, g: torch.Generator) -> tuple[Edit, ...]:
 @st.composite
 def row_lists(draw) -> list[Row]:
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    texts = draw(st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12), min_size=1, max_size=4))
-    prompts = [prompt_of(" ".join(words), draw(st.booleans())) for words in texts]
+    words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8)
+    begin, ends = draw(words), draw(st.lists(words, min_size=1, max_size=4))
+    prompts = [prompt_of(" ".join([*begin[: draw(st.integers(0, 8))], *end]), draw(st.booleans())) for end in ends]
+    shared = edits_of(draw, prompts[0], g)
+    if draw(st.booleans()):
+        return [Row(p, shared if {e.site.mark for e in shared} <= set(p.marks) else ()) for p in prompts]
     return [Row(p := draw(st.sampled_from(prompts)), edits_of(draw, p, g)) for _ in range(draw(st.integers(1, 8)))]
 
 
+@pytest.fixture
+def stems_at_any_price(monkeypatch):
+    """Beginnings are shared however little that saves (the real price is restored afterwards)."""
+    monkeypatch.setattr(engine, "STEM_COST", -1)
+
+
+@pytest.mark.usefixtures("stems_at_any_price")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(rows=row_lists(), tokens=st.sampled_from([3, 16, 4096]))
-def test_any_rows_in_any_batches_equal_the_oracle(pair, rows, tokens):
+@given(rows=row_lists(), tokens=st.sampled_from([3, 16, 4096]), stem_cost=st.sampled_from([-1, 3]))
+def test_any_rows_in_any_batches_equal_the_oracle(pair, rows, tokens, stem_cost):
     fast, plain, oracle = pair
-    fast.engine.budget.tokens = tokens
+    fast.engine.budget.tokens, engine.STEM_COST = tokens, stem_cost
     expected = torch.stack([oracle.next_log_probs(row) for row in rows])
     assert (fast.next_log_probs(rows) - expected).abs().max() < CLOSE
     assert (plain.next_log_probs(rows) - expected).abs().max() < CLOSE
@@ -253,6 +268,52 @@ def test_shared_trunks_do_less_work(pair):
     assert 10 * LAYERS <= sum(counted) < 0.5 * whole
 
 
+@pytest.mark.usefixtures("stems_at_any_price")
+def test_questions_that_begin_alike_share_their_beginning_with_its_edits(pair, race):
+    """Steered rows of different words: one stem, edits in it included; then what is left of each row. Readings stay what they are."""
+    fast, _, oracle = pair
+    vectors = 2 * torch.randn(3, D, generator=torch.Generator().manual_seed(5))
+    texts = [f"w1 w2 w3 w4 w5 w6 w7 w8 w{20 + i} w{30 + 2 * i}{' w9' * (i % 2)}" for i in range(6)]
+    steered = [Row(prompt_of(t, False), (Edit(Site(1, "first"), vectors[0]), Edit(Site(0, "end"), vectors[1 + i % 2], "add")))
+               for i, t in enumerate(texts)]
+    counted = []
+    handles = [layer.register_forward_pre_hook(lambda m, args: counted.append(args[0].shape[0] * args[0].shape[1]))
+               for layer in fast.engine.model.model.layers]
+    found = fast.next_log_probs(steered)
+    for handle in handles:
+        handle.remove()
+    assert (found - torch.stack([oracle.next_log_probs(row) for row in steered])).abs().max() < CLOSE
+    assert sum(counted) < 0.5 * LAYERS * sum(len(fast.encode([row.prompt])[0].ids) for row in steered)
+    at = [Site(2, "first"), Site(2, "end")]
+    together = fast.record(steered, at)
+    alone = torch.cat([fast.record([row], at) for row in steered])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_stems_are_grown_while_they_save():
+    rows = [TokenRow((1, 2, 3, 4, 5, 10 + i)) for i in range(8)] + [TokenRow((9, 8, 7)), TokenRow((1, 2))]
+    before, engine.STEM_COST = engine.STEM_COST, 0
+    try:
+        groups = {stem: sorted(group) for stem, group in common_stems(rows, range(10)) if stem}
+    finally:
+        engine.STEM_COST = before
+    assert groups == {5: list(range(8))}
+    assert all(stem == 0 for stem, _ in common_stems(rows, range(10))), "too little to be saved"
+
+
+def test_batches_are_cut_where_that_is_cheapest():
+    lengths = [40, 39, 38, 10, 9, 8, 1]
+    order = list(range(7))
+    for overhead in (0.0, 5.0, 20.0, 1000.0):
+        cuts = cheapest_cuts(order, lengths, {}, overhead)
+        assert [i for part in cuts for i in part] == order
+        cost = lambda parts, each=overhead: sum(lengths[part[0]] * len(part) + each for part in parts)  # noqa: E731
+        every = [[order[a:b] for a, b in pairwise((0, *where, 7))] for k in range(7) for where in combinations(range(1, 7), k)]
+        assert cost(cuts) == min(cost(parts) for parts in every)
+    assert len(cheapest_cuts(order, lengths, {}, 1000.0)) == 1
+    assert len(cheapest_cuts(order, lengths, {}, 0.0)) == 7
+
+
 # ---- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +360,7 @@ def test_the_budget_follows_the_free_memory(pair):
     small, large = Budget(cost, "cpu", free=1 << 20), Budget(cost, "cpu", free=1 << 34)
     assert small.tokens < large.tokens
     assert 1 == Budget(cost, "cpu", free=1).most_rows(50, 90, keep=True) < small.most_rows(50, 90, keep=True)
-    parts = list(small.parts(list(range(40)), [30] * 40, [50] * 40, keep=True))
+    parts = list(small.parts(list(range(40)), [30] * 40, [30] * 40, 20))
     assert [i for part in parts for i in part] == list(range(40))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1, "batches of one length are of one size"
 
