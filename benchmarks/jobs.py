@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from alignblind_mi import Edit, HookedModel, ModelSpec, Row, Site, load_model, patchscope_rows
+from alignblind_mi.blocks import log_probs_of
 from alignblind_mi.prompts import Prompt
 from benchmarks.memory import peak_bytes
-from benchmarks.models import Size, text_prompt
+from benchmarks.models import Size, question_prompts, text_prompt
 from benchmarks.timing import Contest, close, same_tokens
 
 NEW = 20
@@ -219,7 +220,7 @@ def patchscope(bench: Bench) -> Contest:
 
 
 def selfie(bench: Bench) -> Contest:
-    """The same residuals into five placeholders at once, 20 tokens. SelfIE's library runs 8 at a time."""
+    """The same residuals into five placeholders at once, 20 tokens. The published method runs 8 at a time."""
     size, at = bench.size, [3, 4, 5, 6, 7]
     question, vectors = _question(bench.size, 22, at), _sources(bench)
     rows = patchscope_rows(vectors, question, TARGET_LAYER)
@@ -232,9 +233,11 @@ def selfie(bench: Bench) -> Contest:
         for i, vector in enumerate(part):
             value[i, at] = vector
 
+    timed_rows = 64 if size.every > 1 else len(rows)
+
     def published(batch: int, *, relevancy: bool) -> list[list[int]]:
         out = []
-        for part in vectors.split(batch):
+        for part in vectors[:timed_rows].split(batch):
             prompts = ids.expand(len(part), -1)
 
             def hook(module: Any, args: Any, output: Tensor, part: Tensor = part) -> Tensor:
@@ -260,11 +263,12 @@ def selfie(bench: Bench) -> Contest:
     needed = ids.shape[1] * (TARGET_LAYER + 1) + at[0] * (size.layers - TARGET_LAYER - 1)
     needed += len(rows) * (ids.shape[1] - at[0]) * (size.layers - TARGET_LAYER - 1)
     share = needed / (many.numel() * size.layers)
+    ways = {"published method (eager, batches of 8, relevancy)": (8, True), "the same in batches of 64": (64, True),
+            "the same without relevancy": (8, False)}
     return Contest("selfie", size.name, len(rows), lambda: bench.tokens(bench.ours.generate(rows, NEW)),
-                   {"SelfIE's library (eager, its batches of 8)": lambda: published(8, relevancy=False),
-                    "SelfIE with relevancy (eager, batches of 64)": lambda: published(64, relevancy=True),
+                   {**{name: (lambda way=way: published(way[0], relevancy=way[1])) for name, way in ways.items()},
                     "Hugging Face batched": batched},
-                   lambda ours, theirs, rival: same_tokens(ours, theirs), {},
+                   lambda ours, theirs, rival: same_tokens(ours[: len(theirs)], theirs), dict.fromkeys(ways, timed_rows / len(rows)),
                    {"prefill": bench.prefill(many, torch.ones_like(many)), "decode": bench.decoding(many, torch.ones_like(many))},
                    lambda t: share * t["prefill"] + t["decode"])
 
@@ -321,9 +325,9 @@ def patching(bench: Bench) -> Contest:
 
 
 def behaviour(bench: Bench) -> Contest:
-    """Prompts to be answered in up to 40 tokens; the models' end tokens are a random share of the vocabulary, so that answers end early."""
+    """Questions of four templates, answered in up to 40 tokens; a random share of the vocabulary ends answers, so that some end early."""
     size, most = bench.size, 40
-    prompts = [text_prompt(size, 59 + i % 21, 200 + i) for i in range(size.answers)]
+    prompts = question_prompts(size, size.answers)
     generator = torch.Generator().manual_seed(7)
     ends = torch.randperm(size.vocabulary - 10, generator=generator)[: size.vocabulary // 28] + 10
     stops = frozenset(ends.tolist())
@@ -374,8 +378,11 @@ def lens(bench: Bench) -> Contest:
     def ours() -> Tensor:
         return bench.ours.lens_log_probs(rows, sites, words)
 
-    whole = len(rows) * len(sites) * size.vocabulary * 4
-    extra = {"memory_full_vocabulary": peak_bytes(full), "memory_ours": peak_bytes(ours), "bytes_of_full_logits": whole}
+    model, ids_of = bench.ours.engine.model, torch.tensor(targets)
+    resid = bench.ours.record(rows, sites).flatten(0, 1)
+    extra = {"memory_full_vocabulary": peak_bytes(lambda: model.lm_head(model.model.norm(resid)).log_softmax(-1)[..., targets]),
+             "memory_ours": peak_bytes(lambda: log_probs_of(model, resid, ids_of, bench.ours.engine.budget.lens_rows)),
+             "memory_share_with_the_run": peak_bytes(ours) / peak_bytes(full)}
     return Contest("lens", size.name, len(rows) * len(sites), ours, {"full vocabulary at all places": full},
                    lambda a, b, rival: close(a, b), notes={**extra, "memory_share": extra["memory_ours"] / extra["memory_full_vocabulary"]})
 

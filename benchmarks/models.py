@@ -42,7 +42,7 @@ class Size:
 SIZES = {
     "S": Size("S", 8, 256, 704, 8, 2, 2000, 0.06, 3, tuple(range(6)), 8, 256, 64, tuple(range(8)), 64, 1),
     "D": Size("D", 32, 256, 896, 8, 2, 2000, 0.04, 10, (0, 4, 8, 13, 17, 22), 8, 256, 64, (0, 7, 15, 23, 31), 64, 4, every=6),
-    "M": Size("M", 16, 1024, 2816, 16, 4, 32000, 0.03, 5, (0, 5, 10), 8, 48, 32, (1, 6, 11, 15), 40, 4, every=4),
+    "M": Size("M", 16, 1024, 2816, 16, 4, 32000, 0.03, 5, (0, 5, 10), 8, 192, 64, (1, 6, 11, 15), 40, 4, every=8),
 }
 
 
@@ -82,6 +82,23 @@ def text_prompt(size: Size, length: int, seed: int, places: dict[int, str] | Non
         starts.append(starts[-1] + len(word) + 1)
     spans = {name: tuple(Span(starts[p - 1], starts[p - 1] + len(words[p - 1])) for p in at) for name, at in (marks or {}).items()}
     return Prompt(" ".join(words), spans)
+
+
+def question_prompts(size: Size, count: int, begin: float = 0.54) -> list[Prompt]:
+    """Questions as a study asks them: four templates of 59 to 68 tokens, which two words behind their beginning (0.54 of them) tell apart.
+
+    0.54 is what the paper's templates share before their words.
+    """
+    generator = torch.Generator().manual_seed(11)
+    usable = size.vocabulary - len(SPECIAL) - len(WORDS)
+    templates = [text_prompt(size, 59 + 3 * k, 200 + k).text.split(" ") for k in range(4)]
+    out = []
+    for i in range(count):
+        words = list(templates[i % 4])
+        at = int(begin * len(words))
+        words[at], words[at + 2] = (f"w{j}" for j in torch.randint(usable, (2,), generator=generator).tolist())
+        out.append(Prompt(" ".join(words)))
+    return out
 
 
 def quiet_single_thread() -> None:
