@@ -14,6 +14,7 @@ import torch
 from alignblind_mi.results import versions
 from benchmarks.jobs import JOBS, Bench
 from benchmarks.models import SIZES, make_checkpoint, quiet_single_thread
+from benchmarks.parts import parts
 from benchmarks.rivals import REQUIRES, environment, worker
 from benchmarks.scaling import scaling
 from benchmarks.timing import run
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one for warming up (default: 3)")
     parser.add_argument("--rivals", default="", help=f"other libraries, installed into environments of their own: {', '.join(REQUIRES)}")
     parser.add_argument("--rival-envs", type=Path, default=Path("build/rivals"), help="their folder (default: build/rivals)")
+    parser.add_argument("--parts", action="store_true", help="instead: how much longer each job takes without each part of the engine")
     parser.add_argument("--scaling", action="store_true", help="instead: how cost grows with rows, layers and prompt length")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--models", type=Path, help="where the random checkpoints are kept (default: a temporary folder)")
@@ -43,6 +45,8 @@ def main() -> None:
         models = args.models or Path(folder)
         if args.scaling:
             records = [_show_point(point) for point in scaling(models, args.rounds)]
+        elif args.parts:
+            records = [record for size in sizes for record in _parts(size, jobs, args.rounds, models)]
         else:
             records = [record for size in sizes for record in _size(size, jobs, args.rounds, models, rivals)]
     if args.json:
@@ -63,6 +67,17 @@ def _size(name: str, jobs: list[str], rounds: int, folder: Path, rivals: dict[st
             for record in made:
                 _show(record)
             records += made
+    return records
+
+
+def _parts(name: str, jobs: list[str], rounds: int, folder: Path) -> list[dict[str, Any]]:
+    size = SIZES[name]
+    bench = Bench(size, make_checkpoint(size, folder / name))
+    records = []
+    for job in jobs:
+        for record in parts(bench, JOBS[job](bench), rounds):
+            print(f"{job:<11}{name:<3}{record['times_longer']:>6.2f} times as long without {record['without']}", flush=True)
+            records.append(record)
     return records
 
 

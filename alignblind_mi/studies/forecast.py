@@ -202,7 +202,7 @@ def study_load(config: StudyConfig) -> dict[str, dict[str, float]]:
     stages: dict[str, dict[str, float]] = {}
 
     def add(stage: str, load: Load) -> None:
-        entry = stages.setdefault(stage, {"rows": 0, "prompt_tokens": 0, "new_tokens": 0})
+        entry = stages.setdefault(stage, {"rows": 0.0, "prompt_tokens": 0.0, "new_tokens": 0.0})
         sample = load.prompts[:: max(1, len(load.prompts) // 40)]
         length = fmean(len(tokenizer(p.text)["input_ids"]) for p in sample)
         entry["rows"] += len(load.prompts) * load.times
@@ -214,5 +214,6 @@ def study_load(config: StudyConfig) -> dict[str, dict[str, float]]:
             add(part.name.split("_")[0], load)
     texts = [tokenizer(e.text + e.completion)["input_ids"] for e in awareness_examples(concept)]
     runs = config.lora.epochs * len(lora_groups(config))
-    stages["training"] = {"rows": len(texts) * runs, "prompt_tokens": TRAINING_COST * runs * sum(map(len, texts)), "new_tokens": 0}
+    tokens = TRAINING_COST * runs * sum(map(len, texts))
+    stages["training"] = {"rows": float(len(texts) * runs), "prompt_tokens": float(tokens), "new_tokens": 0.0}
     return stages
