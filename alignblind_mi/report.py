@@ -599,6 +599,7 @@ def _provenance(study: Study) -> dict[str, Any]:
     notes = [part.provenance for part in study.parts.values()]
     made = sorted(note["made"] for note in notes if "made" in note)
     return {"versions": sorted({f"{name} {version}" for note in notes for name, version in note.get("versions", {}).items()}),
+            "engines": sorted({note["engine"] for note in notes if "engine" in note}),
             "first": made[0] if made else "", "last": made[-1] if made else "",
             "split": {note["model"]: note["split_identifiers"] for note in notes if note.get("split_identifiers")}}
 
@@ -608,8 +609,9 @@ def _command(study: Study) -> str:
     for role in ROLES:
         words += [f"--{role}", config[role]["name"]]
     words += ["--concept", config["concept"], "--cue", config["cue"], "--seed", str(config["seed"])]
-    for name in ("dtype", "device_map"):
-        words += [f"--{name.replace('_', '-')}", config["aligned"][name]] if config["aligned"].get(name) else []
+    for name, default in (("dtype", None), ("device_map", None), ("quantization", None), ("engine", "auto")):
+        given = config["aligned"].get(name, default)
+        words += [f"--{name.replace('_', '-')}", str(given)] if given != default else []
     return shlex.join([*words, *(["--quick"] if config["quick"] else []), "--out", study.folder.name])
 
 
