@@ -18,12 +18,26 @@ from alignblind_mi.tokens import Taps
 # The children of a pre-norm block, in which resid_mid = resid_pre + attn_out and resid_post = resid_mid + mlp_out.
 PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+PROJECT_AND_ROTATE = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}    # attention that was read: projections, a rotation, no more
 PLAIN_ROPE = {"default", "llama3", "linear", "yarn"}    # rotary embeddings that do not depend on the length of the text
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of a model's language part (its own, where there is no other part)."""
+    return model.config.get_text_config()
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go in: the embedding's device, or that of the hook which brings an offloaded embedding."""
+    table = model.get_input_embeddings()
+    if table.weight.device.type != "meta":
+        return torch.device(table.weight.device)
+    return torch.device(getattr(getattr(table, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers. Errors: EditError if the model has no list of as many modules as its config has layers."""
-    depth = model.config.num_hidden_layers    # type: ignore[union-attr]
+    depth = text_config(model).num_hidden_layers
     found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if not found:
         raise EditError(f"{type(model).__name__} has no list of {depth} decoder layers: rows cannot be run on it.")
@@ -49,9 +63,8 @@ def is_llama_like(model: Any) -> bool:
 
 
 def has_own_keys(layer: nn.Module) -> bool:
-    """Whether a layer's keys and values can be had from its modules alone: two projections and nothing on them."""
-    attention = getattr(layer, "self_attn", None)
-    return is_pre_norm(layer) and {name for name, _ in attention.named_children()} == {"q_proj", "k_proj", "v_proj", "o_proj"}  # type: ignore[union-attr]
+    """Whether a layer's keys and values are known to be two projections and a rotation, by the name of its attention's class."""
+    return is_pre_norm(layer) and type(layer.self_attn).__name__ in PROJECT_AND_ROTATE
 
 
 def keys_and_values(layer: Any, hidden: Float[Tensor, "row column d_model"], rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -65,14 +78,18 @@ def keys_and_values(layer: Any, hidden: Float[Tensor, "row column d_model"], rop
 
 @contextlib.contextmanager
 def inner_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
-    """Touch attn_out, resid_mid and mlp_out of one layer while it runs. Errors: EditError for a layer that is not pre-norm."""
+    """Touch attn_out, resid_mid and mlp_out of one layer while it runs.
+
+    Errors: EditError for a layer that is not pre-norm, by its parts' names or by what is seen to enter its second norm.
+    """
     if not taps.any(index, "attn_out", "resid_mid", "mlp_out"):
         yield
         return
     if not is_pre_norm(layer):
         raise EditError(f"the streams inside {type(layer).__name__} are not a pre-norm block's: edit or read resid_pre or resid_post.")
-    attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+    attention, mlp, norm = (layer.get_submodule(name) for name in ("self_attn", "mlp", "post_attention_layernorm"))
     entering: list[Tensor] = []
+    standing: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         entering[:] = [args[0]]
@@ -84,13 +101,19 @@ def inner_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
             touched = taps.touch(index, "resid_mid", mid)
             if touched is not mid:
                 value = touched - entering[0]
+        standing[:] = [entering[0] + value]
         return (value, *output[1:])
+
+    def before_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.allclose(args[0], standing[0].to(args[0]), rtol=1e-2, atol=1e-2 * float(standing[0].abs().mean())):
+            raise EditError(f"in {type(layer).__name__} attention is not simply added to the stream: the streams inside it are not those "
+                            "of a pre-norm block. Edit or read resid_pre or resid_post.")
 
     def after_mlp(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return taps.touch(index, "mlp_out", output)
 
     with hooked(layer.register_forward_pre_hook(before), attention.register_forward_hook(after_attention),
-                mlp.register_forward_hook(after_mlp)):
+                norm.register_forward_pre_hook(before_norm), mlp.register_forward_hook(after_mlp)):
         yield
 
 

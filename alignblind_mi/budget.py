@@ -20,6 +20,7 @@ LENS_ROWS = {"cpu": 128, "cuda": 1024}    # residual streams that are read throu
 MOST_TOKENS = {"cpu": 16384, "cuda": 65536}    # more tokens or rows at a time gain nothing
 MOST_ROWS = {"cpu": 512, "cuda": 2048}
 OVERHEAD = {"cpu": 20.0, "cuda": 300.0}    # what a batch costs beyond its tokens, in tokens: measured on a CPU, of a GPU's order
+OUT_OF_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 Numbers = Sequence[int] | Mapping[int, int]
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class OutOfMemoryError(AlignblindError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on a CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in ("can't allocate memory", "DefaultCPUAllocator")))
+        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY))
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -56,6 +57,7 @@ class RowCost:
     @classmethod
     def of(cls, config: Any, itemsize: int) -> "RowCost":
         """From a model's configuration: the widest moment of a layer, and keys and values of all layers."""
+        config = config.get_text_config()
         d, heads = config.hidden_size, config.num_attention_heads
         head = getattr(config, "head_dim", None) or d // heads
         kv = getattr(config, "num_key_value_heads", None) or heads

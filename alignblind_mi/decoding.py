@@ -35,7 +35,7 @@ class Batch(Protocol):
         """The batch of these rows; this one is used up."""
 
     def copy(self) -> "Batch":
-        """A batch that can be used up while this one stays."""
+        """A batch whose rows can be selected and then used up while this one stays."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ def continuation_log_probs(batch: Batch, choices: Sequence[Sequence[Sequence[int
 def _continuations(batch: Batch, choices: Sequence[Sequence[Sequence[int]]], width: int) -> Float[Tensor, "row choice"]:
     n, first = len(choices[0]), batch.logits().log_softmax(-1)
     flat = [list(ids) for row in choices for ids in row]
-    targets = torch.tensor([ids + [0] * (width - len(ids)) for ids in flat], device=first.device)
-    real = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in flat], device=first.device)
-    rows = torch.arange(len(choices), device=first.device).repeat_interleave(n)
-    log_probs = first[rows].gather(1, targets[:, :1])
+    targets = torch.tensor([ids + [0] * (width - len(ids)) for ids in flat])
+    real = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in flat])
+    log_probs = first.gather(1, targets[:, 0].view(-1, n).to(first.device)).view(-1, 1).cpu()
     if width > 1:
+        rows = torch.arange(len(choices)).repeat_interleave(n)    # on the CPU: an index that works on every device
         logits = batch.select(rows).extend(targets[:, :-1], real[:, :-1])
-        rest = logits.log_softmax(-1).gather(2, targets[:, 1:, None])[..., 0]
-        log_probs = torch.cat([log_probs, rest], 1)
-    return (log_probs * real).sum(1).view(-1, n).cpu()
+        rest = logits.log_softmax(-1).gather(2, targets[:, 1:, None].to(logits.device))[..., 0]
+        log_probs = torch.cat([log_probs, rest.cpu()], 1)
+    return (log_probs * real).sum(1).view(-1, n)

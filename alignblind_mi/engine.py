@@ -20,12 +20,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from alignblind_mi.blocks import has_own_keys, inner_taps, keys_and_values, log_probs_of, unembed
+from alignblind_mi.blocks import has_own_keys, inner_taps, input_device, keys_and_values, log_probs_of, unembed
 from alignblind_mi.budget import Budget
 from alignblind_mi.tokens import Reader, Taps, TokenRow, left_pad, positions
 
 ATTENTION = "alignblind_sdpa"
 STEM_COST = 64    # tokens that sharing a beginning must save to be worth a run of its own
+DEEPEST = 400       # branches of beginnings within beginnings that are looked at
 
 
 class Store:
@@ -151,10 +152,9 @@ class Batch:
         return Batch(self.engine, [self.index[i] for i in rows.tolist()], self.hidden[rows], self.mask[rows], self.store)
 
     def copy(self) -> "Batch":
-        """A batch that can be used up while this one stays."""
+        """A batch whose rows can be selected (which copies them) and then used up while this one stays."""
         assert self.store is not None
-        layers = {layer: (k.clone(), v.clone()) for layer, (k, v) in self.store.layers.items()}
-        return Batch(self.engine, self.index, self.hidden, self.mask, Store(self.store.columns, layers))
+        return Batch(self.engine, self.index, self.hidden, self.mask, Store(self.store.columns, dict(self.store.layers)))
 
 
 class Engine:
@@ -162,10 +162,10 @@ class Engine:
 
     name = "fast"
 
-    def __init__(self, model: Any, pad: int, budget: Budget) -> None:
+    def __init__(self, model: Any, budget: Budget) -> None:
         _register_attention()
         model.set_attn_implementation(ATTENTION)
-        self.model, self.core, self.pad, self.budget = model, model.model, pad, budget
+        self.model, self.core, self.budget, self.device = model, model.model, budget, input_device(model)
         self.n_layers = int(model.config.num_hidden_layers)
         self.trims = has_own_keys(self.core.layers[-1])
 
@@ -188,7 +188,7 @@ class Engine:
         for chunk in self.budget.trunks(shared, [len(row.ids) for row in rows]):
             yield from self._read_shared(rows, chunk, room)
 
-    def _read_all(self, rows: Sequence[TokenRow], chosen: Sequence[int], room: int | None, reader: Reader | None,
+    def _read_all(self, rows: Sequence[TokenRow] | Mapping[int, TokenRow], chosen: Sequence[int], room: int | None, reader: Reader | None,
                   trunk: Trunk | None = None, owners: Mapping[int, int] | None = None) -> Iterator[Batch]:
         """Rows that have nothing in common, or that go on from a trunk's prompts (`owners`)."""
         before = 0 if trunk is None else trunk.mask.shape[1]
@@ -201,13 +201,13 @@ class Engine:
     def _read_stems(self, rows: Sequence[TokenRow], stems: Sequence[tuple[int, list[int]]], room: int | None, reader: Reader | None
                     ) -> Iterator[Batch]:
         """Rows of different prompts that begin alike, edits included: each beginning once, then what is left of every row."""
-        trunk = self._trunk([cut(rows[group[0]], 0, stem) for stem, group in stems], set(), whole=True, columns=0)
-        owners = {i: owner for owner, (_, group) in enumerate(stems) for i in group}
-        rest = list(rows)
-        for stem, group in stems:
-            for i in group:
-                rest[i] = cut(rows[i], stem, len(rows[i].ids))
-        yield from self._read_all(rest, sorted(owners), room, reader, trunk, owners)
+        order = sorted(range(len(stems)), key=lambda k: -stems[k][0])
+        for chunk in self.budget.trunks([[k] for k in order], [stem for stem, _ in stems]):
+            some = [stems[k] for (k,) in chunk]
+            trunk = self._trunk([cut(rows[group[0]], 0, stem) for stem, group in some], set(), whole=True, columns=0)
+            owners = {i: owner for owner, (_, group) in enumerate(some) for i in group}
+            rest = {i: cut(rows[i], stem, len(rows[i].ids)) for stem, group in some for i in group}
+            yield from self._read_all(rest, sorted(owners), room, reader, trunk, owners)
 
     def _read_shared(self, rows: Sequence[TokenRow], chunk: Sequence[list[int]], room: int | None) -> Iterator[Batch]:
         """All rows of some prompts: their trunk once, then batches of rows by the length of what each must compute."""
@@ -232,7 +232,7 @@ class Engine:
     def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None, trunk: Trunk | None = None,
               owner: Tensor | None = None) -> Batch:
         """Rows with every column of theirs (behind their trunk's, if any), and every layer that is asked for."""
-        ids, mask = left_pad([row.ids for row in rows], self.pad, self.device)
+        ids, mask = left_pad([row.ids for row in rows], self.device)
         taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], reader)
         if trunk is not None and owner is not None:
             mask = torch.cat([trunk.mask[owner.to(self.device)], mask], 1)
@@ -252,7 +252,7 @@ class Engine:
 
         Above the last layer at which a row joins only `columns` are needed, unless the `whole` run is asked for.
         """
-        tokens, mask = left_pad([row.ids for row in rows], self.pad, self.device)
+        tokens, mask = left_pad([row.ids for row in rows], self.device)
         taps = Taps(rows, [len(row.ids) - tokens.shape[1] for row in rows])
         hidden = taps.touch(-1, "resid_post", self.core.embed_tokens(tokens))
         trunk = Trunk(mask, self._rope(hidden, mask, 0), {}, {})
@@ -296,11 +296,6 @@ class Engine:
         return Batch(self, index, hidden[:, -1], mask, cache.store(self.n_layers))
 
     # ---- single steps ----------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go in."""
-        return torch.device(self.core.embed_tokens.weight.device if self.core.embed_tokens.weight.device.type != "meta" else "cpu")
 
     def _rope(self, hidden: Tensor, mask: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Rotary embedding of the columns from `first` on; one row of it where no prompt is padded."""
@@ -356,13 +351,13 @@ def common_stems(rows: Sequence[TokenRow], chosen: Sequence[int]) -> list[tuple[
     order = sorted(chosen, key=spelt.__getitem__)
     common = [0, *(_common(spelt[a], spelt[b]) for a, b in pairwise(order))]
 
-    def best(start: int, stop: int) -> tuple[int, list[tuple[int, list[int]]]]:
+    def best(start: int, stop: int, depth: int = 0) -> tuple[int, list[tuple[int, list[int]]]]:
         """The best grouping of neighbours in the order, and what it saves: all of them, or the best of each branch."""
-        if stop - start == 1:
-            return 0, [(0, [order[start]])]
+        if stop - start == 1 or depth > DEEPEST:
+            return 0, [(0, [i]) for i in order[start:stop]]
         stem = min(common[start + 1 : stop])
         bounds = [start, *(k for k in range(start + 1, stop) if common[k] == stem), stop]
-        branches = [best(a, b) for a, b in pairwise(bounds)]
+        branches = [best(a, b, depth + 1) for a, b in pairwise(bounds)]
         saved, whole = sum(saving for saving, _ in branches), stem * (stop - start - 1) - STEM_COST
         return (whole, [(stem, order[start:stop])]) if whole > saved else (saved, [group for _, groups in branches for group in groups])
 
@@ -405,7 +400,8 @@ def _grouped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, a
     """transformers' sdpa attention; on a CPU, masked prompts of grouped heads without copying keys and values to every head."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if query.device.type != "cpu" or attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1]:
+    plain = not any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
+    if query.device.type != "cpu" or attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1] or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None

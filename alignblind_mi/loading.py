@@ -6,14 +6,13 @@ Knows Hugging Face checkpoints, PEFT folders and the embedded organism; does NOT
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignblind_mi.edits import adapter_name
 from alignblind_mi.errors import AlignblindError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,7 +116,7 @@ def _missing(spec: ModelSpec, hub: str) -> str:
 
 
 def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
-    """The plain transformers model (frozen, in evaluation mode, sdpa attention) and its tokenizer. Errors: as `load_model`."""
+    """The plain transformers model (frozen, in evaluation mode) and its tokenizer. Errors: as `load_model`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert spec.dtype is not None
@@ -127,7 +126,7 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     with _clear_errors(spec), quiet():
         tokenizer = AutoTokenizer.from_pretrained(spec.source, revision=spec.revision)
         model = AutoModelForCausalLM.from_pretrained(spec.source, revision=spec.revision, dtype=DTYPES[spec.dtype],
-                                                     attn_implementation="sdpa", **options)
+                                                     **options)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {spec.name} gives no character offsets (it is not a fast one): marks cannot be placed.")
     if tokenizer.pad_token_id is None:
@@ -148,25 +147,6 @@ def quantization_config(spec: ModelSpec) -> Any:
     if spec.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[str(spec.dtype)])
-
-
-def with_adapters(model: Any, adapters: Sequence[Path | str], spec: ModelSpec) -> Any:
-    """The model with LoRA adapters on it (a PeftModel), or None without any."""
-    from peft import PeftModel
-
-    peft = None
-    for folder in adapters:
-        name = adapter_name(folder)
-        if not (Path(folder) / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
-        try:
-            if peft is None:
-                peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-            else:
-                peft.load_adapter(str(folder), adapter_name=name)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise ModelError(f"the adapter {folder} does not fit {spec.name}: {str(error).splitlines()[0]}") from error
-    return None if peft is None else peft.eval()
 
 
 @contextlib.contextmanager

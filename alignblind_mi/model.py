@@ -5,10 +5,10 @@ TransformerBridge (the successor of HookedTransformer) on the same weights; this
 concepts, outcomes or studies.
 """
 
-import contextlib
 import copy
+import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -19,15 +19,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from alignblind_mi.blocks import is_llama_like, log_probs_of
+from alignblind_mi.adapters import switch, switched, with_adapters
+from alignblind_mi.blocks import input_device, is_llama_like, log_probs_of, text_config, unembed
 from alignblind_mi.budget import Budget, RowCost, is_out_of_memory, release
 from alignblind_mi.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
 from alignblind_mi.edits import UNTREATED, EditError, Row, Site, Treatment
 from alignblind_mi.engine import Engine
-from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids, with_adapters
+from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
 from alignblind_mi.plain import PlainEngine
-from alignblind_mi.prompts import Prompt
+from alignblind_mi.prompts import Prompt, PromptError
 from alignblind_mi.tokens import Encoded, Reader, Taps, TokenEdit, TokenRow, left_pad, place
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +87,6 @@ class Twin:
             theirs = self.model(ids, use_cache=False).logits[:, -1].float().log_softmax(-1)
             return float((bridge.forward(ids)[:, -1].float().log_softmax(-1) - theirs.to(ids.device)).abs().max())
 
-    @property
-    def booted(self) -> bool:
-        """Whether the copy is there already."""
-        return "module" in self.__dict__
-
 
 def share_weights(model: Any) -> Any:
     """A copy of a model's modules that uses the very same parameters and buffers (and offloaded weights)."""
@@ -122,8 +120,14 @@ class HookedModel:
 
     @property
     def bridge(self) -> Any:
-        """transformer-lens' TransformerBridge on the same weights: any hook point, attention patterns, gradients, its tools."""
-        return self.twin.bridge
+        """transformer-lens' TransformerBridge on the same weights: any hook point, attention patterns, gradients, its tools.
+
+        It is one object for all views, with the adapter (or none) of the view that it was last asked from, and without edits: see `cache`.
+        """
+        bridge = self.twin.bridge
+        if self.peft is not None:
+            switch(self.twin.module, self.treatment.adapter)
+        return bridge
 
     @property
     def n_layers(self) -> int:
@@ -133,7 +137,7 @@ class HookedModel:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return int(self.engine.model.config.hidden_size)
+        return int(text_config(self.engine.model).hidden_size)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -199,11 +203,12 @@ class HookedModel:
         """Run prompts and keep activations at any hook points of the bridge (`names`: a list, a predicate, or None for all of them)."""
         items = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
         rows = self._token_rows(self.treatment.rows([Prompt(item) if isinstance(item, str) else item for item in items]))
-        ids, mask = left_pad([row.ids for row in rows], self.engine.pad, self.bridge.cfg.device)
+        bridge = self.bridge
+        ids, mask = left_pad([row.ids for row in rows], bridge.cfg.device)
         taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows])
-        wanted, attended = _name_filter(names, self.bridge), mask.long()
-        with torch.no_grad(), self._adapter(), self.bridge.hooks(fwd_hooks=_bridge_hooks(taps)):
-            _, cache = self.bridge.run_with_cache(ids, attention_mask=attended, names_filter=wanted)
+        wanted, attended = _name_filter(names, bridge), mask.long()
+        with torch.no_grad(), bridge.hooks(fwd_hooks=_bridge_hooks(taps)):
+            _, cache = bridge.run_with_cache(ids, attention_mask=attended, names_filter=wanted)
         return Cached(ids, attended, {name: value.detach().clone() for name, value in cache.items() if wanted(name)})
 
     def record(self, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, "row site d_model"]:
@@ -215,9 +220,26 @@ class HookedModel:
 
         Exact log-probabilities over the whole vocabulary, which exists for a part of the sites at a time (logit lens, nostalgebraist 2020).
         """
-        ids = torch.tensor([self.token_id(word) for word in targets])
+        self._check_lens()
+        ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         return self._at_sites(rows, sites, Reader(len(ids), lambda resid: log_probs_of(self.engine.model, resid, ids,
                                                                                        self.engine.budget.lens_rows)))
+
+    def _check_lens(self) -> None:
+        """Errors: ModelError for a model whose answer is not its final norm and head alone (scaled or capped logits)."""
+        ids = tuple(range(min(8, text_config(self.engine.model).vocab_size)))
+        at = place(self.n_layers - 1, "resid_post", len(ids) - 1)
+        found: list[Tensor] = []
+        reader = Reader(self.d_model, lambda resid: resid)
+        self._over([TokenRow(ids, reads=(at,))], None, lambda batch: found.append(batch.found[0, 0]), reader)
+        with torch.no_grad(), switched(self.peft, self.treatment.adapter):
+            model = self.engine.model
+            answer = model(torch.tensor([ids], device=self.engine.device), use_cache=False).logits[0, -1].float().log_softmax(-1)
+            resid = found[0].to(model.dtype).to(self.engine.device)
+            difference = float((unembed(model, resid).log_softmax(-1).to(answer) - answer).abs().max())
+        if difference > tolerance(model):
+            raise ModelError(f"the answers of {self.spec.name} are not its final norm and head alone (they differ by {difference:.2g} in "
+                             "log-probabilities: scaled or capped logits): a logit lens on it would be wrong.")
 
     def _at_sites(self, rows: Sequence[Row], sites: Sequence[Site], reader: Reader) -> Float[Tensor, "row site value"]:
         for site in sites:
@@ -233,7 +255,7 @@ class HookedModel:
 
     def next_log_probs(self, rows: Sequence[Row]) -> Float[Tensor, "row vocabulary"]:
         """Log-probabilities of every next token after each row, in float32."""
-        out = torch.empty(len(rows), self.engine.model.config.vocab_size)
+        out = torch.empty(len(rows), text_config(self.engine.model).vocab_size)
 
         def keep(batch: Batch) -> None:
             out[batch.index] = batch.logits().log_softmax(-1).cpu()
@@ -243,7 +265,7 @@ class HookedModel:
 
     def next_probs(self, rows: Sequence[Row], targets: Sequence[str]) -> Float[Tensor, "row target"]:
         """Probabilities of single-token target words as the next token after each row."""
-        ids = torch.tensor([self.token_id(word) for word in targets])
+        ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         out = torch.empty(len(rows), len(targets))
 
         def keep(batch: Batch) -> None:
@@ -267,7 +289,9 @@ class HookedModel:
         counts = {len(choices) for choices in continuations}
         if len(continuations) != len(rows) or len(counts) > 1:
             raise ModelError(f"every row needs the same number of continuations: {len(rows)} rows, {len(continuations)} lists of "
-                             f"{' or '.join(map(str, sorted(counts)))}.")
+                             f"{' or '.join(map(str, sorted(counts))) or 'none'}.")
+        if 0 in counts:
+            raise ModelError("a row without continuations has nothing to be scored: give each row at least one.")
         known: dict[str, list[int]] = {text: self.word_ids(text) for text in {text for choices in continuations for text in choices}}
         return [[known[text] for text in choices] for choices in continuations]
 
@@ -281,6 +305,10 @@ class HookedModel:
         `seed` and its own text alone, not on the rows it runs with. `continuations` (as in `continuation_log_probs`) are scored on the
         way: the prompts are read once for both.
         """
+        if temperature < 0:
+            raise ModelError(f"a temperature is 0 (greedy) or more, got {temperature}.")
+        if "" in stop:
+            raise ModelError("an empty stop string would end every answer at once.")
         ids = [] if continuations is None else self._continuation_ids(rows, continuations)
         out: list[Generation | None] = [None] * len(rows)
         room = max(max_new_tokens - 1, _longest(ids) if ids else 0)
@@ -304,23 +332,28 @@ class HookedModel:
     def _over(self, rows: Sequence[TokenRow], room: int | None, work: Callable[[Batch], None], reader: Reader | None = None) -> None:
         """Read all rows in batches and do the work on each; when memory runs out, go on with smaller batches and the rows that are left."""
         left = list(range(len(rows)))
-        with torch.no_grad(), self._adapter():
+        with torch.no_grad(), switched(self.peft, self.treatment.adapter):
             while left:
                 done: set[int] = set()
                 try:
-                    for batch in self.engine.batches([rows[i] for i in left], room, reader):
-                        batch.index = [left[i] for i in batch.index]
-                        index = list(batch.index)
-                        work(batch)
-                        done.update(index)
+                    self._through({i: rows[i] for i in left}, room, reader, work, done)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     self.engine.budget.shrink(error)
-                release_now = len(done) < len(left)
-                left = [i for i in left if i not in done]
-                if release_now:
+                if len(done) < len(left):
                     release()
+                left = [i for i in left if i not in done]
+
+    def _through(self, rows: Mapping[int, TokenRow], room: int | None, reader: Reader | None, work: Callable[[Batch], None], done: set[int]
+                 ) -> None:
+        """One go at some rows. A frame of its own: when it ends, well or not, no batch is held any more."""
+        numbers = list(rows)
+        for batch in self.engine.batches(list(rows.values()), room, reader):
+            index = batch.index = [numbers[i] for i in batch.index]
+            work(batch)
+            done.update(index)
+            del batch    # its cache goes before the next prompts are read
 
     def _token_rows(self, rows: Sequence[Row], sites: Sequence[Site] = ()) -> list[TokenRow]:
         """Rows in tokens, with the places that `sites` are in each."""
@@ -349,23 +382,14 @@ class HookedModel:
                     raise EditError(f"an edit needs a vector of shape ({self.d_model},), got {tuple(edit.vector.shape)}.")
                 edits += [TokenEdit(place(edit.site.layer, edit.site.stream, at), edit.vector, edit.how, edit.strength)
                           for at in positions(i, edit.site)]
+            if not encoded[i].ids:
+                raise PromptError(f"the prompt {row.prompt.text!r} has no tokens: there is nothing to go on from.")
             out.append(TokenRow(encoded[i].ids, tuple(edits), tuple(place(site.layer, site.stream, one(i, site)) for site in sites)))
         return out
 
     def _check_layer(self, layer: int) -> None:
         if layer >= self.n_layers:
             raise EditError(f"layer {layer} does not exist: {self.spec.name} has the layers 0 to {self.n_layers - 1}.")
-
-    @contextlib.contextmanager
-    def _adapter(self) -> Iterator[None]:
-        """Switch the model, and its twin, to this view's adapter (or to none) while it runs."""
-        with contextlib.ExitStack() as stack:
-            for peft in [] if self.peft is None else [self.peft, *([self.twin.module] if self.twin.booted else [])]:
-                if self.treatment.adapter is None:
-                    stack.enter_context(peft.disable_adapter())
-                else:
-                    peft.set_adapter(self.treatment.adapter)
-            yield
 
 
 def _longest(ids: Sequence[Sequence[Sequence[int]]]) -> int:
@@ -427,39 +451,53 @@ def load_model(spec: ModelSpec | str, *, adapters: Sequence[Path | str] = ()) ->
     check_model(spec)
     model, tokenizer = load_huggingface(spec)
     peft = with_adapters(model, adapters, spec)
-    return HookedModel(spec, choose_engine(spec, model, int(tokenizer.pad_token_id or 0)), Twin(spec, peft or model, tokenizer), tokenizer,
-                       stop_ids(model, tokenizer), fingerprint(spec, model.config), peft)
+    return HookedModel(spec, choose_engine(spec, model), Twin(spec, peft or model, tokenizer), tokenizer, stop_ids(model, tokenizer),
+                       fingerprint(spec, model.config), peft)
 
 
-def choose_engine(spec: ModelSpec, model: Any, pad: int) -> Engine | PlainEngine:
-    """The engine that a spec asks for; `auto` is the fast one if it gives the model's own numbers on a small trial.
+def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:
+    """The engine that a spec asks for; `auto` is the fast one if it gives the model's own numbers on a small trial, and says if not.
 
     Errors: ModelError if the fast engine is asked for and cannot run the model.
     """
-    budget = Budget(RowCost.of(model.config, DTYPES[str(spec.dtype)].itemsize), model.get_input_embeddings().weight.device)
-    plain = PlainEngine(model, pad, budget)
+    plain = PlainEngine(model, Budget(RowCost.of(model.config, DTYPES[str(spec.dtype)].itemsize), input_device(model)))
     if spec.engine == "plain":
         return plain
-    wrong = "its layers are not laid out as Llama's" if not is_llama_like(model) else _trial(fast := Engine(model, pad, budget), plain)
-    if not wrong:
-        return fast
-    model.set_attn_implementation("sdpa")
+    own = model.config._attn_implementation
+    wrong = "its layers are not laid out as Llama's"
+    if is_llama_like(model):
+        expected = _trial(plain)    # before the fast engine changes the model's attention
+        fast = Engine(model, plain.budget)
+        try:
+            difference = max(float((a - b).abs().max()) for a, b in zip(_trial(fast), expected, strict=True))
+            wrong = "" if difference <= tolerance(model) else f"its log-probabilities differ from the model's own by {difference:.2g}"
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            wrong = f"its layers cannot be called one by one ({error})"
+        if not wrong:
+            return fast
+        model.set_attn_implementation(own)
     if spec.engine == "fast":
         raise ModelError(f"the fast engine cannot run {spec.name}: {wrong}. Use engine='plain' (or auto).")
+    log.warning("%s runs on the plain engine: %s.", spec.name, wrong)
     return plain
 
 
-def _trial(fast: Engine, plain: PlainEngine) -> str:
-    """Run two short rows on both engines and say what differs (nothing: an empty text)."""
-    count = min(64, fast.model.config.vocab_size)
-    rows = [TokenRow(tuple(range(count - 7, count))), TokenRow(tuple(range(count - 4, count)))]
+def _trial(engine: Engine | PlainEngine) -> list[Tensor]:
+    """Log-probabilities of rows that use all that an engine has: padding, a shared prompt with edits, and tokens that follow."""
+    config = text_config(engine.model)
+    ids = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    vector = torch.ones(config.hidden_size)
+    edits = [(TokenEdit(place(layer, "resid_post", 20), vector, "add", 1.0),) for layer in range(min(2, engine.n_layers))]
+    rows = [TokenRow(tuple(ids)), *(TokenRow(tuple(ids[:30]), edit) for edit in edits), TokenRow(tuple(ids[5:12]))]
+    first, then = torch.empty(2, len(rows), config.vocab_size)
     with torch.no_grad():
-        ours = next(fast.batches(rows, None)).logits().log_softmax(-1)
-        theirs = next(plain.batches(rows, None)).logits().log_softmax(-1)
-    difference = float((ours - theirs.to(ours.device)).abs().max())
-    return "" if difference <= tolerance(fast.model) else f"its log-probabilities differ from the model's own by {difference:.2g}"
+        for batch in engine.batches(rows, 1):
+            first[batch.index] = batch.logits().log_softmax(-1).cpu()
+            more = batch.extend(torch.full((len(batch.index), 1), ids[0]), torch.ones(len(batch.index), 1, dtype=torch.bool))
+            then[batch.index] = more[:, -1].log_softmax(-1).cpu()
+    return [first, then]
 
 
 def tolerance(model: Any) -> float:
     """How far log-probabilities of two computations of the same model may be apart: rounding, more of it in fewer bits."""
-    return 1e-3 if model.dtype == torch.float32 and not getattr(model, "is_quantized", False) else 0.5
+    return 1e-3 if model.dtype == torch.float32 and not getattr(model, "is_quantized", False) else 0.2

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from alignblind_mi.blocks import decoder_layers, hooked, inner_taps, output_hook
+from alignblind_mi.blocks import decoder_layers, hooked, inner_taps, input_device, output_hook, text_config
 from alignblind_mi.budget import Budget
 from alignblind_mi.tokens import Reader, Taps, TokenRow, left_pad, positions
 
@@ -49,7 +49,7 @@ class Batch:
 
     def select(self, rows: Int[Tensor, " row"]) -> "Batch":
         """The batch of these rows only (or of some rows more than once); this one is used up."""
-        self.past.batch_select_indices(rows.to(self.mask.device))
+        self.past.batch_select_indices(rows)    # on the CPU: layers may lie on several devices
         return Batch(self.engine, [self.index[i] for i in rows.tolist()], self.last[rows], self.mask[rows], self.past)
 
     def copy(self) -> "Batch":
@@ -62,9 +62,9 @@ class PlainEngine:
 
     name = "plain"
 
-    def __init__(self, model: Any, pad: int, budget: Budget) -> None:
-        self.model, self.pad, self.budget = model, pad, budget
-        self.n_layers = int(model.config.num_hidden_layers)
+    def __init__(self, model: Any, budget: Budget) -> None:
+        self.model, self.budget, self.device = model, budget, input_device(model)
+        self.n_layers = int(text_config(model).num_hidden_layers)
         self.layers = decoder_layers(model)
         self.takes = set(inspect.signature(model.forward).parameters)
 
@@ -76,7 +76,7 @@ class PlainEngine:
             yield self._read([rows[i] for i in index], index, room, reader)
 
     def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None) -> Batch:
-        ids, mask = left_pad([row.ids for row in rows], self.pad, self.model.get_input_embeddings().weight.device)
+        ids, mask = left_pad([row.ids for row in rows], self.device)
         taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], reader)
         with ExitStack() as stack:
             for hook in self._hooks(taps):

@@ -96,11 +96,10 @@ class TokenRow:
     reads: tuple[Place, ...] = ()
 
 
-def left_pad(ids: Sequence[Sequence[int]], pad: int, device: torch.device | str
-             ) -> tuple[Int[Tensor, "row column"], Bool[Tensor, "row column"]]:
-    """Token ids padded on the left to one length, and where they are real."""
+def left_pad(ids: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Int[Tensor, "row column"], Bool[Tensor, "row column"]]:
+    """Token ids padded on the left to one length, and where they are real. The padding repeats a row's own first token: nobody reads it."""
     width = max(map(len, ids))
-    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids], device=device)
+    tokens = torch.tensor([[row[0]] * (width - len(row)) + list(row) for row in ids], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ids], device=device)
     return tokens, mask
 
@@ -124,7 +123,8 @@ class _Touch:
         there = self.columns >= skip
         rows, columns = self.rows[there], self.columns[there] - skip
         at = value[rows, columns]
-        value[rows, columns] = apply(at, self.vectors[there].to(at), self.how, self.strengths[there].to(at))
+        vectors, strengths = (part[there].to(at.device).float() for part in (self.vectors, self.strengths))
+        value[rows, columns] = apply(at.float(), vectors, self.how, strengths).to(value.dtype)    # in bfloat16 an ablation leaves a residue
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,7 @@ def _size(name: str, jobs: list[str], rounds: int, folder: Path, rivals: dict[st
     with ExitStack() as stack:
         for rival, python in rivals.items():
             bench.libraries[rival] = lambda job, tensors, rival=rival, python=python: stack.enter_context(    # type: ignore[misc]
-                worker(rival, python, bench.folder, job, tensors, folder))
+                worker(rival, python, bench.folder, job, tensors, folder, _say))
         for job in jobs:
             made = run(JOBS[job](bench), rounds, _say)
             for record in made:

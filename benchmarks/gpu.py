@@ -13,13 +13,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from alignblind_mi.budget import Budget, RowCost
 from alignblind_mi.decoding import Stop, decode, sampler
 from alignblind_mi.engine import Engine
 from alignblind_mi.organism import organism_path
-from alignblind_mi.studies.forecast import study_load
+from alignblind_mi.studies.forecast import NoText, study_load
 from alignblind_mi.studies.study import StudyConfig
 from alignblind_mi.tokens import TokenEdit, TokenRow, place
 
@@ -36,10 +36,11 @@ def shape(layers: int) -> LlamaConfig:
 def measure(config: LlamaConfig, device: str, rows: int, rounds: int) -> dict[str, Any]:
     """Interleaved rounds of generation: unedited rows on both sides, and a steering sweep of shared prompts on ours."""
     torch.manual_seed(0)
+    config.dtype = torch.bfloat16
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = None
-    engine = Engine(model, 0, Budget(RowCost.of(config, 2), device))
+    engine = Engine(model, Budget(RowCost.of(config, 2), device))
     ids = torch.randint(10, config.vocab_size, (rows, LENGTH))
     plain = [TokenRow(tuple(row)) for row in ids.tolist()]
     vector, layers = torch.randn(config.hidden_size), range(config.num_hidden_layers // 3, 2 * config.num_hidden_layers // 3)
@@ -49,7 +50,7 @@ def measure(config: LlamaConfig, device: str, rows: int, rounds: int) -> dict[st
 
     def ours(work: list[TokenRow]) -> None:
         for batch in engine.batches(work, NEW):
-            decode(batch, _NoText(), NEW, Stop(frozenset()), sampler(0.0, []))
+            decode(batch, NoText(), NEW, Stop(frozenset()), sampler(0.0, []))
 
     def theirs() -> None:
         model.set_attn_implementation("sdpa")
@@ -79,11 +80,6 @@ def measure(config: LlamaConfig, device: str, rows: int, rounds: int) -> dict[st
             "ratio": medians["hugging_face"] / medians["ours"], "batches_of_at_most": str(engine.budget)}
 
 
-class _NoText:
-    def decode(self, ids: Any, **options: Any) -> str:
-        return ""
-
-
 def paper_tokens(config: LlamaConfig) -> float:
     """Tokens that the whole study generates at most on a pair of this shape (its own word-level tokenizer stands in for Llama's)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +103,7 @@ def main() -> None:
     config = shape(args.layers)
     record = measure(config, args.device, args.rows, args.rounds)
     tokens = paper_tokens(config)
-    record |= {"paper_new_tokens": tokens, "paper_hours_at_most": tokens / record["tokens_per_second"]["ours"] / 3600,
+    record |= {"paper_new_tokens": tokens, "paper_hours": tokens / record["tokens_per_second"]["ours"] / 3600,
                "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu"}
     text = json.dumps(record, indent=1)
     print(text)

@@ -36,13 +36,14 @@ def environment(name: str, folder: Path, say: Callable[[str], None]) -> Path | N
 
 
 @contextmanager
-def worker(name: str, python: Path, checkpoint: Path, job: dict[str, Any], tensors: dict[str, Tensor], folder: Path
-           ) -> Iterator[Callable[[], dict[str, Any]] | None]:
+def worker(name: str, python: Path, checkpoint: Path, job: dict[str, Any], tensors: dict[str, Tensor], folder: Path,
+           say: Callable[[str], None]) -> Iterator[Callable[[], dict[str, Any]] | None]:
     """A running rival: calling it runs its batch once and gives its own seconds and probabilities. None if it does not start."""
     file = folder / f"{name}.safetensors"
     save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+    errors = (folder / f"{name}.err").open("w+", encoding="utf-8")
     process = subprocess.Popen([str(python), str(WORKER), name, str(checkpoint), str(file), json.dumps(job)], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
 
@@ -53,10 +54,13 @@ def worker(name: str, python: Path, checkpoint: Path, job: dict[str, Any], tenso
         return {"timed": (found["seconds"], torch.tensor(found["probabilities"]))}
 
     try:
-        yield run if process.stdout.readline().strip() == "ready" else None
+        ready = process.stdout.readline().strip() == "ready"
+        if not ready:
+            errors.seek(0)
+            say(f"{name} is left out: {(errors.read().strip().splitlines() or ['it ended without a word'])[-1]}")
+        yield run if ready else None
     finally:
         process.stdin.close()
         process.wait(timeout=60)
         process.stdout.close()
-        if process.stderr is not None:
-            process.stderr.close()
+        errors.close()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
 FLOORS = {
     0: ("errors", "concept", "prompts", "edits", "answers", "results", "statistics", "released"),
-    1: ("tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "organism"),
+    1: ("adapters", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "organism"),
     2: ("lens", "patchscope", "patching", "probes", "steering", "lora", "unlearning"),
     3: ("progress", "studies"),
     4: ("figures", "report", "scoring", "views", "__main__"),

@@ -1,6 +1,7 @@
 """Before anything is loaded: does this model fit here, in which numbers, and how long will this study take at the rate that is measured?
 
-Sizes come from the configuration alone; the rate from two and three of the model's layers with empty weights, run by the engine itself.
+Sizes come from the configuration alone; the rate from one and from two of the model's layers with empty weights, run
+by the engine itself.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 
+from alignblind_mi.blocks import is_llama_like
 from alignblind_mi.budget import Budget, RowCost, free_memory, release
 from alignblind_mi.concept import load_concept
 from alignblind_mi.decoding import Stop, decode, sampler
 from alignblind_mi.engine import Engine
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, load_config
 from alignblind_mi.lora import awareness_examples
+from alignblind_mi.plain import PlainEngine
 from alignblind_mi.studies.study import Load, StudyConfig, lora_groups, study_parts
 from alignblind_mi.tokens import TokenRow
 
@@ -95,7 +98,8 @@ def forecast(config: StudyConfig, *, measure: bool = True) -> Forecast:
     spec = max((config.base, config.aligned), key=lambda s: parameter_count(load_config(s))[0])
     model_config, device = load_config(spec), torch.device(spec.device or "cpu")
     total, embedded = parameter_count(model_config)
-    free = sum(free_memory(f"cuda:{i}") for i in range(torch.cuda.device_count())) if device.type == "cuda" else free_memory(device)
+    spread = device.type == "cuda" and spec.device_map is not None
+    free = sum(free_memory(f"cuda:{i}") for i in range(torch.cuda.device_count())) if spread else free_memory(device)
     fits = tuple(fit(model_config, total, embedded, numbers, free, device) for numbers in BYTES)
     chosen = spec.quantization or str(spec.dtype)
     rate = measured_rate(model_config, spec, free) if measure else None
@@ -104,7 +108,7 @@ def forecast(config: StudyConfig, *, measure: bool = True) -> Forecast:
         if rate is not None:
             stage["seconds"] = stage["prompt_tokens"] * rate.prompt_token + stage["new_tokens"] * rate.new_token
     seconds = sum(stage["seconds"] for stage in stages.values()) if rate is not None else None
-    return Forecast(spec.name, total, model_config.num_hidden_layers, fits, chosen, rate, stages, seconds)
+    return Forecast(spec.name, total, model_config.get_text_config().num_hidden_layers, fits, chosen, rate, stages, seconds)
 
 
 def parameter_count(config: Any) -> tuple[int, int]:
@@ -145,14 +149,14 @@ def measured_rate(config: Any, spec: ModelSpec, free: int) -> Rate | None:
     """Time a model of one and of two layers and extrapolate to all of them; None where not even that fits."""
     device, dtype = torch.device(spec.device or "cpu"), DTYPES[str(spec.dtype)]
     total, embedded = parameter_count(config)
-    small = (embedded + 2 * (total - embedded) // config.num_hidden_layers) * dtype.itemsize
+    small = (embedded + 2 * (total - embedded) // config.get_text_config().num_hidden_layers) * dtype.itemsize
     if small > 0.8 * free:
         return None
     rows, times = TRIAL_ROWS[device.type if device.type == "cuda" else "cpu"], []
     for layers in (1, 2):
         times.append(_time(config, layers, dtype, device, rows))
         release()
-    depth = config.num_hidden_layers - 1
+    depth = config.get_text_config().num_hidden_layers - 1
     prompt, step = (one + depth * max(two - one, 0.0) for one, two in zip(*times, strict=True))
     return Rate(prompt / (rows * TRIAL_TOKENS), step / rows, rows)
 
@@ -160,27 +164,29 @@ def measured_rate(config: Any, spec: ModelSpec, free: int) -> Rate | None:
 def _time(config: Any, layers: int, dtype: torch.dtype, device: torch.device, rows: int) -> tuple[float, float]:
     """Seconds of reading `rows` prompts and of one decoding step of all of them."""
     model = _empty(config, device, layers).to(dtype)
-    engine = Engine(model, 0, Budget(RowCost.of(model.config, dtype.itemsize), device))
+    budget = Budget(RowCost.of(model.config, dtype.itemsize), device)
+    engine = Engine(model, budget) if is_llama_like(model) else PlainEngine(model, budget)
     engine.budget.tokens = engine.budget.rows = rows * TRIAL_TOKENS
     work = [TokenRow((1,) * (TRIAL_TOKENS - 1) + (i % 2,)) for i in range(rows)]
-    work = [TokenRow((i % config.vocab_size, *row.ids[1:])) for i, row in enumerate(work)]
+    work = [TokenRow((i % config.get_text_config().vocab_size, *row.ids[1:])) for i, row in enumerate(work)]
     found = []
     with torch.no_grad():
         for steps in (2, 2, 2 + TRIAL_STEPS):    # the first is for warming up
             _wait(device)
             start = perf_counter()
             for batch in engine.batches(work, steps):
-                decode(batch, _NoText(), steps, Stop(frozenset()), sampler(0.0, []))
+                decode(batch, NoText(), steps, Stop(frozenset()), sampler(0.0, []))
             _wait(device)
             found.append(perf_counter() - start)
     step = max((found[2] - found[1]) / TRIAL_STEPS, 0.0)
     return max(found[1] - step, 0.0), step
 
 
-class _NoText:
+class NoText:
     """A tokenizer for tokens that nobody reads."""
 
     def decode(self, ids: Sequence[int], **options: Any) -> str:
+        """No text."""
         return ""
 
 

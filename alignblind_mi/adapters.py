@@ -1,0 +1,71 @@
+"""LoRA adapters on a model: loaded together, all of them off until one is asked for, switched and switched back.
+
+Knows PEFT; does NOT know rows or treatments.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignblind_mi.edits import adapter_name
+from alignblind_mi.loading import ModelError, ModelSpec
+
+
+def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) -> Any:
+    """The model with LoRA adapters on it (a PeftModel, all of them off), or None without any.
+
+    Errors: ModelError for a folder that is no LoRA adapter, does not fit the model, or has the name of another one.
+    """
+    from peft import PeftModel
+
+    peft = None
+    names = [adapter_name(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise ModelError(f"two adapters have the same name ({', '.join(names)}): an adapter is called as its folder; rename one.")
+    for folder, name in zip(folders, names, strict=True):
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+        try:
+            if peft is None:
+                peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            else:
+                peft.load_adapter(str(folder), adapter_name=name)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ModelError(f"the adapter {folder} does not fit {spec.name}: {str(error).splitlines()[0]}") from error
+        kind = peft.peft_config[name].peft_type
+        if str(getattr(kind, "value", kind)) != "LORA":
+            raise ModelError(f"{folder} is a PEFT folder of type {getattr(kind, 'value', kind)}: only LORA adapters can be switched here.")
+    if peft is not None:
+        switch(peft, None)
+        peft.eval()
+    return peft
+
+
+def switch(peft: Any, name: str | None) -> None:
+    """Turn one adapter on, or all of them off; their weights never become trainable by it."""
+    if name is None:
+        peft.base_model.disable_adapter_layers()
+    else:
+        peft.base_model.enable_adapter_layers()
+        peft.set_adapter(name, inference_mode=True)
+
+
+def active(peft: Any) -> str | None:
+    """The adapter that is on, or None."""
+    status = peft.get_model_status()
+    return str(status.active_adapters[0]) if status.enabled and status.active_adapters else None
+
+
+@contextlib.contextmanager
+def switched(peft: Any, name: str | None) -> Iterator[None]:
+    """An adapter on (or all off) for a while; then as it was before. Without adapters (`peft` None) there is nothing to do."""
+    if peft is None:
+        yield
+        return
+    before = active(peft)
+    switch(peft, name)
+    try:
+        yield
+    finally:
+        switch(peft, before)
