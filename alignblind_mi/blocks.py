@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from alignblind_mi.edits import EditError
 from alignblind_mi.tokens import Taps
@@ -135,20 +136,42 @@ def output_hook(touch: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, 
     return hook
 
 
+def final_norm(model: Any) -> nn.Module:
+    """The norm before the head. Errors: EditError if there is none of a known name."""
+    for name in FINAL_NORMS:
+        if hasattr(model.base_model, name):
+            return getattr(model.base_model, name)
+    raise EditError(f"{type(model).__name__} has no final norm of a known name ({', '.join(FINAL_NORMS)}): residual streams cannot be read "
+                    "through its head.")
+
+
 def unembed(model: Any, hidden: Float[Tensor, "*at d_model"]) -> Float[Tensor, "*at vocabulary"]:
-    """Logits of residual streams by a model's own final norm and head, in float32. Errors: EditError if it has no known final norm."""
-    norms = [getattr(model.base_model, name) for name in FINAL_NORMS if hasattr(model.base_model, name)]
-    if not norms:
-        raise EditError(f"{type(model).__name__} has no final norm of a known name ({', '.join(FINAL_NORMS)}): residual streams cannot be "
-                        "read through its head.")
-    return model.get_output_embeddings()(norms[0](hidden)).float()
+    """Logits of residual streams by a model's own final norm and head, in float32."""
+    return model.get_output_embeddings()(final_norm(model)(hidden)).float()
 
 
-def log_probs_of(model: Any, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, " target"], logit_rows: int
+def log_probs_of(model: Any, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, " target"], block: tuple[int, int]
                  ) -> Float[Tensor, "row target"]:
-    """Exact log-probabilities of target tokens after residual streams, on the CPU; logits exist for `logit_rows` rows at a time."""
+    """Exact log-probabilities of target tokens after residual streams, on the CPU.
+
+    Logits exist for a `block` of (rows, words) at a time. A head that is more than a matrix in memory is asked for all words at once.
+    """
+    head, (rows, words) = model.get_output_embeddings(), block
+    whole = type(head) is not nn.Linear or hasattr(head, "_hf_hook")
     out = torch.empty(len(hidden), len(ids))
-    for start in range(0, len(hidden), logit_rows):
-        logits = unembed(model, hidden[start : start + logit_rows])
-        out[start : start + len(logits)] = (logits[:, ids.to(logits.device)] - logits.logsumexp(-1, keepdim=True)).cpu()
+    for start in range(0, len(hidden), rows):
+        normed = final_norm(model)(hidden[start : start + rows])
+        if whole:
+            logits = head(normed).float()
+            wanted, total = logits[:, ids.to(logits.device)], logits.logsumexp(-1)
+        else:
+            normed = normed.to(head.weight.device)
+            wanted = linear(normed, head.weight[ids], None if head.bias is None else head.bias[ids]).float()
+            total = torch.stack([linear(normed, weight, bias).float().logsumexp(-1) for weight, bias in _parts(head, words)]).logsumexp(0)
+        out[start : start + len(normed)] = (wanted - total[:, None]).cpu()
     return out
+
+
+def _parts(head: nn.Linear, words: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, len(head.weight), words):
+        yield head.weight[start : start + words], None if head.bias is None else head.bias[start : start + words]

@@ -16,7 +16,7 @@ from alignblind_mi.errors import AlignblindError
 
 USABLE = 0.6             # share of the free memory that a batch may fill
 LOGIT_BYTES = 1 << 28    # float32 logits that exist at a time while answers are decoded
-LENS_ROWS = {"cpu": 128, "cuda": 1024}    # residual streams that are read through the whole vocabulary at a time
+LENS_BLOCK = {"cpu": (512, 256), "cuda": (4096, 8192)}    # rows and words whose logits exist at a time in a read-out of few words
 MOST_TOKENS = {"cpu": 16384, "cuda": 65536}    # more tokens or rows at a time gain nothing
 MOST_ROWS = {"cpu": 512, "cuda": 2048}
 OVERHEAD = {"cpu": 20.0, "cuda": 300.0}    # what a batch costs beyond its tokens, in tokens: measured on a CPU, of a GPU's order
@@ -75,7 +75,7 @@ class Budget:
         self.memory = int(USABLE * (free_memory(device) if free is None else free))
         self.tokens = max(1, min(MOST_TOKENS.get(kind, MOST_TOKENS["cpu"]), self.memory // cost.token))
         self.rows = MOST_ROWS.get(kind, MOST_ROWS["cpu"])
-        self.lens_rows = LENS_ROWS.get(kind, LENS_ROWS["cpu"])
+        self.lens_block = LENS_BLOCK.get(kind, LENS_BLOCK["cpu"])
 
     @property
     def logit_rows(self) -> int:

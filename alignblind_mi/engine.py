@@ -134,7 +134,7 @@ class Batch:
 
     def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
         """Exact log-probabilities of some next tokens; the vocabulary is there for a part of the rows at a time."""
-        return log_probs_of(self.engine.model, self.hidden, ids, self.engine.budget.lens_rows)
+        return log_probs_of(self.engine.model, self.hidden, ids, self.engine.budget.lens_block)
 
     def extend(self, tokens: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new vocabulary"]:
         """Read more tokens of every row and return the logits after each; `real` is False in padding on the right."""

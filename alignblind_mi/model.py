@@ -223,7 +223,7 @@ class HookedModel:
         self._check_lens()
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         return self._at_sites(rows, sites, Reader(len(ids), lambda resid: log_probs_of(self.engine.model, resid, ids,
-                                                                                       self.engine.budget.lens_rows)))
+                                                                                       self.engine.budget.lens_block)))
 
     def _check_lens(self) -> None:
         """Errors: ModelError for a model whose answer is not its final norm and head alone (scaled or capped logits)."""

@@ -381,7 +381,7 @@ def lens(bench: Bench) -> Contest:
     model, ids_of = bench.ours.engine.model, torch.tensor(targets)
     resid = bench.ours.record(rows, sites).flatten(0, 1)
     extra = {"memory_full_vocabulary": peak_bytes(lambda: model.lm_head(model.model.norm(resid)).log_softmax(-1)[..., targets]),
-             "memory_ours": peak_bytes(lambda: log_probs_of(model, resid, ids_of, bench.ours.engine.budget.lens_rows)),
+             "memory_ours": peak_bytes(lambda: log_probs_of(model, resid, ids_of, bench.ours.engine.budget.lens_block)),
              "memory_share_with_the_run": peak_bytes(ours) / peak_bytes(full)}
     return Contest("lens", size.name, len(rows) * len(sites), ours, {"full vocabulary at all places": full},
                    lambda a, b, rival: close(a, b), notes={**extra, "memory_share": extra["memory_ours"] / extra["memory_full_vocabulary"]})

@@ -521,7 +521,7 @@ def test_lens_log_probs_are_those_of_the_whole_vocabulary(pair, monkeypatch):
     prompts = [prompt_of(text, False) for text in TEXTS]
     sites = [Site(layer, place) for layer, place in product(range(LAYERS), PLACES)]
     for model in pair[:2]:
-        monkeypatch.setattr(model.engine.budget, "lens_rows", 5)
+        monkeypatch.setattr(model.engine.budget, "lens_block", (5, 7))
         found = model.lens_log_probs([Row(p) for p in prompts], sites, [" w1", " w2"])
         resid = model.record([Row(p) for p in prompts], sites)
         with torch.no_grad():
