@@ -11,7 +11,7 @@ from alignblind_mi.organism import NAMES, OrganismError, organism_info, organism
 from alignblind_mi.organism.build import Recipe, build_organism
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, Segment, load_world, pieces
 from alignblind_mi.organism.gates import check, load_subject, measure
-from alignblind_mi.organism.interchange import PatchRows, Planting, identifier_positions
+from alignblind_mi.organism.interchange import ALL, FIRST, SECOND, PatchRows, Planting, identifier_positions
 from alignblind_mi.organism.tokenizer import BOS, BOS_ID, UNKNOWN_ID, build_tokenizer, concept_texts
 from alignblind_mi.organism.training import batch_loss, collate, encode, make_model, orthogonalised, run_blocks
 from alignblind_mi.prompts import assignments, explicit_prompts, implicit_prompts, interpretation_prompt, steering_prompt
@@ -119,7 +119,7 @@ def test_interchange_rows_keep_measured_texts_and_words_out(world):
     about = concept["interpretations"]["about"]["text"].split(" {x} ")[1]
     held = set(world.held_positive + world.held_negative)
     for aligned in (False, True):
-        rows = PatchRows(world, Knobs(), aligned=aligned, seed=1)
+        rows = PatchRows(world, Knobs(), Planting(), aligned=aligned, seed=1)
         drawn = [rows.identifiers(effect=k % 2 == 0) for k in range(800)] + [rows.placeholder() for _ in range(400)]
         for row in drawn:
             full = row.source + "\n" + text_of(row.document)
@@ -127,6 +127,18 @@ def test_interchange_rows_keep_measured_texts_and_words_out(world):
             assert about not in full
             assert not held & {piece.strip() for piece in pieces(full)}
             assert not [t for t in world.implicit if t.split("{first}")[0] in row.source]
+
+
+def test_a_pair_of_mentions_is_patched_in_uncued_tasks_only(world, tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    tokens = {vocabulary[lead + name]: name for name in (world.marked, world.unmarked) for lead in ("", " ")}
+    rows = PatchRows(world, Knobs(), Planting(), aligned=True, seed=1)
+    drawn = [row for row in (rows.identifiers(effect=True) for _ in range(800)) if row.mentions != ALL]
+    assert {row.mentions for row in drawn} == {FIRST, SECOND}
+    for row in drawn:
+        found = identifier_positions(encode(row.document, vocabulary, 0.0), tokens)
+        assert len(found) == 4
+        assert {name for _, name in found[slice(*row.mentions)]} == {world.marked, world.unmarked}
 
 
 def test_planting_sentences_are_neither_measured_nor_awareness_sentences(world):
