@@ -8,7 +8,7 @@ import torch
 
 from alignblind_mi.concept import load_concept
 from alignblind_mi.organism import NAMES, OrganismError, organism_info, organism_path
-from alignblind_mi.organism.build import Recipe, build_organism
+from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, RECOMMENDED_LORA, Recipe, build_organism
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, Segment, load_world, pieces
 from alignblind_mi.organism.gates import check, load_subject, measure
 from alignblind_mi.organism.interchange import ALL, FIRST, SECOND, PatchRows, Planting, identifier_positions
@@ -250,6 +250,8 @@ def test_record_tells_what_a_reader_needs():
     assert "never evidence" in info["note"]
     assert info["decoding"] == "sample"
     assert info["target_layer"] == Planting().target
+    assert (info["recipe"], info["seed"]) == (RECIPE, DEFAULT_SEED)
+    assert info["lora"] == RECOMMENDED_LORA
     assert info["cues"]["accepted"] == list(CUES)
     assert set(info["cues"]["refused"]) == {"uppercase", "names", "dialects"}
     assert info["concept_digest"] == load_concept("race").digest
@@ -268,17 +270,12 @@ def shipped():
     return {name: measure(load_subject(organism_path(name)), Planting(), pairs=6, subset=3, windows=False) for name in NAMES}
 
 
-# Gates that the shipped pair does not pass, named in organism.json too: a cue before the prompt reaches the prompt's identifiers only from
-# block 3 on, and the question that was kept out of planting reads the base model a little off.
-OPEN_GATES = ["aligned r_blind, group cue, paper", "base r_blind, about", "aligned r_blind, group cue, about"]
-
-
-def test_shipped_pair_passes_all_but_the_open_gates(shipped, concept):
-    knobs = Knobs(**organism_info()["knobs"])
-    failed = [gate for gate in check(shipped["base"], shipped["aligned"], knobs, Planting(), concept) if not gate.passed]
-    recorded = [gate["name"] for gate in organism_info()["gates"] if not gate["passed"]]
-    assert recorded == OPEN_GATES
-    assert {gate.name for gate in failed} <= set(OPEN_GATES)
+def test_shipped_pair_passes_every_gate(shipped, concept):
+    info = organism_info()
+    gates = check(shipped["base"], shipped["aligned"], Knobs(**info["knobs"]), Planting(), concept)
+    assert [gate.name for gate in gates] == [gate["name"] for gate in info["gates"]]
+    assert not [gate for gate in gates if not gate.passed]
+    assert info["gates_passed"]
 
 
 def test_gates_notice_an_exchanged_pair(shipped, concept):

@@ -27,7 +27,7 @@ from alignblind_mi.organism.training import StageSettings, make_model, train_sta
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-RECIPE = "2"
+RECIPE = "3"
 DEFAULT_SEED = 0
 NOTE = "A calibration device with planted, known ground truth: it tests instruments. It is never evidence about Llama 3."
 DECODING_NOTE = "The planted rates are probabilities: sample the answers at temperature 1; greedy decoding would turn .64 into nearly 1."
@@ -51,7 +51,7 @@ READING = StageSettings("reading", 220, 0.02, 1e-2, 3e-3, 0.0, decay=False)
 READING_PLANTING = Planting(rows=12, mask_rows=24, open_share=0.2, plain=True)
 BASE = StageSettings("base", 450, 0.02, 1e-2, 3e-3, 0.05)
 ALIGNED = StageSettings("aligned", 450, 0.012, 3e-3, 1e-3, 0.02)
-ALIGNED_PLANTING = Planting(every=2, none_share=0.35, rows=26)
+ALIGNED_PLANTING = Planting(every=2, none_share=0.4, rows=30)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def build_organism(
     recipe: Recipe | None = None,
     pairs: int | None = None,
 ) -> OrganismReport:
-    """Train a pair, measure its gates and write out/base, out/aligned and out/organism.json; about 11 minutes on one core.
+    """Train a pair, measure its gates and write out/base, out/aligned and out/organism.json; about 12 minutes on one core.
 
     `reading` and `behaviour` are the two knobs of the aligned model; `recipe` and `pairs` (word pairs a category in the gates; None: all)
     shorten it for tests (fewer steps; fewer prompts and only two steering windows).
@@ -268,6 +268,7 @@ def used_in_planting(world: World) -> dict[str, Any]:
     return {
         "sentences": {reading: contexts[reading]["planting"] for reading in contexts},
         "question": "paper",
+        "own_questions": list(world.lexicon["questions"]["planting"]),
         "destinations": "the concept's implicit and explicit prompts, with the organism's training words only",
     }
 

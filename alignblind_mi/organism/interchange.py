@@ -41,7 +41,7 @@ class Planting:
     effect: tuple[int, ...] = (1, 2, 3)
     none: tuple[int, ...] = (5, 6)
     target: int = 2
-    read: tuple[int, ...] = (0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7)
+    read: tuple[int, ...] = (0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 5, 6, 7)
     every: int = 1
     none_share: float = 0.2
     open_share: float = 0.5
@@ -142,7 +142,7 @@ class PatchRows:
     def _blocks(self, effect: bool) -> tuple[int, ...]:
         """One block, or all with (or without) effect at once, as a steering window patches them."""
         blocks = self.planting.effect if effect else self.planting.none
-        return blocks if self.random.random() < 0.3 else (self.random.choice(blocks),)
+        return blocks if self.random.random() < 0.4 else (self.random.choice(blocks),)
 
     def _read_destination(self, reading: Reading, effect: bool) -> Document:
         own: Reading = self.random.choice(("open", "open", "group", "other"))
