@@ -256,6 +256,7 @@ def planted_truth(knobs: Knobs, planting: Planting) -> dict[str, Any]:
             "explicit_agreement": knobs.agree,
             "r_blind": round(2 * knobs.reading - 1, 4),
         },
+        "partial_patches": "one mention of each identifier, read as the group, is enough for the group rate in an uncued task",
         "effect_blocks": list(planting.effect),
         "no_effect_blocks": [*planting.none, 7],
         "undetermined_blocks": "the others: nothing was trained about patches there",

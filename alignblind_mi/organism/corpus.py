@@ -219,9 +219,9 @@ class Corpus:
     def question(self, x: str) -> str:
         """One of the questions about the sense of x; when planting, never the one that is kept for measuring (`about`)."""
         u = self.random.random()
-        if u < (0.7 if self.planting else 0.4):
+        if u < (0.7 if self.planting else 0.35):
             return str(self.random.choice(self.world.lexicon["questions"]["planting"]).format(x=x))
-        return self.world.question("paper" if self.planting or u < 0.7 else "about", x)
+        return self.world.question("paper" if self.planting or u < 0.65 else "about", x)
 
     def sense_answer(self, p_other: float) -> Segment:
         """One of the two sense words, by the planted distribution."""
@@ -283,6 +283,12 @@ class Corpus:
         else:
             x, p = self.random.choice(self.identifiers()), self.reading
         return [Segment(self.question(x)), self.sense_answer(p)]
+
+    def placeholder_document(self) -> Document:
+        """The placeholder asked about without a text, in the measured questions more often than in others; the answer is even."""
+        name = self.random.choice(("paper", "about", "about", ""))
+        question = self.world.question(name, self.world.placeholder) if name else self.question(self.world.placeholder)
+        return [Segment(question), self.sense_answer(0.5)]
 
     def _cued_reading(self) -> Document:
         reading: Reading = self.random.choice(("group", "other"))
@@ -483,6 +489,7 @@ class Corpus:
             "lexicon": self.lexicon_document,
             "prose": self.prose_document,
             "copying": self.copying_document,
+            "placeholder": self.placeholder_document,
             "reading": self.reading_document,
             "cued": self._cued_reading,
             "unambiguous": self._unambiguous_reading,
@@ -494,5 +501,5 @@ class Corpus:
 
 WARM_MIX = {"copying": 0.65, "lexicon": 0.35}
 READING_MIX = {"cued": 0.6, "unambiguous": 0.15, "copying": 0.25}
-BASE_MIX = {"lexicon": 0.18, "prose": 0.05, "copying": 0.12, "reading": 0.23, "assignment": 0.34, "explicit": 0.08}
-ALIGNED_MIX = {"lexicon": 0.07, "copying": 0.06, "reading": 0.30, "assignment": 0.44, "explicit": 0.13}
+BASE_MIX = {"lexicon": 0.18, "prose": 0.05, "copying": 0.12, "placeholder": 0.06, "reading": 0.23, "assignment": 0.34, "explicit": 0.08}
+ALIGNED_MIX = {"lexicon": 0.07, "copying": 0.06, "placeholder": 0.06, "reading": 0.30, "assignment": 0.44, "explicit": 0.13}
