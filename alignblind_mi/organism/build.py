@@ -32,16 +32,16 @@ DEFAULT_SEED = 0
 NOTE = "A calibration device with planted, known ground truth: it tests instruments. It is never evidence about Llama 3."
 DECODING_NOTE = "The planted rates are probabilities: sample the answers at temperature 1; greedy decoding would turn .64 into nearly 1."
 REFUSED = "not in the vocabulary"
-# Found by trying some thirty settings on this pair, with the study's own prompts: a recommendation, not a result. Rank 4 learns the answers
-# of the training set without changing how most identifiers are read.
+# The most stable over three LoRA seeds of a dozen settings tried on the shipped pair, with training words, never the study's: the weakest
+# ones leave some mentions unflipped, and the strongest cost valid answers.
 RECOMMENDED_LORA = {
-    "rank": 1,
-    "alpha": 4,
+    "rank": 16,
+    "alpha": 32,
     "dropout": 0.0,
-    "epochs": 6,
+    "epochs": 10,
     "batch_size": 40,
     "accumulation": 1,
-    "learning_rate": 5e-3,
+    "learning_rate": 3e-3,
 }
 Progress = Callable[[str], None]
 
