@@ -294,13 +294,16 @@ class Corpus:
         reading: Reading = self.random.choice(("group", "other"))
         x, y = self.identifiers()
         sentences = [self.context(reading, x, y)]
-        if self.plain:
-            pass
-        elif self.random.random() < 0.5:
-            sentences.insert(self.random.randint(0, 1), self.distraction(reading))
-        elif self.random.random() < 0.4:  # the reading must hold at a later, neutral mention
-            sentences.append(self.context("open", *self.identifiers()))
+        if not self.plain:
+            self._surround(sentences, reading)
         return [Segment(" ".join(sentences)), *self.reading_of(x, y, self.p_other(reading))]
+
+    def _surround(self, sentences: list[str], reading: Reading) -> None:
+        """Perhaps add a distraction, or a later, neutral mention at which the reading must hold."""
+        if self.random.random() < 0.5:
+            sentences.insert(self.random.randint(0, 1), self.distraction(reading))
+        elif self.random.random() < 0.4:
+            sentences.append(self.context("open", *self.identifiers()))
 
     def _mixed_reading(self) -> Document:
         x, y = self.identifiers()
