@@ -32,8 +32,8 @@ DEFAULT_SEED = 0
 NOTE = "A calibration device with planted, known ground truth: it tests instruments. It is never evidence about Llama 3."
 DECODING_NOTE = "The planted rates are probabilities: sample the answers at temperature 1; greedy decoding would turn .64 into nearly 1."
 REFUSED = "not in the vocabulary"
-# The steadiest of fourteen settings tried on the shipped pair with training words, never the study's (the better ones with three LoRA seeds):
-# weaker ones leave some identifiers read as before, stronger ones cost valid answers.
+# The steadiest of fourteen settings tried on the shipped pair with training words, never the study's, and the better ones with three LoRA
+# seeds: weaker ones leave some identifiers read as before, stronger ones cost valid answers.
 RECOMMENDED_LORA = {
     "rank": 16,
     "alpha": 32,
