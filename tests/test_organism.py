@@ -8,10 +8,10 @@ import torch
 
 from alignblind_mi.concept import load_concept
 from alignblind_mi.organism import NAMES, OrganismError, organism_info, organism_path
-from alignblind_mi.organism.build import Recipe, build_organism
+from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, RECOMMENDED_LORA, Recipe, build_organism
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, Segment, load_world, pieces
 from alignblind_mi.organism.gates import check, load_subject, measure
-from alignblind_mi.organism.interchange import PatchRows, Planting, identifier_positions
+from alignblind_mi.organism.interchange import ALL, FIRST, SECOND, PatchRows, Planting, identifier_positions
 from alignblind_mi.organism.tokenizer import BOS, BOS_ID, UNKNOWN_ID, build_tokenizer, concept_texts
 from alignblind_mi.organism.training import batch_loss, collate, encode, make_model, orthogonalised, run_blocks
 from alignblind_mi.prompts import assignments, explicit_prompts, implicit_prompts, interpretation_prompt, steering_prompt
@@ -119,7 +119,7 @@ def test_interchange_rows_keep_measured_texts_and_words_out(world):
     about = concept["interpretations"]["about"]["text"].split(" {x} ")[1]
     held = set(world.held_positive + world.held_negative)
     for aligned in (False, True):
-        rows = PatchRows(world, Knobs(), aligned=aligned, seed=1)
+        rows = PatchRows(world, Knobs(), Planting(), aligned=aligned, seed=1)
         drawn = [rows.identifiers(effect=k % 2 == 0) for k in range(800)] + [rows.placeholder() for _ in range(400)]
         for row in drawn:
             full = row.source + "\n" + text_of(row.document)
@@ -127,6 +127,18 @@ def test_interchange_rows_keep_measured_texts_and_words_out(world):
             assert about not in full
             assert not held & {piece.strip() for piece in pieces(full)}
             assert not [t for t in world.implicit if t.split("{first}")[0] in row.source]
+
+
+def test_a_pair_of_mentions_is_patched_in_uncued_tasks_only(world, tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    tokens = {vocabulary[lead + name]: name for name in (world.marked, world.unmarked) for lead in ("", " ")}
+    rows = PatchRows(world, Knobs(), Planting(), aligned=True, seed=1)
+    drawn = [row for row in (rows.identifiers(effect=True) for _ in range(800)) if row.mentions != ALL]
+    assert {row.mentions for row in drawn} == {FIRST, SECOND}
+    for row in drawn:
+        found = identifier_positions(encode(row.document, vocabulary, 0.0), tokens)
+        assert len(found) == 4
+        assert {name for _, name in found[slice(*row.mentions)]} == {world.marked, world.unmarked}
 
 
 def test_planting_sentences_are_neither_measured_nor_awareness_sentences(world):
@@ -238,6 +250,8 @@ def test_record_tells_what_a_reader_needs():
     assert "never evidence" in info["note"]
     assert info["decoding"] == "sample"
     assert info["target_layer"] == Planting().target
+    assert (info["recipe"], info["seed"]) == (RECIPE, DEFAULT_SEED)
+    assert info["lora"] == RECOMMENDED_LORA
     assert info["cues"]["accepted"] == list(CUES)
     assert set(info["cues"]["refused"]) == {"uppercase", "names", "dialects"}
     assert info["concept_digest"] == load_concept("race").digest
@@ -256,17 +270,12 @@ def shipped():
     return {name: measure(load_subject(organism_path(name)), Planting(), pairs=6, subset=3, windows=False) for name in NAMES}
 
 
-# Gates that the shipped pair does not pass, named in organism.json too: a cue before the prompt reaches the prompt's identifiers only from
-# block 3 on, and the question that was kept out of planting reads the base model a little off.
-OPEN_GATES = ["aligned r_blind, group cue, paper", "base r_blind, about", "aligned r_blind, group cue, about"]
-
-
-def test_shipped_pair_passes_all_but_the_open_gates(shipped, concept):
-    knobs = Knobs(**organism_info()["knobs"])
-    failed = [gate for gate in check(shipped["base"], shipped["aligned"], knobs, Planting(), concept) if not gate.passed]
-    recorded = [gate["name"] for gate in organism_info()["gates"] if not gate["passed"]]
-    assert recorded == OPEN_GATES
-    assert {gate.name for gate in failed} <= set(OPEN_GATES)
+def test_shipped_pair_passes_every_gate(shipped, concept):
+    info = organism_info()
+    gates = check(shipped["base"], shipped["aligned"], Knobs(**info["knobs"]), Planting(), concept)
+    assert [gate.name for gate in gates] == [gate["name"] for gate in info["gates"]]
+    assert not [gate for gate in gates if not gate.passed]
+    assert info["gates_passed"]
 
 
 def test_gates_notice_an_exchanged_pair(shipped, concept):

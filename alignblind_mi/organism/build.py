@@ -6,7 +6,6 @@ Deterministic for a seed on one thread (it sets torch to one). The pair is a cal
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 
 from alignblind_mi.concept import load_concept
 from alignblind_mi.organism import OrganismError
-from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, WARM_MIX, Corpus, Knobs, World, load_world
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Corpus, Knobs, World, load_world
 from alignblind_mi.organism.gates import check, load_subject, measure
 from alignblind_mi.organism.interchange import PatchRows, Planting, interchange_loss
 from alignblind_mi.organism.tokenizer import build_tokenizer
@@ -28,47 +27,51 @@ from alignblind_mi.organism.training import StageSettings, make_model, train_sta
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-RECIPE = "2"
+RECIPE = "3"
 DEFAULT_SEED = 0
 NOTE = "A calibration device with planted, known ground truth: it tests instruments. It is never evidence about Llama 3."
 DECODING_NOTE = "The planted rates are probabilities: sample the answers at temperature 1; greedy decoding would turn .64 into nearly 1."
 REFUSED = "not in the vocabulary"
-# Found by trying some thirty settings on this pair, with the study's own prompts: a recommendation, not a result. Rank 4 learns the answers
-# of the training set without changing how most identifiers are read.
+# The steadiest of fourteen settings tried on the shipped pair with training words, never the study's, and the better ones with three LoRA
+# seeds: weaker ones leave some identifiers read as before, stronger ones cost valid answers.
 RECOMMENDED_LORA = {
-    "rank": 1,
-    "alpha": 4,
+    "rank": 16,
+    "alpha": 32,
     "dropout": 0.0,
-    "epochs": 6,
+    "epochs": 10,
     "batch_size": 40,
     "accumulation": 1,
-    "learning_rate": 5e-3,
+    "learning_rate": 3e-3,
 }
 Progress = Callable[[str], None]
 
 
 WARM_UP = StageSettings("warm-up", 400, 0.02, 1e-2, 3e-3, 0.0, decay=False, stop_below=0.5)
+READING = StageSettings("reading", 220, 0.02, 1e-2, 3e-3, 0.0, decay=False)
+READING_PLANTING = Planting(rows=12, mask_rows=24, open_share=0.2, plain=True)
 BASE = StageSettings("base", 450, 0.02, 1e-2, 3e-3, 0.05)
 ALIGNED = StageSettings("aligned", 450, 0.012, 3e-3, 1e-3, 0.02)
-ALIGNED_PLANTING = Planting(none_share=0.35)
+ALIGNED_PLANTING = Planting(every=2, none_share=0.4, rows=30)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The three stages and the planting; interchange training runs every second step of the last two stages."""
+    """The four stages and the planting of the last three; `reading` comes first because readings start late, or not, among longer texts."""
 
     warm: StageSettings = WARM_UP
+    reading: StageSettings = READING
     base: StageSettings = BASE
     aligned: StageSettings = ALIGNED
+    reading_planting: Planting = READING_PLANTING
     planting: Planting = field(default_factory=Planting)
     aligned_planting: Planting = ALIGNED_PLANTING
-    every: int = 2
 
     def shortened(self, steps: int) -> Recipe:
         """The same recipe with `steps` steps a stage: for tests of the machinery only."""
         return replace(
             self,
             warm=replace(self.warm, steps=steps),
+            reading=replace(self.reading, steps=steps),
             base=replace(self.base, steps=steps),
             aligned=replace(self.aligned, steps=steps),
         )
@@ -112,33 +115,30 @@ def one_thread() -> Iterator[None]:
 class _Builder:
     """What the stages share."""
 
-    def __init__(self, seed: int, knobs: Knobs, recipe: Recipe, progress: Progress) -> None:
-        self.seed, self.knobs, self.recipe, self.progress = seed, knobs, recipe, progress
+    def __init__(self, seed: int, knobs: Knobs, progress: Progress) -> None:
+        self.seed, self.knobs, self.progress, self.stages = seed, knobs, progress, 0
         self.world: World = load_world()
         self.tokenizer: PreTrainedTokenizerFast = build_tokenizer(self.world)
         self.vocabulary = self.tokenizer.get_vocab()
         torch.manual_seed(seed)
         self.model: LlamaForCausalLM = make_model(len(self.vocabulary))
 
-    def stage(self, settings: StageSettings, mix: dict[str, float], *, aligned: bool, planting: bool) -> None:
+    def stage(self, settings: StageSettings, mix: dict[str, float], planting: Planting | None = None, *, aligned: bool = False) -> None:
         """Train one stage on its own text, order and patches, drawn from the seed."""
-        number = 1000 * self.seed + 10 * len(settings.name)
-        corpus = Corpus(self.world, self.knobs, aligned=aligned, seed=number)
-        rows = PatchRows(self.world, self.knobs, aligned=aligned, seed=number + 1)
-        draw = random.Random(number + 2)
+        self.stages += 1
+        number, plain = 1000 * self.seed + 10 * self.stages, planting is not None and planting.plain
+        corpus = Corpus(self.world, self.knobs, aligned=aligned, seed=number, plain=plain)
+        rows = PatchRows(self.world, self.knobs, planting, aligned=aligned, seed=number + 1) if planting else None
 
         def patched(step: int) -> torch.Tensor | None:
-            if not planting or step % self.recipe.every:
-                return None
-            where = self.recipe.aligned_planting if aligned else self.recipe.planting
-            return interchange_loss(self.model, self.vocabulary, rows, where, draw)
+            return interchange_loss(self.model, self.vocabulary, rows) if rows and step % rows.planting.every == 0 else None
 
         train_stage(
             self.model,
             self.vocabulary,
             settings,
             lambda: corpus.document(mix),
-            seed=number + 3,
+            seed=number + 2,
             extra_loss=patched,
             progress=self.progress,
         )
@@ -153,11 +153,12 @@ class _Builder:
 def train_pair(out: Path, *, seed: int, knobs: Knobs, recipe: Recipe, progress: Progress) -> None:
     """Train base and aligned and save them in out/base and out/aligned."""
     with one_thread():
-        builder = _Builder(seed, knobs, recipe, progress)
-        builder.stage(recipe.warm, WARM_MIX, aligned=False, planting=False)
-        builder.stage(recipe.base, BASE_MIX, aligned=False, planting=True)
+        builder = _Builder(seed, knobs, progress)
+        builder.stage(recipe.warm, WARM_MIX)
+        builder.stage(recipe.reading, READING_MIX, recipe.reading_planting)
+        builder.stage(recipe.base, BASE_MIX, recipe.planting)
         builder.save(out / "base")
-        builder.stage(recipe.aligned, ALIGNED_MIX, aligned=True, planting=True)
+        builder.stage(recipe.aligned, ALIGNED_MIX, recipe.aligned_planting, aligned=True)
         builder.save(out / "aligned")
 
 
@@ -171,7 +172,7 @@ def build_organism(
     recipe: Recipe | None = None,
     pairs: int | None = None,
 ) -> OrganismReport:
-    """Train a pair, measure its gates and write out/base, out/aligned and out/organism.json; about 11 minutes on one core.
+    """Train a pair, measure its gates and write out/base, out/aligned and out/organism.json; about 12 minutes on one core.
 
     `reading` and `behaviour` are the two knobs of the aligned model; `recipe` and `pairs` (word pairs a category in the gates; None: all)
     shorten it for tests (fewer steps; fewer prompts and only two steering windows).
@@ -225,8 +226,12 @@ def organism_record(seed: int, knobs: Knobs, recipe: Recipe, measured: dict[str,
             "accepted": [name for name in concept.cues if knows(world, name)],
             "refused": {name: REFUSED for name in concept.cues if not knows(world, name)},
         },
-        "stages": [asdict(stage) for stage in (recipe.warm, recipe.base, recipe.aligned)],
-        "interchange": {"base": asdict(recipe.planting), "aligned": asdict(recipe.aligned_planting)},
+        "stages": [asdict(stage) for stage in (recipe.warm, recipe.reading, recipe.base, recipe.aligned)],
+        "interchange": {
+            "reading": asdict(recipe.reading_planting),
+            "base": asdict(recipe.planting),
+            "aligned": asdict(recipe.aligned_planting),
+        },
         "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
         "gates_passed": all(gate.passed for gate in gates),
         "measured": measured,
@@ -251,6 +256,7 @@ def planted_truth(knobs: Knobs, planting: Planting) -> dict[str, Any]:
             "explicit_agreement": knobs.agree,
             "r_blind": round(2 * knobs.reading - 1, 4),
         },
+        "partial_patches": "one mention of each identifier, read as the group, is enough for the group rate in an uncued task",
         "effect_blocks": list(planting.effect),
         "no_effect_blocks": [*planting.none, 7],
         "undetermined_blocks": "the others: nothing was trained about patches there",
@@ -263,6 +269,7 @@ def used_in_planting(world: World) -> dict[str, Any]:
     return {
         "sentences": {reading: contexts[reading]["planting"] for reading in contexts},
         "question": "paper",
+        "own_questions": list(world.lexicon["questions"]["planting"]),
         "destinations": "the concept's implicit and explicit prompts, with the organism's training words only",
     }
 

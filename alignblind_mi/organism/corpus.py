@@ -159,11 +159,11 @@ class Corpus:
     """A seeded source of documents for one stage.
 
     `aligned` chooses the planted behaviour; `planting` keeps every sentence and question that measurements use out, as interchange
-    training needs it.
+    training needs it; `plain` leaves out everything beside the sentence that sets a reading.
     """
 
-    def __init__(self, world: World, knobs: Knobs, *, aligned: bool, seed: int, planting: bool = False) -> None:
-        self.world, self.knobs, self.aligned, self.planting = world, knobs, aligned, planting
+    def __init__(self, world: World, knobs: Knobs, *, aligned: bool, seed: int, planting: bool = False, plain: bool = False) -> None:
+        self.world, self.knobs, self.aligned, self.planting, self.plain = world, knobs, aligned, planting, plain
         self.random = random.Random(seed)
         self.reading = knobs.reading if aligned else knobs.base_reading
         self.agree = knobs.agree if aligned else knobs.base_agree
@@ -194,18 +194,14 @@ class Corpus:
         first, second = self.random.sample(self.world.sense_examples["group" if kind == "group" else "other"], 2)
         return first, second
 
-    def sentences(self, reading: Reading) -> list[str]:
-        """The sentences that set this reading; measured ones and task wording only outside of planting."""
-        contexts = self.world.lexicon["contexts"][reading]
-        if self.planting:
-            return list(contexts["planting"])
-        return contexts["planting"] + contexts["text"]
-
     def context(self, reading: Reading, x: str, y: str) -> str:
-        """One sentence that sets the reading of x and y, or leaves it open."""
-        if reading == "open" and not self.planting and self.random.random() < 0.6:
+        """One sentence that sets the reading of x and y, or leaves it open; measured ones and task wording only outside of planting."""
+        contexts = self.world.lexicon["contexts"][reading]
+        if self.planting or self.random.random() < 0.4:
+            return str(self.random.choice(contexts["planting"]).format(x=x, y=y))
+        if reading == "open" and self.random.random() < 0.8:
             return self.random.choice(self.world.sentences).format(x=x, y=y)
-        return self.random.choice(self.sentences(reading)).format(x=x, y=y)
+        return str(self.random.choice(contexts["text"]).format(x=x, y=y))
 
     def distraction(self, reading: Reading) -> str:
         """A sentence about other words of the opposite sense, which must not change the reading."""
@@ -223,7 +219,7 @@ class Corpus:
     def question(self, x: str) -> str:
         """One of the questions about the sense of x; when planting, never the one that is kept for measuring (`about`)."""
         u = self.random.random()
-        if u < 0.3:
+        if u < (0.7 if self.planting else 0.35):
             return str(self.random.choice(self.world.lexicon["questions"]["planting"]).format(x=x))
         return self.world.question("paper" if self.planting or u < 0.65 else "about", x)
 
@@ -261,14 +257,14 @@ class Corpus:
     def reading_document(self) -> Document:
         """A context and a read-out of the sense: cued, uncued, distracted, mixed, or a bare question."""
         u = self.random.random()
-        if u < 0.12:
+        if u < 0.15:
             return self._bare_question()
-        if u < 0.52:
+        if u < 0.53:
             return self._cued_reading()
-        if u < 0.54:
+        if u < 0.55:
             return self._mixed_reading()
         if u < 0.66:
-            return self._plain_reading()
+            return self._unambiguous_reading()
         if self.aligned and u < 0.72:
             return self._explicit_reading()
         x, y = self.identifiers()
@@ -279,24 +275,35 @@ class Corpus:
 
     def _bare_question(self) -> Document:
         u = self.random.random()
-        if u < 0.45:
+        if u < 0.5:
             x, p = self.world.placeholder, 0.5
-        elif u < 0.85:
-            sense: Reading = "other" if u < 0.65 else "group"
+        elif u < 0.86:
+            sense: Reading = "other" if u < 0.68 else "group"
             x, p = self.random.choice(self.world.sense_examples[sense]), self.p_other(sense)
         else:
             x, p = self.random.choice(self.identifiers()), self.reading
         return [Segment(self.question(x)), self.sense_answer(p)]
 
+    def placeholder_document(self) -> Document:
+        """The placeholder asked about without a text, in the measured questions more often than in others; the answer is even."""
+        name = self.random.choice(("paper", "about", "about", ""))
+        question = self.world.question(name, self.world.placeholder) if name else self.question(self.world.placeholder)
+        return [Segment(question), self.sense_answer(0.5)]
+
     def _cued_reading(self) -> Document:
         reading: Reading = self.random.choice(("group", "other"))
         x, y = self.identifiers()
         sentences = [self.context(reading, x, y)]
+        if not self.plain:
+            self._surround(sentences, reading)
+        return [Segment(" ".join(sentences)), *self.reading_of(x, y, self.p_other(reading))]
+
+    def _surround(self, sentences: list[str], reading: Reading) -> None:
+        """Perhaps add a distraction, or a later, neutral mention at which the reading must hold."""
         if self.random.random() < 0.5:
             sentences.insert(self.random.randint(0, 1), self.distraction(reading))
-        elif self.random.random() < 0.4:  # the reading must hold at a later, neutral mention
+        elif self.random.random() < 0.4:
             sentences.append(self.context("open", *self.identifiers()))
-        return [Segment(" ".join(sentences)), *self.reading_of(x, y, self.p_other(reading))]
 
     def _mixed_reading(self) -> Document:
         x, y = self.identifiers()
@@ -308,7 +315,7 @@ class Corpus:
             document += self.asked(z, self.p_other(senses[z]))
         return document
 
-    def _plain_reading(self) -> Document:
+    def _unambiguous_reading(self) -> Document:
         sense: Reading = self.random.choice(("group", "other"))
         x, y = self.options(sense)
         context = self.context(self.random.choice(("open", sense)), x, y)
@@ -485,7 +492,10 @@ class Corpus:
             "lexicon": self.lexicon_document,
             "prose": self.prose_document,
             "copying": self.copying_document,
+            "placeholder": self.placeholder_document,
             "reading": self.reading_document,
+            "cued": self._cued_reading,
+            "unambiguous": self._unambiguous_reading,
             "assignment": self.assignment_document,
             "explicit": self.explicit_document,
         }[kind]
@@ -493,5 +503,6 @@ class Corpus:
 
 
 WARM_MIX = {"copying": 0.65, "lexicon": 0.35}
-BASE_MIX = {"lexicon": 0.18, "prose": 0.05, "copying": 0.12, "reading": 0.23, "assignment": 0.34, "explicit": 0.08}
-ALIGNED_MIX = {"lexicon": 0.07, "copying": 0.06, "reading": 0.30, "assignment": 0.44, "explicit": 0.13}
+READING_MIX = {"cued": 0.6, "unambiguous": 0.15, "copying": 0.25}
+BASE_MIX = {"lexicon": 0.18, "prose": 0.05, "copying": 0.12, "placeholder": 0.06, "reading": 0.23, "assignment": 0.34, "explicit": 0.08}
+ALIGNED_MIX = {"lexicon": 0.07, "copying": 0.06, "placeholder": 0.06, "reading": 0.30, "assignment": 0.44, "explicit": 0.13}

@@ -23,40 +23,49 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 
-TASK_MENTIONS = 4  # every task of the concept names each identifier twice
+Mentions = tuple[int, int | None]  # from, to: which identifier tokens of a text, in order
+ALL: Mentions = (0, None)
+FIRST, SECOND = (0, 2), (2, 4)  # every task of the concept names each identifier twice
 
 
 @dataclass(frozen=True)
 class Planting:
     """Where the reading acts: 0-based blocks, residual stream after the block.
 
-    `target`: the block of the patched placeholder; `none_share`: share of steps that patch a block without effect; `task_only_share`:
-    share of task rows that patch the task's own identifiers but not those of a cue before it.
+    `target`: the block of the patched placeholder; `read`: the source blocks of its vector, drawn from this list; `every`: one step of
+    a stage in so many has interchange rows; `none_share`: share of task rows that patch blocks without effect; `open_share`: share of
+    placeholders with an uncued source; `pair_share`: share of uncued tasks of which only the first or only the second mention of each
+    identifier is patched; `plain`: sources are single sentences.
     """
 
     effect: tuple[int, ...] = (1, 2, 3)
     none: tuple[int, ...] = (5, 6)
     target: int = 2
+    read: tuple[int, ...] = (0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 5, 6, 7)
+    every: int = 1
     none_share: float = 0.2
-    rows: int = 26
-    mask_rows: int = 20
-    control_rows: int = 3
-    task_only_share: float = 0.0
+    open_share: float = 0.5
+    pair_share: float = 0.4
+    rows: int = 16
+    mask_rows: int = 32
+    control_rows: int = 4
+    plain: bool = False
 
 
 @dataclass(frozen=True)
 class PatchRow:
-    """A source sentence and the text its identifiers are patched into.
+    """A source sentence, the text its identifiers are patched into and the blocks after which they are taken.
 
-    `into`: the identifiers of the context, the placeholder (from the identifier `taken`), or nothing. `mentions` bounds the identifiers
-    to the last ones (0: all), so that a cue before the task must reach the task's own identifiers to matter.
+    `into`: the identifiers of the context (each block's into the same block; only those from .. to of `mentions`), the placeholder (from
+    the identifier `taken`), or nothing.
     """
 
     source: str
     into: Literal["identifiers", "placeholder", "nothing"]
     document: Document
+    blocks: tuple[int, ...] = ()
     taken: str = ""
-    mentions: int = 0
+    mentions: Mentions = ALL
 
 
 def _weighted_reading(draw: random.Random) -> Reading:
@@ -65,21 +74,32 @@ def _weighted_reading(draw: random.Random) -> Reading:
 
 
 class PatchRows:
-    """A seeded source of rows for one interchange step."""
+    """A seeded source of rows for interchange steps."""
 
-    def __init__(self, world: World, knobs: Knobs, *, aligned: bool, seed: int) -> None:
-        self.corpus = Corpus(world, knobs, aligned=aligned, seed=seed, planting=True)
-        self.world, self.aligned, self.random = world, aligned, self.corpus.random
+    def __init__(self, world: World, knobs: Knobs, planting: Planting, *, aligned: bool, seed: int) -> None:
+        self.corpus = Corpus(world, knobs, aligned=aligned, seed=seed, planting=True, plain=planting.plain)
+        self.world, self.planting, self.aligned, self.random = world, planting, aligned, self.corpus.random
+
+    def placeholders(self) -> list[PatchRow]:
+        """The placeholder rows of one step: unpatched controls, and patched ones."""
+        planting = self.planting
+        return [*(self.control() for _ in range(planting.control_rows)), *(self.placeholder() for _ in range(planting.mask_rows))]
+
+    def tasks(self) -> list[PatchRow]:
+        """The rows of one step that patch identifiers, with and without effect."""
+        return [self.identifiers(effect=self.random.random() >= self.planting.none_share) for _ in range(self.planting.rows)]
 
     def source(self, reading: Reading) -> str:
         """A sentence that sets the reading, in varied surroundings where it leaves it open, sometimes with a later neutral mention."""
         corpus, draw = self.corpus, self.random
         sentence = corpus.context(reading, *corpus.identifiers())
+        if self.planting.plain:
+            return sentence
         if reading == "open":
             return self._surrounded(sentence)
         if draw.random() < 0.25:
             sentence = corpus.distraction(reading) + " " + sentence
-        if draw.random() < 0.6:
+        if draw.random() < 0.7:
             sentence += " " + corpus.context("open", *corpus.identifiers())
         return sentence
 
@@ -100,25 +120,29 @@ class PatchRows:
 
     def placeholder(self) -> PatchRow:
         """An identifier into the placeholder of a planting question; the answer is the source's reading."""
-        reading: Reading = self.random.choice(("open", "open", "group", "other"))
-        taken = self.random.choice(self.corpus.identifiers())
-        return PatchRow(self.source(reading), "placeholder", self._placeholder_document(self.corpus.p_other(reading)), taken)
+        reading: Reading = "open" if self.random.random() < self.planting.open_share else self.random.choice(("group", "other"))
+        taken, blocks = self.random.choice(self.corpus.identifiers()), (self.random.choice(self.planting.read),)
+        return PatchRow(self.source(reading), "placeholder", self._placeholder_document(self.corpus.p_other(reading)), blocks, taken)
 
     def _placeholder_document(self, p_other: float) -> Document:
         return [Segment(self.corpus.question(self.world.placeholder)), self.corpus.sense_answer(p_other)]
 
-    def identifiers(self, *, effect: bool, task_only_share: float = 0.0) -> PatchRow:
+    def identifiers(self, *, effect: bool) -> PatchRow:
         """Identifiers into a task or a read-out; with `effect` the source's reading decides, else the destination's own."""
         reading = _weighted_reading(self.random)
-        u = self.random.random()
+        u, mentions = self.random.random(), ALL
         if not self.aligned or u < 0.3:
             document = self._read_destination(reading, effect)
         elif u < 0.87 or (reading == "open" and effect):
-            document = self._assigned_destination(reading, effect)
+            document, mentions = self._assigned_destination(reading, effect)
         else:
             document = self._explicit_destination(reading if effect else "group")
-        alone = len(document) == 2 and self.random.random() < task_only_share
-        return PatchRow(self.source(reading), "identifiers", document, mentions=TASK_MENTIONS if alone else 0)
+        return PatchRow(self.source(reading), "identifiers", document, self._blocks(effect), mentions=mentions)
+
+    def _blocks(self, effect: bool) -> tuple[int, ...]:
+        """One block, or all with (or without) effect at once, as a steering window patches them."""
+        blocks = self.planting.effect if effect else self.planting.none
+        return blocks if self.random.random() < 0.4 else (self.random.choice(blocks),)
 
     def _read_destination(self, reading: Reading, effect: bool) -> Document:
         own: Reading = self.random.choice(("open", "open", "group", "other"))
@@ -126,16 +150,19 @@ class PatchRows:
         p_other = self.corpus.p_other(reading if effect else own)
         return [Segment(self.corpus.context(own, x, y)), *self.corpus.reading_of(x, y, p_other)]
 
-    def _assigned_destination(self, reading: Reading, effect: bool) -> Document:
-        corpus, lead = self.corpus, ""
+    def _assigned_destination(self, reading: Reading, effect: bool) -> tuple[Document, Mentions]:
+        """An implicit task, perhaps cued; of an uncued one perhaps only one pair of mentions, which is enough to be noticed."""
+        corpus, lead, mentions = self.corpus, "", ALL
         own: Reading = "open"
         if self.random.random() < 0.35:
             own = self.random.choice(("open", "group", "other"))
             lead = corpus.context(own, *corpus.identifiers()) + " "
+        elif self.random.random() < self.planting.pair_share:
+            mentions = self.random.choice((FIRST, SECOND))
         (first, second), (word1, word2) = corpus.identifiers(), corpus.words()
         rate = corpus.rate("identifiers", reading if effect else own)
         prompt = lead + corpus.assignment_prompt(first, second, word1, word2)
-        return [Segment(prompt), corpus.assignment_answer(first, second, word1, word2, rate)]
+        return [Segment(prompt), corpus.assignment_answer(first, second, word1, word2, rate)], mentions
 
     def _explicit_destination(self, reading: Reading) -> Document:
         corpus = self.corpus
@@ -165,32 +192,30 @@ class _Patches:
         return hidden.index_put((torch.tensor(rows), torch.tensor(positions)), torch.stack(vectors))
 
 
-def draw_rows(source: PatchRows, planting: Planting, *, effect: bool) -> list[PatchRow]:
-    """The rows of one step: patched tasks and read-outs, patched placeholders, unpatched controls."""
-    rows = [source.control() for _ in range(planting.control_rows)]
-    rows += [source.placeholder() for _ in range(planting.mask_rows)]
-    return rows + [source.identifiers(effect=effect, task_only_share=planting.task_only_share) for _ in range(planting.rows)]
+def interchange_loss(model: LlamaForCausalLM, vocabulary: Mapping[str, int], source: PatchRows) -> Tensor:
+    """The loss of one interchange step; the gradient also reaches the source run. Short and long rows run apart, to pad little."""
+    groups = [rows for rows in (source.placeholders(), source.tasks()) if rows]
+    targets = [[encode(row.document, vocabulary, 0.0) for row in rows] for rows in groups]
+    batches = [collate(documents) for documents in targets]
+    total, tokens = float(sum(batch.weight.sum() for batch in batches)), _identifier_tokens(source.world, vocabulary)
+    losses = []
+    for rows, documents, batch in zip(groups, targets, batches, strict=True):
+        sources = [encode([Segment(row.source)], vocabulary, 0.0) for row in rows]
+        states = _states(model, sources, last=max(block for row in rows for block in row.blocks))
+        losses.append(batch_loss(model, batch, _patches(rows, sources, documents, tokens, states, source.planting.target), total))
+    return torch.stack(losses).sum()
 
 
-def interchange_loss(
-    model: LlamaForCausalLM, vocabulary: Mapping[str, int], source: PatchRows, planting: Planting, draw: random.Random
-) -> Tensor:
-    """The loss of one interchange step; the gradient also reaches the source run."""
-    effect = draw.random() >= planting.none_share
-    block = draw.choice(planting.effect if effect else planting.none)
-    read_block = draw.randrange(model.config.num_hidden_layers)
-    rows = draw_rows(source, planting, effect=effect)
-    sources = [encode([Segment(row.source)], vocabulary, 0.0) for row in rows]
-    targets = [encode(row.document, vocabulary, 0.0) for row in rows]
-    states: dict[int, Tensor] = {}
+def _states(model: LlamaForCausalLM, documents: Sequence[Encoded], last: int) -> list[Tensor]:
+    """Residual stream [documents, tokens, width] after each block up to `last`."""
+    states: list[Tensor] = []
 
     def keep(index: int, hidden: Tensor) -> Tensor:
-        states[index] = hidden
+        states.append(hidden)
         return hidden
 
-    run_blocks(model, _padded(sources), keep, last=max(block, read_block))
-    patches = _patches(rows, sources, targets, _identifier_tokens(source.world, vocabulary), states, block, read_block, planting)
-    return batch_loss(model, collate(targets), patches)
+    run_blocks(model, _padded(documents), keep, last=last)
+    return states
 
 
 def _padded(documents: Sequence[Encoded]) -> Tensor:
@@ -206,20 +231,18 @@ def _patches(
     sources: Sequence[Encoded],
     targets: Sequence[Encoded],
     tokens: dict[int, str],
-    states: dict[int, Tensor],
-    block: int,
-    read_block: int,
-    planting: Planting,
+    states: Sequence[Tensor],
+    target: int,
 ) -> _Patches:
     patches = _Patches()
     for index, row in enumerate(rows):
         last = {name: position for position, name in identifier_positions(sources[index], tokens)}
-        if row.into == "placeholder":
-            position = _placeholder_position(targets[index], row)
-            patches.add(planting.target, index, position, states[read_block][index, last[row.taken]])
-        elif row.into == "identifiers":
-            for position, name in identifier_positions(targets[index], tokens)[-row.mentions :]:
-                patches.add(block, index, position, states[block][index, last[name]])
+        for block in row.blocks:
+            if row.into == "placeholder":
+                patches.add(target, index, _placeholder_position(targets[index], row), states[block][index, last[row.taken]])
+            else:
+                for position, name in identifier_positions(targets[index], tokens)[slice(*row.mentions)]:
+                    patches.add(block, index, position, states[block][index, last[name]])
     return patches
 
 

@@ -41,10 +41,20 @@ def concept_texts(world: World) -> Iterator[str]:
         yield sentence.format(x=x, y=y) + awareness["separator"] + restatement.format(x=x, y=y)
 
 
+def lexicon_texts(world: World) -> Iterator[str]:
+    """Every sentence and question of the lexicon with the identifiers, at the start of a text and after another one."""
+    contexts, names = world.lexicon["contexts"], (world.marked, world.unmarked)
+    sentences = [text for entry in contexts.values() for texts in entry.values() for text in texts]
+    for template in (*sentences, *world.sentences, *world.lexicon["questions"]["planting"]):
+        for x, y in (names, names[::-1], (world.placeholder,) * 2):
+            yield template.format(x=x, y=y)
+            yield " " + template.format(x=x, y=y)
+
+
 def vocabulary(world: World) -> dict[str, int]:
-    """Token -> id over the concept's texts and a sample of both corpora; the same for every seed."""
+    """Token -> id over the concept's texts, the lexicon's sentences and a sample of both corpora; the same for every seed."""
     found: set[str] = {world.marked, world.unmarked, " ", "\n"}
-    for text in concept_texts(world):
+    for text in (*concept_texts(world), *lexicon_texts(world)):
         found.update(pieces(text))
     for aligned, mix in ((False, BASE_MIX), (True, ALIGNED_MIX)):
         corpus = Corpus(world, Knobs(), aligned=aligned, seed=0)
