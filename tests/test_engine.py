@@ -18,7 +18,7 @@ from alignblind_mi.engine import common_stems
 from alignblind_mi.loading import ModelError, ModelSpec
 from alignblind_mi.model import load_model
 from alignblind_mi.prompts import Prompt, Span
-from alignblind_mi.tokens import TokenRow
+from alignblind_mi.tokens import Place, Taps, TokenEdit, TokenRow
 
 WORDS = [f"w{i}" for i in range(60)]
 D, LAYERS, CLOSE = 32, 4, 1e-5
@@ -334,6 +334,82 @@ def test_out_of_memory_goes_on_with_smaller_batches_and_loses_nothing(pair, monk
     assert failures
     assert sum(done) == len(rows), "each row is finished once"
     assert fast.engine.budget.tokens < 40 * 16
+
+
+@pytest.mark.usefixtures("stems_at_any_price")
+def test_out_of_memory_in_shared_beginnings_goes_on_too(pair, monkeypatch):
+    fast = replace(pair[0])
+    rows = [Row(prompt_of(f"w{i} w1 w2 w3 w4 w5 w6 w{k}", False)) for i in range(20) for k in (8, 9)]
+    expected, layer = fast.next_log_probs(rows), fast.engine.model.model.layers[1]
+    run = layer.forward
+
+    def forward(hidden, **kwargs):
+        if hidden.shape[0] * hidden.shape[1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return run(hidden, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    monkeypatch.setattr(fast.engine, "budget", Budget(RowCost.of(fast.engine.model.config, 4), "cpu"))
+    assert torch.allclose(fast.next_log_probs(rows), expected, atol=1e-5)
+
+
+def test_one_batch_s_cache_exists_at_a_time(pair, monkeypatch):
+    import gc
+    import weakref
+
+    fast, stores, alive = pair[0], [], []
+    monkeypatch.setattr(fast.engine.budget, "rows", 1)
+    layer = fast.engine.model.model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda m, args, kwargs: alive.append(sum(ref() is not None for ref in stores[:-1])),
+                                             with_kwargs=True)
+    init = engine.Store.__init__
+
+    def remember(self, *args):
+        init(self, *args)
+        stores.append(weakref.ref(self))
+
+    monkeypatch.setattr(engine.Store, "__init__", remember)
+    gc.disable()
+    fast.generate([Row(prompt_of(text, False)) for text in TEXTS], 3)
+    gc.enable()
+    handle.remove()
+    assert len(stores) == len(TEXTS)
+    assert max(alive) == 0
+
+
+def test_bfloat16_ablation_leaves_no_residue():
+    direction, value = torch.randn(4096, generator=torch.Generator().manual_seed(0)), 10 * torch.ones(1, 1, 4096, dtype=torch.bfloat16)
+    taps = Taps([TokenRow((1,), (TokenEdit(Place(0, "resid_post", 0), direction, "ablate", 1.0),))], [0])
+    left = taps.touch(0, "resid_post", value)[0, 0].float() @ direction / direction.norm()
+    assert abs(float(left)) < 0.1
+
+
+@pytest.mark.parametrize(("ask", "said"), [
+    (lambda m, row: m.generate([row], 3, temperature=-1.0), "temperature is 0"),
+    (lambda m, row: m.generate([row], 3, stop=[""]), "empty stop string"),
+    (lambda m, row: m.continuation_log_probs([row], [[]]), "at least one"),
+    (lambda m, row: m.continuation_log_probs([row], []), "lists of none"),
+])
+def test_questions_without_an_answer_are_named(pair, ask, said):
+    with pytest.raises(ModelError, match=said):
+        ask(pair[0], Row(prompt_of(TEXTS[0], False)))
+
+
+def test_nothing_asked_is_nothing_found(pair):
+    row = Row(prompt_of(TEXTS[0], False))
+    for model in pair[:2]:
+        assert model.generate([], 3) == []
+        assert model.next_log_probs([]).shape[0] == 0
+        assert model.next_probs([row], []).shape == (1, 0)
+        assert model.record([row], []).shape == (1, 0, D)
+        assert model.generate([row], 0)[0].text == ""
+        one = Row(Prompt("w1", {"it": (Span(0, 2),)}), (Edit(Site(LAYERS - 1, "it"), torch.ones(D)),))
+        assert (model.next_log_probs([one])[0] - pair[2].next_log_probs(one)).abs().max() < CLOSE
+
+
+def test_beginnings_within_beginnings_within_beginnings():
+    rows = [TokenRow(tuple(range(10, 12 + n))) for n in range(1200)]
+    assert sorted(i for _, group in common_stems(rows, range(1200)) for i in group) == list(range(1200))
 
 
 def test_a_row_that_never_fits_is_one_sentence(pair, monkeypatch):
