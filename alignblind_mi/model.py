@@ -157,7 +157,8 @@ class HookedModel:
     def provenance(self) -> dict[str, Any]:
         """What identifies the model behind a number."""
         return {"model": self.spec.name, "revision": self.fingerprint, "dtype": self.spec.dtype, "device": self.spec.device,
-                "quantization": self.spec.quantization, "engine": self.engine.name, "treatment": self.treatment.name}
+                "quantization": self.spec.quantization, "engine": self.engine.name, "batches": str(self.engine.budget),
+                "treatment": self.treatment.name}
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 

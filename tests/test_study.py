@@ -36,6 +36,7 @@ def undisturbed(tiny_folder, tmp_path_factory) -> Path:
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert stdout == ""
+    assert "runs on the fast engine, in batches of at most" in stderr
     return out
 
 

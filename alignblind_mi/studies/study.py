@@ -109,8 +109,8 @@ Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[L
 class _Models:
     """Holds one model at a time: a study of two 70B models must not need both in memory."""
 
-    def __init__(self, config: StudyConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: StudyConfig, folder: Path, say: Callable[[str], None]) -> None:
+        self.config, self.folder, self.say = config, folder, say
         self.key: tuple[str, bool] | None = None
         self.model: HookedModel | None = None
 
@@ -121,6 +121,7 @@ class _Models:
             spec = self.config.base if role == "base" else self.config.aligned
             self.model = load_model(spec, adapters=adapter_folders(self.config, self.folder) if adapters else ())
             self.key = (role, adapters)
+            self.say(f"note: {spec.name} runs on the {self.model.engine.name} engine, in batches of at most {self.model.engine.budget}.")
         return self.model
 
 
@@ -150,8 +151,9 @@ def _run(config: StudyConfig, out: Path) -> Path:
     concept = load_concept(config.concept)
     split = _check_vocabulary(config, concept)
     folder = StudyFolder.open(out, config.identity())
-    models, parts = _Models(config, out), list(study_parts(config, concept))
+    parts = list(study_parts(config, concept))
     progress = Progress(len(parts) + len(lora_groups(config)))
+    models = _Models(config, out, progress.note)
     for model, words in split.items():
         said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
         progress.note(f"note: identifiers of several tokens in {model} ({said} tokens): edits and readings use the last one.")
