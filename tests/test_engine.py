@@ -290,6 +290,45 @@ def test_questions_that_begin_alike_share_their_beginning_with_its_edits(pair, r
     assert torch.allclose(together, alone, atol=1e-5)
 
 
+@pytest.mark.usefixtures("stems_at_any_price")
+def test_beginnings_with_different_edits_are_not_shared(pair):
+    """The same tokens, the same places, other vectors, strengths or operations: nothing of it is one beginning."""
+    fast, _, oracle = pair
+    vectors = 2 * torch.randn(4, D, generator=torch.Generator().manual_seed(6))
+    kinds = [(vectors[0], "replace", 1.0), (vectors[1], "replace", 1.0), (vectors[2], "add", 1.0), (vectors[2], "add", -1.0),
+             (vectors[2], "ablate", 1.0), (vectors[3], "add", 1.0)]
+    rows = [Row(prompt_of(f"w1 w2 w3 w4 w5 w6 w{20 + i}", False), (Edit(Site(1, "first"), *kind),)) for i, kind in enumerate(kinds)]
+    assert (fast.next_log_probs(rows) - torch.stack([oracle.next_log_probs(row) for row in rows])).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one prompt", "a prompt each"])
+def test_edits_of_the_last_layer_where_only_the_last_column_is_computed(pair, shared):
+    fast, _, oracle = pair
+    g = torch.Generator().manual_seed(7)
+    edits = [(), *((Edit(Site(layer, place), 2 * torch.randn(D, generator=g)),) for layer in (1, LAYERS - 1) for place in PLACES)]
+    rows = [Row(prompt_of(TEXTS[1] if shared else f"w{i} {TEXTS[1]}", False), edit) for i, edit in enumerate(edits)]
+    seen = []
+    handle = fast.engine.model.model.layers[-1].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+    found = fast.next_log_probs(rows)
+    handle.remove()
+    assert seen
+    assert set(seen) <= ({1, 10} if shared else {1}), "a trunk may be whole; rows are not"
+    assert (found - torch.stack([oracle.next_log_probs(row) for row in rows])).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["fast", "plain"])
+def test_rows_that_end_leave_the_batch_and_the_others_go_on_as_alone(pair, which):
+    """A third of the vocabulary ends an answer: rows end at different steps, and the batch is compacted more than once."""
+    model = replace(pair[which], stop_ids=frozenset(range(0, 120, 3)))
+    rows = [Row(prompt_of(f"w{i} w{i + 3} w{2 * i}", False)) for i in range(24)]
+    together = model.generate(rows, 12)
+    assert len({answer.n_tokens for answer in together}) > 3
+    assert together == [model.generate([row], 12)[0] for row in rows]
+    for row, answer in zip(rows[:6], together, strict=False):
+        ids = pair[2].greedy(row, 12, set(model.stop_ids))
+        assert answer.n_tokens == len([i for i in ids if i not in model.stop_ids])
+
+
 def test_stems_are_grown_while_they_save():
     rows = [TokenRow((1, 2, 3, 4, 5, 10 + i)) for i in range(8)] + [TokenRow((9, 8, 7)), TokenRow((1, 2))]
     before, engine.STEM_COST = engine.STEM_COST, 0
