@@ -16,6 +16,7 @@ from benchmarks.rivals import environment
 from benchmarks.scaling import scaling
 from benchmarks.timing import run
 
+pytestmark = pytest.mark.slow
 TINY = replace(SIZES["S"], name="T", layers=4, width=32, inner=48, heads=4, kv_heads=2, vocabulary=400, std=0.2, window=2, starts=(0, 2),
                prompts=2, readings=6, answers=5, grid_layers=(0, 3), grid_step=8, every=2)
 

@@ -10,6 +10,7 @@ from alignblind_mi.loading import ModelError, ModelSpec
 from alignblind_mi.model import load_model
 from alignblind_mi.prompts import mark
 
+pytestmark = pytest.mark.slow
 WORDS = [f"w{i}" for i in range(60)]
 LONG = mark(" ".join(WORDS), here="w30", end="w59")
 # name -> (class, options beyond the common ones, engine expected of `auto`, whether the streams inside a layer are known)

@@ -70,6 +70,7 @@ def test_a_model_too_large_to_be_tried_gets_no_rate(llama3_folder):
     assert measured_rate(load_config(spec), spec, 1000) is None
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_alone_and_one_sentence_for_a_missing_model(tiny_folder):
     command = [sys.executable, "-m", "alignblind_mi", "forecast", "--quick", "--no-rate"]
     done = subprocess.run([*command, "--base", str(tiny_folder), "--aligned", str(tiny_folder), "--json"], capture_output=True, text=True,

@@ -224,6 +224,7 @@ def test_orthogonalised_matrices_keep_directions_and_level_singular_values(shape
     torch.testing.assert_close(u.mT @ orthogonalised(matrices) @ v.mT, torch.diag_embed((u.mT @ orthogonalised(matrices) @ v.mT).diagonal(dim1=1, dim2=2)), atol=1e-3, rtol=0)  # noqa: E501
 
 
+@pytest.mark.slow
 def test_smoke_build_is_complete_and_deterministic(tmp_path):
     recipe = Recipe().shortened(3)
     reports = [build_organism(tmp_path / name, seed=5, recipe=recipe, pairs=1) for name in "ab"]
