@@ -26,7 +26,7 @@ from alignblind_mi.tokens import Reader, Taps, TokenRow, left_pad, positions
 
 ATTENTION = "alignblind_sdpa"
 STEM_COST = 64    # tokens that sharing a beginning must save to be worth a run of its own
-DEEPEST = 100       # branches of beginnings within beginnings that are looked at
+DEEPEST = 100     # branches of beginnings within beginnings that are looked at
 
 
 class Store:

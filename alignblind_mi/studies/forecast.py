@@ -167,8 +167,8 @@ def _time(config: Any, layers: int, dtype: torch.dtype, device: torch.device, ro
     budget = Budget(RowCost.of(model.config, dtype.itemsize), device)
     engine = Engine(model, budget) if is_llama_like(model) else PlainEngine(model, budget)
     engine.budget.tokens = engine.budget.rows = rows * TRIAL_TOKENS
-    work = [TokenRow((1,) * (TRIAL_TOKENS - 1) + (i % 2,)) for i in range(rows)]
-    work = [TokenRow((i % config.get_text_config().vocab_size, *row.ids[1:])) for i, row in enumerate(work)]
+    vocabulary = config.get_text_config().vocab_size
+    work = [TokenRow((i % vocabulary, *(1,) * (TRIAL_TOKENS - 1))) for i in range(rows)]    # no beginning in common
     found = []
     with torch.no_grad():
         for steps in (2, 2, 2 + TRIAL_STEPS):    # the first is for warming up
