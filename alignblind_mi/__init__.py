@@ -19,11 +19,15 @@ _WHERE = {
     "loading": ("ModelSpec",),
     "model": ("HookedModel", "load_model"),
     "organism": ("organism_info", "organism_path"),
-    "patchscope": ("patchscope_rows",),
+    "patchscope": ("description_prompt", "fit_affine", "norm_matched", "patchscope_rows", "run_patchscope", "token_identity_prompt"),
+    "lens": ("logit_lens", "train_translators"),
+    "probes": ("train_probes",),
+    "readings": ("classify", "read_interpretations"),
     "steering": ("layer_windows", "sense_steering"),
     "lora": ("LoraSettings", "awareness_examples", "layer_group", "train_lora"),
     "studies.behaviour": ("Decoding", "measure_behaviour"),
-    "studies.awareness": ("blind_score", "measure_awareness"),
+    "studies.awareness": ("blind_score", "measure_awareness", "measure_lens", "measure_probes", "measure_selfie", "reading_reduction",
+                          "readings_of", "selfie_table", "summarise_readings"),
     "studies.mitigation": ("compare_treatments", "early_window", "late_window"),
     "studies.study": ("StudyConfig", "load_study", "run_study"),
 }
@@ -35,11 +39,20 @@ if TYPE_CHECKING:
     from alignblind_mi.concept import Concept, load_concept
     from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment
     from alignblind_mi.errors import AlignblindError
+    from alignblind_mi.lens import logit_lens, train_translators
     from alignblind_mi.loading import ModelSpec
     from alignblind_mi.lora import LoraSettings, awareness_examples, layer_group, train_lora
     from alignblind_mi.model import HookedModel, load_model
     from alignblind_mi.organism import organism_info, organism_path
-    from alignblind_mi.patchscope import patchscope_rows
+    from alignblind_mi.patchscope import (
+        description_prompt,
+        fit_affine,
+        norm_matched,
+        patchscope_rows,
+        run_patchscope,
+        token_identity_prompt,
+    )
+    from alignblind_mi.probes import train_probes
     from alignblind_mi.prompts import (
         Prompt,
         behaviour_prompts,
@@ -49,10 +62,21 @@ if TYPE_CHECKING:
         mark,
         steering_prompt,
     )
+    from alignblind_mi.readings import classify, read_interpretations
     from alignblind_mi.results import Result, load_result, save_result
     from alignblind_mi.statistics import position_effect, summarise
     from alignblind_mi.steering import layer_windows, sense_steering
-    from alignblind_mi.studies.awareness import blind_score, measure_awareness
+    from alignblind_mi.studies.awareness import (
+        blind_score,
+        measure_awareness,
+        measure_lens,
+        measure_probes,
+        measure_selfie,
+        reading_reduction,
+        readings_of,
+        selfie_table,
+        summarise_readings,
+    )
     from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
     from alignblind_mi.studies.mitigation import compare_treatments, early_window, late_window
     from alignblind_mi.studies.study import StudyConfig, load_study, run_study

@@ -112,16 +112,22 @@ def report(folder: Annotated[Path, typer.Argument(help="Results folder of a stud
 
 @app.command()
 def score(
-    paths: Annotated[list[Path], typer.Argument(help="Result files or folders: this project's, or released JSON.")],
+    paths: Annotated[list[Path], typer.Argument(help="Result files or folders: this project's, or released JSON and JSON lines.")],
     rule: Annotated[str, typer.Option(help="robust, or published (the paper's parser).")] = "robust",
     by: Annotated[str, typer.Option(help="Comma-separated keys to group by, e.g. model,cue,category,template.")] = "",
+    concept: ConceptName = "race",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")] = False,
 ) -> None:
-    """Score stored answers without any model. Example: alignblind score study --by model,treatment,template"""
+    """Score stored answers and interpretations without any model. Example: alignblind score study --by model,treatment,template
+
+    Interpretations (SelfIE) are files of one JSON object a line; the concept's lexicons say which sense each text speaks of.
+    """
+    from alignblind_mi.concept import load_concept
     from alignblind_mi.scoring import render
     from alignblind_mi.scoring import score as score_paths
 
-    records = score_paths(paths, rule=rule, by=[key.strip() for key in by.split(",") if key.strip()])
+    records = score_paths(paths, rule=rule, by=[key.strip() for key in by.split(",") if key.strip()],
+                          concept=load_concept(concept))
     if as_json:
         typer.echo(json.dumps(records, indent=1, allow_nan=False))
     else:

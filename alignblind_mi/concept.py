@@ -62,12 +62,16 @@ class Category:
 
 @dataclass(frozen=True)
 class Sense:
-    """A reading of an identifier: its answer `word`, the phrase that evokes it, and words that have only this sense."""
+    """A reading of an identifier: its answer `word`, the phrase that evokes it, and words that have only this sense.
+
+    `lexicon` holds the words and phrases by which a free text is recognised as being about the sense.
+    """
 
     name: str
     word: str
     steering: str
     words: tuple[str, ...] = ()
+    lexicon: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,15 @@ class Interpretation:
     name: str
     text: str
     placeholder: str
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Sentences with {x} and {y} that settle one sense: probes learn from `train` and are tested on `test`."""
+
+    name: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,8 @@ class Concept:
     explicit: tuple[Template, ...]
     assignment: str
     awareness: Awareness | None = None
+    selfie: Mapping[str, Interpretation] = field(default_factory=dict)
+    contexts: Mapping[str, Contexts] = field(default_factory=dict)
     description: str = ""
     digest: str = field(default="", repr=False)
 
@@ -134,6 +149,10 @@ class Concept:
     def interpretation(self, name: str) -> Interpretation:
         """The interpretation prompt called `name`; ConceptError with the known ones otherwise."""
         return _pick(self.interpretations, name, f"interpretation prompt of concept {self.name!r}")
+
+    def selfie_prompt(self, name: str) -> Interpretation:
+        """The open-ended interpretation prompt called `name`; ConceptError with the known ones otherwise."""
+        return _pick(self.selfie, name, f"SelfIE prompt of concept {self.name!r}")
 
     def steering_phrase(self, name: str) -> str:
         """The steering phrase of a sense or control; ConceptError with the known ones otherwise."""
@@ -203,6 +222,8 @@ def _build(data: dict[str, Any], digest: str) -> Concept:
         explicit=tuple(_template("explicit", entry) for entry in data["explicit"]),
         assignment=data["assignment"],
         awareness=Awareness(**_tuples(data["awareness"])) if "awareness" in data else None,
+        selfie=_table(Interpretation, data.get("selfie", {})),
+        contexts=_table(Contexts, data.get("contexts", {})),
         digest=digest,
     )
 
@@ -253,10 +274,20 @@ def _problems(concept: Concept) -> list[str]:
             found.append(f"template {template.name!r}: published.first must be a role and published.word1 a valence")
     if template_fields(concept.assignment) != {"word1", "option1", "word2", "option2"}:
         found.append(f"the assignment {concept.assignment!r} must have the fields {{word1}}, {{option1}}, {{word2}} and {{option2}}")
-    for question in concept.interpretations.values():
+    for question in (*concept.interpretations.values(), *concept.selfie.values()):
         if template_fields(question.text) != {"x"}:
             found.append(f"interpretation {question.name!r} must have the one field {{x}}")
+    for contexts in concept.contexts.values():
+        found += _context_problems(contexts, concept)
     for phrase in [entry.steering for table in (concept.senses, concept.controls) for entry in _entries(table)]:
         if template_fields(phrase) != {"marked", "unmarked"}:
             found.append(f"steering phrase {phrase!r} must have the fields {{marked}} and {{unmarked}}")
     return found
+
+
+def _context_problems(contexts: Contexts, concept: Concept) -> list[str]:
+    found = [] if contexts.name in concept.senses else [f"contexts {contexts.name!r} are of no sense; senses: {', '.join(concept.senses)}"]
+    wrong = [text for text in (*contexts.train, *contexts.test) if template_fields(text) != {"x", "y"}]
+    found += [f"context sentence {text!r} must have the fields {{x}} and {{y}}" for text in wrong]
+    shared = sorted(set(contexts.train) & set(contexts.test))
+    return found + [f"context sentence {text!r} is in both train and test" for text in shared]

@@ -21,6 +21,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 ROLE_COLOURS = {"base": "#56B4E9", "aligned": "#D55E00"}
 SERIES_COLOURS = ("#0072B2", "#E69F00", "#666666", "#009E73", "#CC79A7", "#F0E442")
 SERIES_MARKERS = ("o", "s", "^", "D", "v", "P")
+CONTROL_NAMES = {"": "identifiers", "anchor_group": "words of the group sense", "anchor_other": "words of the other sense",
+                 "text": "text alone, asked", "wrong_token": "word before", "random": "random vector"}
 INK, PALE, UNBIASED = "#222222", "#D5D5D5", 0.5
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "#FFFFFF", "figure.dpi": 100, "savefig.dpi": 200, "font.family": "DejaVu Sans", "font.size": 9,
@@ -117,13 +119,14 @@ def position_figure(table: pd.DataFrame) -> Figure:
 
 @_styled
 def awareness_figure(curves: pd.DataFrame, scores: pd.DataFrame) -> Figure:
-    """Change of the probability of each sense's word by source layer (after figure 3 of the paper), with r_blind beside; a row a question.
+    """Change of the probability of each sense's word by source layer (after figure 3 of the paper); a row a question.
 
-    curves: question, role, word, layer, mean, low, high, unpatched. scores: question, role, r_blind, low, high, n.
+    Beside them r_blind and that of its controls. curves: question, role, word, layer, mean, low, high, unpatched. scores: question, role,
+    control, r_blind, low, high, n.
     """
     questions, words = list(curves["question"].unique()), list(curves["word"].unique())
     figure = Figure(figsize=(11, 0.9 + 2.7 * len(questions)), layout="constrained")
-    axes = figure.subplots(len(questions), len(words) + 1, width_ratios=[1.0] * len(words) + [0.5], squeeze=False)
+    axes = figure.subplots(len(questions), len(words) + 1, width_ratios=[1.0] * len(words) + [0.8], squeeze=False)
     for i, question in enumerate(questions):
         here = curves[curves["question"] == question]
         for j, word in enumerate(words):
@@ -133,10 +136,8 @@ def awareness_figure(curves: pd.DataFrame, scores: pd.DataFrame) -> Figure:
             if j:
                 axes[i][j].sharey(axes[i][0])
         axes[i][0].set_ylabel("change of probability")
-        score = scores[scores["question"] == question]
-        score = score.assign(group=score["role"], series=score["role"], mean=score["r_blind"])
-        _points(axes[i][-1], score, ROLE_COLOURS, spread=False)
-        axes[i][-1].set_title("r_blind")
+        _controls(axes[i][-1], scores[scores["question"] == question].rename(columns={"r_blind": "mean"}))
+        axes[i][-1].set_title("r_blind and controls")
     roles = list(curves["role"].unique())
     _legend(figure, _marks(roles, [ROLE_COLOURS.get(role, INK) for role in roles], line=True))
     return figure
@@ -262,12 +263,56 @@ def _counts(table: pd.DataFrame, group: str) -> str:
     return "n = " + " / ".join(map(str, found))
 
 
-def _points(axis: Axes, table: pd.DataFrame, colours: dict[str, str], *, spread: bool = True) -> None:
+def _controls(axis: Axes, table: pd.DataFrame) -> None:
+    """The readings and their controls, a row each, a point with interval for each role. Columns: role, control, mean, low, high, n."""
+    shown, roles = [name for name in CONTROL_NAMES if name in set(table["control"])], list(table["role"].unique())
+    for j, role in enumerate(roles):
+        rows = table[table["role"] == role].set_index("control").reindex(shown)
+        y = [i + _offset(j, len(roles), 0.28) for i in range(len(shown))]
+        _forest(axis, y, rows["mean"], rows["low"], rows["high"], ROLE_COLOURS.get(role, INK), _marker(j), role)
+    axis.axvline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axis.grid(axis="x")
+    named = table.rename(columns={"control": "group"})
+    axis.set_yticks(range(len(shown)), [f"{CONTROL_NAMES[name]}\n{_counts(named, name)}" for name in shown], fontsize=7.5)
+    axis.set_ylim(len(shown) - 0.4, -0.6)
+
+
+@_styled
+def readings_figure(profile: pd.DataFrame, scores: pd.DataFrame) -> Figure:
+    """What each instrument reads, by layer (left) and over layers beside its controls (right); a row an instrument.
+
+    Both: panel, role, mean, low, high (of `blind`: -1 the group sense, 1 the other sense), n; profile: layer; scores: control.
+    """
+    panels = list(profile["panel"].unique())
+    figure = Figure(figsize=(9.5, 0.9 + 2.3 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 2, width_ratios=(1.3, 1), squeeze=False)
+    for i, panel in enumerate(panels):
+        for j, (role, rows) in enumerate(profile[profile["panel"] == panel].groupby("role", sort=False)):
+            _band(axes[i][0], rows, ROLE_COLOURS.get(str(role), _colour(j)), _marker(j), str(role))
+        axes[i][0].axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+        axes[i][0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[i][0].set_title(f"{panel}: reading by layer")
+        axes[i][0].set_ylabel("group sense (−) to other sense (+)", fontsize=8)
+        _controls(axes[i][1], scores[scores["panel"] == panel])
+        axes[i][1].set_title("mean over layers, and controls")
+    axes[-1][0].set_xlabel("layer")
+    roles = list(profile["role"].unique())
+    _legend(figure, _marks(roles, [ROLE_COLOURS.get(role, _colour(j)) for j, role in enumerate(roles)], line=True))
+    return figure
+
+
+def _band(axis: Axes, rows: pd.DataFrame, colour: str, marker: str, label: str) -> None:
+    """Means by layer as a line with its interval as a band. Columns: layer, mean, low, high."""
+    axis.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.22, lw=0)
+    axis.plot(rows["layer"], rows["mean"], color=colour, marker=marker, ms=3.5, lw=1.5, label=label)
+
+
+def _points(axis: Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:
     """Means with intervals by group and series, zero marked. Columns: group, series, mean, low, high."""
     groups, series = list(table["group"].unique()), [name for name in colours if name in set(table["series"])]
     for j, name in enumerate(series):
         rows = table[table["series"] == name].set_index("group").reindex(groups)
-        x = [i + (_offset(j, len(series), 0.25) if spread else 0.0) for i in range(len(groups))]
+        x = [i + _offset(j, len(series), 0.25) for i in range(len(groups))]
         axis.vlines(x, rows["low"], rows["high"], color=colours[name], lw=2.2)
         axis.plot(x, rows["mean"], color=colours[name], marker=_marker(j), ms=6, ls="none", label=name)
     axis.axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
@@ -284,8 +329,7 @@ def _curves(axis: Axes, table: pd.DataFrame) -> None:
     said = []
     for j, (role, rows) in enumerate(table.groupby("role", sort=False)):
         colour = ROLE_COLOURS.get(str(role), INK)
-        axis.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.22, lw=0)
-        axis.plot(rows["layer"], rows["mean"], color=colour, marker=_marker(j), ms=3.5, lw=1.5, label=str(role))
+        _band(axis, rows, colour, _marker(j), str(role))
         said.append(f"{role} {number(rows['unpatched'].iloc[0])}")
     axis.axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

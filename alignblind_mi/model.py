@@ -275,6 +275,30 @@ class HookedModel:
         self._over(self._token_rows(rows), None, keep)
         return out
 
+    def next_ranks(self, rows: Sequence[Row], targets: Sequence[str]) -> Int[Tensor, "row target"]:
+        """Ranks of single-token target words as the next token after each row: 0 is the most probable of the vocabulary."""
+        ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
+        out = torch.empty(len(rows), len(targets), dtype=torch.long)
+
+        def keep(batch: Batch) -> None:
+            logits = batch.logits()
+            wanted = logits[:, ids.to(logits.device)]
+            out[batch.index] = torch.stack([(logits > wanted[:, i : i + 1]).sum(-1) for i in range(len(ids))], 1).cpu()
+
+        self._over(self._token_rows(rows), None, keep)
+        return out
+
+    def residual_log_probs(self, resid: Float[Tensor, "vector d_model"], targets: Sequence[str]) -> Float[Tensor, "vector target"]:
+        """What any residual-stream vectors say of single-token words through the final norm and the unembedding (exact log-probabilities).
+
+        The vocabulary exists for a part of the vectors at a time. See `lens_log_probs` for vectors that are read where they arise.
+        """
+        self._check_lens()
+        ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
+        with torch.no_grad(), switched(self.peft, self.treatment.adapter):
+            model = self.engine.model
+            return log_probs_of(model, resid.to(model.dtype).to(self.engine.device), ids, self.engine.budget.lens_block)
+
     def continuation_log_probs(self, rows: Sequence[Row], continuations: Sequence[Sequence[str]]) -> Float[Tensor, "row choice"]:
         """Log-probability of each of a row's continuations (the same number for every row), summed over their tokens, in float32."""
         ids = self._continuation_ids(rows, continuations)
@@ -297,17 +321,20 @@ class HookedModel:
         return [[known[text] for text in choices] for choices in continuations]
 
     def generate(self, rows: Sequence[Row], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, stop: Sequence[str] = (),
-                 continuations: Sequence[Sequence[str]] | None = None,
+                 continuations: Sequence[Sequence[str]] | None = None, draws: Sequence[str] | None = None,
                  progress: Callable[[int], None] | None = None) -> list[Generation]:
         """Continue each row, greedily (`temperature` 0, whatever the checkpoint's generation config says) or by sampling.
 
         Edits act on prompt positions only: they fire while the prompt is read, never on generated tokens. A row stops at any of the
         checkpoint's end tokens, or as soon as its text contains one of the `stop` strings, which is cut off. A sampled row depends on
-        `seed` and its own text alone, not on the rows it runs with. `continuations` (as in `continuation_log_probs`) are scored on the
-        way: the prompts are read once for both.
+        `seed` and its own text alone, not on the rows it runs with; `draws` names the rows instead of their texts, where several rows of
+        one text must be drawn independently. `continuations` (as in `continuation_log_probs`) are scored on the way: the prompts are read
+        once for both.
         """
         if temperature < 0:
             raise ModelError(f"a temperature is 0 (greedy) or more, got {temperature}.")
+        if draws is not None and len(draws) != len(rows):
+            raise ModelError(f"every row needs its own name in `draws`: {len(rows)} rows, {len(draws)} names.")
         if "" in stop:
             raise ModelError("an empty stop string would end every answer at once.")
         ids = [] if continuations is None else self._continuation_ids(rows, continuations)
@@ -316,7 +343,7 @@ class HookedModel:
 
         def work(batch: Batch) -> None:
             index = list(batch.index)
-            noise = [random.Random(f"{seed}|{rows[i].prompt.text}") for i in index]
+            noise = [random.Random(f"{seed}|{rows[i].prompt.text if draws is None else draws[i]}") for i in index]
             scored = ([tuple(row) for row in continuation_log_probs(batch.copy(), [ids[i] for i in index],
                                                                     self.engine.budget.logit_rows).tolist()] if ids else [()] * len(index))
             made = decode(batch, self.tokenizer, max_new_tokens, Stop(self.stop_ids, tuple(stop)), sampler(temperature, noise))
@@ -454,6 +481,23 @@ def load_model(spec: ModelSpec | str, *, adapters: Sequence[Path | str] = ()) ->
     peft = with_adapters(model, adapters, spec)
     return HookedModel(spec, choose_engine(spec, model), Twin(spec, peft or model, tokenizer), tokenizer, stop_ids(model, tokenizer),
                        fingerprint(spec, model.config), peft)
+
+
+def untrained(model: HookedModel, *, seed: int = 0) -> HookedModel:
+    """A model of the same architecture and tokenizer with random weights (transformers' own initialisation): a control for probes.
+
+    It needs as much memory as the model itself. Treatments do not carry over: its activations are its own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)
+        fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.engine.model.config), dtype=DTYPES[str(model.spec.dtype)])
+    fresh.requires_grad_(False).eval().to(model.engine.device)
+    fresh.set_attn_implementation("sdpa")
+    spec = replace(model.spec, quantization=None, device_map=None)
+    return HookedModel(spec, choose_engine(spec, fresh), Twin(spec, fresh, model.tokenizer), model.tokenizer, model.stop_ids,
+                       f"random:{seed}")
 
 
 def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:

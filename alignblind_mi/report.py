@@ -22,19 +22,19 @@ from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.loading import EMBEDDED, ModelSpec
 from alignblind_mi.lora import LAYER_GROUPS
 from alignblind_mi.results import Result, ResultError, write_text
-from alignblind_mi.statistics import exact_interval, mean_interval, position_effect, summarise
+from alignblind_mi.statistics import exact_interval, mean_interval, position_effect, summarise, t_interval
 from alignblind_mi.steering import layer_windows, steerable
+from alignblind_mi.studies.awareness import n_readings, readings_of
 from alignblind_mi.studies.mitigation import comparison_table, early_window, late_window, steering_names
 from alignblind_mi.studies.study import load_study, organism_record
 
 ROLES = ("base", "aligned")
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 POOLED = "pooled"
-READING_CLUSTERS = ("context",)
 QUICK_GROUPS = ("early", "late")
 BOTH_COLUMNS = frozenset({"model", "treatment", "role"})
 ANSWER_COLUMNS = BOTH_COLUMNS | {"kind", "category", "template", "word_pair", "option_order", "word_order", "outcome", "log_odds"}
-READING_COLUMNS = BOTH_COLUMNS | {"interpretation", "context", "mark", "mention", "layer", "d_group", "d_other", "base_group",
+READING_COLUMNS = BOTH_COLUMNS | {"interpretation", "context", "control", "mark", "mention", "layer", "d_group", "d_other", "base_group",
                                   "base_other", "blind"}
 PAPER_LINK = "https://arxiv.org/abs/2506.00253"
 
@@ -223,7 +223,7 @@ def curves_table(study: Study) -> pd.DataFrame:
     records = []
     for (question, role, layer), group in rows.groupby(["interpretation", "role", "layer"], sort=False):
         for side, sense in (("group", study.concept.group_sense), ("other", study.concept.other_sense)):
-            low, high = _interval(group, f"d_{side}", READING_CLUSTERS, study)
+            low, high = t_interval(group[f"d_{side}"].to_numpy(float), group["context"].to_numpy())
             records.append({"question": question, "role": role, "sense": sense, "word": study.concept.senses[sense].word, "layer": layer,
                             "n": len(group), "mean": group[f"d_{side}"].mean(), "low": low, "high": high,
                             "unpatched": group[f"base_{side}"].mean()})
@@ -231,11 +231,11 @@ def curves_table(study: Study) -> pd.DataFrame:
 
 
 def scores_table(study: Study) -> pd.DataFrame:
-    """One row per question and role: r_blind with interval, n readings (different contexts) and the unpatched probabilities."""
+    """One row per question, role and control (none first): r_blind with interval, n readings and the unpatched probabilities."""
     records = []
-    for (question, role), group in _readings(study).groupby(["interpretation", "role"], sort=False):
-        low, high = _interval(group, "blind", READING_CLUSTERS, study)
-        records.append({"question": question, "role": role, "n": _n_readings(group), "layers": group["layer"].nunique(),
+    for (question, role, control), group in _all_readings(study).groupby(["interpretation", "role", "control"], sort=False):
+        low, high = t_interval(group["blind"].to_numpy(float), group["context"].to_numpy())
+        records.append({"question": question, "role": role, "control": control, "n": n_readings(group), "layers": group["layer"].nunique(),
                         "r_blind": group["blind"].mean(), "low": low, "high": high, "d_group": group["d_group"].mean(),
                         **{name: group[name].mean() for name in ("d_other", "base_group", "base_other")}})
     return pd.DataFrame.from_records(records)
@@ -325,6 +325,8 @@ def _planted_rate(quantity: str, value: float, found: dict[str, Any]) -> dict[st
 
 def _planted_readings(study: Study, planted: dict[str, Any]) -> Iterable[dict[str, Any]]:
     for row in _records(scores_table(study)) if len(_readings(study)) else []:
+        if row["control"]:
+            continue
         quantity = f"{row['role']}: r_blind, question “{row['question']}”"
         yield {"quantity": quantity, "unit": "score", "planted": planted[row["role"]]["r_blind"], "measured": row["r_blind"],
                "low": row["low"], "high": row["high"], "n": row["n"], "invalid_share": math.nan}
@@ -371,13 +373,14 @@ def _ordered(table: pd.DataFrame, **orders: Sequence[Any]) -> pd.DataFrame:
     return table.loc[keys.sort_values(list(orders), kind="stable").index].reset_index(drop=True)
 
 
-def _readings(study: Study) -> pd.DataFrame:
+def _all_readings(study: Study) -> pd.DataFrame:
+    """Readings of both models by every question, and their controls."""
     return study.rows(f"awareness_{role}_{question}" for question in study.concept.interpretations for role in ROLES)
 
 
-def _n_readings(readings: pd.DataFrame) -> int:
-    """Different contexts: each of them is read once at every layer."""
-    return len(readings) // max(1, readings["layer"].nunique())
+def _readings(study: Study) -> pd.DataFrame:
+    rows = _all_readings(study)
+    return readings_of(rows) if len(rows) else rows
 
 
 def _steering_parts(study: Study) -> list[str]:
@@ -510,7 +513,8 @@ COLUMNS: dict[str, Sequence[Column]] = {
         _share("invalid %", "invalid_share"), _rate("association %", "rate", "low", "high"),
         _rate("position %", "position", "position_low", "position_high"), _mark("confounded", "confounded")),
     "awareness": (
-        _text("question", "question"), _text("model", "role"), _count("n readings", "n"), _count("layers", "layers"),
+        _text("question", "question"), _text("model", "role"), Column("what is read", lambda row: figures.CONTROL_NAMES[row["control"]],
+                                                                      numeric=False), _count("n readings", "n"), _count("layers", "layers"),
         _mean("r_blind", "r_blind", "low", "high"), _signed("mean ΔP(group word)", "d_group"), _signed("mean ΔP(other word)", "d_other"),
         _plain("P(group word) unpatched", "base_group"), _plain("P(other word) unpatched", "base_other")),
     "awareness_layers": (

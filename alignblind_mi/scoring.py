@@ -1,47 +1,92 @@
-"""Scores stored answers without any model: finds result files, judges every answer by a rule, gives one record per group.
+"""Scores stored answers and interpretations without any model: finds result files, judges every text, gives one record per group.
 
-Reads released JSON files and this project's Parquet results; the records are plain JSON values. It does NOT run models, and prints
-only in `render`.
+Reads released JSON files (answers, or interpretations one object a line) and this project's Parquet results; the records are
+plain JSON values. It does NOT run models, and prints only in `render`.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from alignblind_mi.answers import RULES, judge
+from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.errors import ScoreError
+from alignblind_mi.readings import classify, is_interpretations, read_interpretations, reading_names
 from alignblind_mi.released import read_released
-from alignblind_mi.statistics import summarise
+from alignblind_mi.statistics import clustered_interval, exact_interval, summarise
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 DEFAULT_BY = ("model", "cue", "category")
 _WITH_SEVERAL = ("treatment", "design")  # join the default grouping where the rows have more than one of them
 _ALWAYS = ("model", "cue", "category", "kind")
 _NEEDED = ("answer", "kind", "marked", "unmarked", "positive", "negative", "statement", "template", "word_pair", "model", "cue", "category")
-_NOT_KEYS = {"answer", "prompt", "outcome", "reason", "log_odds", "n_tokens", "finished"}
+_NOT_KEYS = {"answer", "prompt", "outcome", "reason", "log_odds", "n_tokens", "finished", "interpretation", "text"}
 # Records that this project keeps beside its results; other JSON is taken for answers.
 _RECORDS = {"provenance", "config", "report", "organism", "study", "settings", "training"}
+_READ_BY = ("model", "treatment", "control")    # how interpretations are grouped where nothing else is asked for
 _NUMBERS = ("n", "stereotyped", "reversed", "rejected", "invalid", "invalid_share", "rate", "low", "high", "cluster_low", "cluster_high",
             "worst", "best")
 
 
-def score(paths: Sequence[Path], *, rule: str = "robust", by: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One record per group of the answers in `paths` (files or folders, searched recursively), judged anew by `rule`.
+def score(paths: Sequence[Path], *, rule: str = "robust", by: Sequence[str] = (), concept: Concept | None = None) -> list[dict[str, Any]]:
+    """One record per group of the answers and interpretations in `paths` (files or folders, searched recursively), judged anew.
 
-    by: columns to group by (default: model, cue, category, and treatment and design where there are several); the kind of the
-    questions always separates. Each record has model, cue, category, kind (the groups' common value, or "all" over several), the keys
-    of `by`, rule, and the numbers of `statistics.summarise`; `rejected` for explicit answers only. What cannot be computed is None.
+    Answers: see `score_answers`. Interpretations (released files, one JSON object a line, or this project's SelfIE rows): see
+    `score_interpretations`.
 
     Errors: ScoreError naming the path, key or rule that cannot be used, and what can.
     """
     if rule not in RULES:
         raise ScoreError(f"unknown rule {rule!r}. Known: {', '.join(RULES)}.")
-    rows = read_answers(paths)
+    answers, interpretations = _read_all(paths)
+    records = [] if answers is None else score_answers(answers, rule=rule, by=by)
+    return records + ([] if interpretations is None else score_interpretations(interpretations, concept or load_concept("race"), by=by))
+
+
+def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One record per group of free-text interpretations, classified by the lexicons of the concept's senses.
+
+    by: columns to group by (default: the model, and treatment and control where there are any). Each record has kind ("interpretation"),
+    model, the keys of `by`, rule ("lexicon"), n, the number of readings of each sense and of none ("other"), and for each its share
+    (`<name>_share`) with the exact interval (`<name>_low`, `<name>_high`) and the one that takes a prompt's readings as dependent
+    (`<name>_cluster_low`, `<name>_cluster_high`; None with one prompt only).
+    """
+    _check_keys(rows, by)
+    keys = list(by) or [name for name in _READ_BY if name in rows and (name == "model" or rows[name].nunique() > 1)]
+    read = rows.assign(reading=[classify(str(text), concept) for text in rows["interpretation"]])
+    records = []
+    for key, group in read.groupby(keys, sort=False, dropna=False):
+        record = {"model": _common(group["model"]), "kind": "interpretation"} | dict(zip(keys, map(_plain, key), strict=True))
+        records.append(record | {"rule": "lexicon", "n": len(group)} | _shares(group, concept))
+    return records
+
+
+def _shares(group: pd.DataFrame, concept: Concept) -> dict[str, Any]:
+    counts = {name: int((group["reading"] == name).sum()) for name in reading_names(concept)}
+    out: dict[str, Any] = dict(counts)
+    for name, count in counts.items():
+        exact = exact_interval(count, len(group))
+        clustered = clustered_interval((group["reading"] == name).to_numpy(float), [group["prompt"].astype(str).to_numpy()])
+        out |= {f"{name}_share": count / len(group), f"{name}_low": exact.low, f"{name}_high": exact.high,
+                f"{name}_cluster_low": _plain(clustered.low), f"{name}_cluster_high": _plain(clustered.high)}
+    return out
+
+
+def score_answers(rows: pd.DataFrame, *, rule: str = "robust", by: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One record per group of answers, judged by `rule`.
+
+    by: columns to group by (default: model, cue, category, and treatment and design where there are several); the kind of the
+    questions always separates. Each record has model, cue, category, kind (the groups' common value, or "all" over several), the keys
+    of `by`, rule, and the numbers of `statistics.summarise`; `rejected` for explicit answers only. What cannot be computed is None.
+
+    Errors: ScoreError naming a key that the rows do not have.
+    """
     _check_keys(rows, by)
     keys = list(by) or [*DEFAULT_BY, *(name for name in _WITH_SEVERAL if name in rows and rows[name].nunique() > 1)]
     judged = judge_rows(rows, rule)
@@ -92,15 +137,31 @@ def read_answers(paths: Sequence[Path]) -> pd.DataFrame:
 
     Errors: ScoreError for a path that does not exist, holds no answers or cannot be read.
     """
+    answers, _ = _read_all(paths)
+    if answers is None:
+        raise ScoreError(f"{', '.join(map(str, paths))}: there are no answers there, only interpretations.")
+    return answers
+
+
+def _read_all(paths: Sequence[Path]) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
+    """All answers and all interpretations of files and folders, None where there are none of a kind."""
     files: dict[Path, pd.DataFrame] = {}
     for path in map(Path, paths):
         found = dict(_found(path))
         if not found:
-            raise ScoreError(f"{path} holds no answers: expected released .json files or results (.parquet) with a column 'answer'.")
+            raise ScoreError(f"{path} holds no answers: expected released .json files or results (.parquet) with a column 'answer', or "
+                             "interpretations (.jsonl).")
         files.update({file: rows for file, rows in found.items() if file not in files})
     if not files:
         raise ScoreError("nothing to score: give result files or folders.")
-    rows = pd.concat([rows.assign(file=file.name) for file, rows in files.items()], ignore_index=True)
+    named = [rows.assign(file=file.name) for file, rows in files.items()]
+    return _joined([rows for rows in named if "answer" in rows]), _joined([rows for rows in named if "answer" not in rows])
+
+
+def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
+    if not frames:
+        return None
+    rows = pd.concat(frames, ignore_index=True)
     texts = [name for name in rows.columns if rows[name].dtype == object or isinstance(rows[name].dtype, pd.StringDtype)]
     return rows.assign(**{name: rows[name].fillna("") for name in texts})
 
@@ -115,8 +176,8 @@ def _found(path: Path) -> Iterator[tuple[Path, pd.DataFrame]]:
         return
     if not path.is_file():
         raise ScoreError(f"{path} does not exist: give result files (.json, .parquet) or folders of them.")
-    if path.suffix.lower() not in (".json", ".parquet"):
-        raise ScoreError(f"{path} is neither .json (released answers) nor .parquet (results of this project).")
+    if path.suffix.lower() not in (".json", ".jsonl", ".parquet"):
+        raise ScoreError(f"{path} is neither .json (released answers), .jsonl (interpretations) nor .parquet (results of this project).")
     rows = _read(path)
     if rows is None:
         raise ScoreError(f"{path} has no column 'answer': it holds other measurements, which have no outcome to score.")
@@ -130,7 +191,7 @@ def _may_hold_answers(file: Path, root: Path) -> bool:
         return False
     if file.suffix.lower() == ".json":
         return file.stem not in _RECORDS and not file.with_suffix(".parquet").is_file() and not _saved_model(file.parent)
-    return file.suffix.lower() == ".parquet"
+    return file.suffix.lower() in (".jsonl", ".parquet")
 
 
 def _saved_model(folder: Path) -> bool:
@@ -138,8 +199,10 @@ def _saved_model(folder: Path) -> bool:
 
 
 def _read(file: Path) -> pd.DataFrame | None:
-    """Rows of a file; None for results of this project that hold no answers."""
-    return read_released(file) if file.suffix.lower() == ".json" else _read_result(file)
+    """Rows of a file; None for results of this project that hold neither answers nor interpretations."""
+    if file.suffix.lower() == ".parquet":
+        return _read_result(file)
+    return read_interpretations(file) if is_interpretations(file) else read_released(file)
 
 
 def _read_result(file: Path) -> pd.DataFrame | None:
@@ -147,11 +210,14 @@ def _read_result(file: Path) -> pd.DataFrame | None:
     from pyarrow import parquet
 
     try:
-        if "answer" not in parquet.read_schema(file).names:
+        names = parquet.read_schema(file).names
+        if "answer" not in names and not {"text", "reading"} <= set(names):
             return None
         rows = pd.read_parquet(file)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ScoreError(f"{file} is damaged ({error}). Delete it and compute it anew.") from error
+    if "answer" not in rows:    # SelfIE rows: the column `interpretation` names the prompt there, the context is what was read
+        return rows.assign(interpretation=rows["text"], prompt=rows["context"])
     missing = [name for name in _NEEDED if name not in rows.columns]
     if missing:
         raise ScoreError(f"{file} has answers but lacks the column(s) {', '.join(missing)}: it is no result of this project.")
@@ -162,21 +228,50 @@ def _read_result(file: Path) -> pd.DataFrame | None:
 
 
 def render(records: Sequence[Mapping[str, Any]], console: "Console | None" = None) -> None:
-    """Print the records as a table: what differs between them, counts, the rate with both intervals, and its bounds."""
-    from rich import box
+    """Print the records as tables: of answers, the rate with both intervals and its bounds; of interpretations, the share of each sense."""
     from rich.console import Console
-    from rich.table import Table
 
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a file or a pipe has no width to fit
-    keys = [name for name in records[0] if name not in (*_NUMBERS, "rule")] if records else []
+    answers = [record for record in records if record["kind"] != "interpretation"]
+    interpretations = [record for record in records if record["kind"] == "interpretation"]
+    if answers or not interpretations:
+        _render_answers(answers, console)
+    if interpretations:
+        _render_interpretations(interpretations, console)
+
+
+def _render_interpretations(records: Sequence[Mapping[str, Any]], console: "Console") -> None:
+    names = [name.removesuffix("_share") for name in records[0] if name.endswith("_share")]
+    numbers = {"n", *names, *(f"{name}_{end}" for name in names for end in ("share", "low", "high", "cluster_low", "cluster_high"))}
+    table, differing = _table("Interpretations by sense", records, numbers)
+    for name in ("n", *names, *(f"{name} %" for name in names)):
+        table.add_column(name, justify="right")
+    for record in records:
+        shares = [f"{_percent(record[f'{name}_share'])} [{_range(record, f'{name}_low', f'{name}_high')}]" for name in names]
+        table.add_row(*(str(record[key]) for key in differing), str(record["n"]), *(str(record[name]) for name in names), *shares)
+    console.print(table)
+    console.print("by the lexicons of the concept's senses; other: a text that names neither. In brackets: exact 95 %.", style="dim")
+
+
+def _table(title: str, records: Sequence[Mapping[str, Any]], numbers: Container[str]) -> "tuple[Table, list[str]]":
+    """An empty table with a column for each key that differs between the records; what they have in common stands in the title."""
+    from rich import box
+    from rich.table import Table
+
+    keys = [name for name in records[0] if name not in numbers and name != "rule"] if records else []
     differing = [key for key in keys if len({record[key] for record in records}) > 1]
     common = "".join(f", {key} {records[0][key]}" for key in keys if key not in differing)
-    table = Table(title=f"Share of stereotyped answers ({records[0]['rule']} rule{common})" if records else "No answers",
-                  title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=f"{title} ({records[0]['rule']} rule{common})" if records else "No answers", title_justify="left",
+                  box=box.SIMPLE_HEAD)
     for name in differing:
         table.add_column(name, overflow="fold")
+    return table, differing
+
+
+def _render_answers(records: Sequence[Mapping[str, Any]], console: "Console") -> None:
+    table, differing = _table("Share of stereotyped answers", records, _NUMBERS)
     for name in ("n", "stereotyped", "reversed", "rejected", "invalid", "rate %", "exact 95 %", "clustered 95 %", "bounds %"):
         table.add_column(name, justify="right")
     for record in records:

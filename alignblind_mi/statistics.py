@@ -86,6 +86,47 @@ def mean_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, level: 
     return clustered_interval(np.asarray(values, dtype=float), clusters, level=level, draws=draws, seed=seed)
 
 
+def t_interval(values: np.ndarray, clusters: np.ndarray, *, level: float = LEVEL) -> Interval:
+    """Student's interval of a mean, with the cluster as the unit: for continuous readings of few contexts.
+
+    values: [n]; clusters: [n] labels. A cluster counts by its number of values; the interval is that of a ratio of two sums over clusters
+    (linearised; Cochran 1977, section 3.12), with as many degrees of freedom as clusters less one. (NaN, NaN) for fewer than two clusters.
+    """
+    from scipy.special import stdtrit
+
+    codes = pd.factorize(np.asarray(clusters))[0]
+    values, k = np.asarray(values, dtype=float), int(codes.max()) + 1 if len(codes) else 0
+    if k < 2:
+        return Interval(float("nan"), float("nan"))
+    mean = float(values.mean())
+    spread = np.bincount(codes, values - mean) * k / len(values)
+    half = float(stdtrit(k - 1, (1 + level) / 2) * spread.std(ddof=1) / np.sqrt(k))
+    return Interval(mean - half, mean + half)
+
+
+def relative_change(treated: pd.DataFrame, untreated: pd.DataFrame, column: str, cluster: str, *, level: float = LEVEL,
+                    draws: int = DRAWS, seed: int = 0) -> dict[str, float]:
+    """By which share the mean of a column is lower than before: estimate, low, high of treated / untreated - 1.
+
+    The same clusters are drawn for both (a paired bootstrap over their common clusters). NaN where the untreated mean is 0.
+
+    Errors: StatisticsError if the two have no cluster in common.
+    """
+    sums = [rows.groupby(cluster)[column].agg(["sum", "size"]) for rows in (treated, untreated)]
+    shared = sums[0].index.intersection(sums[1].index)
+    if not len(shared):
+        raise StatisticsError(f"the two sets of rows share no value of {cluster!r}: they cannot be compared.")
+    (hit, n), (base_hit, base_n) = ((part.loc[shared, "sum"].to_numpy(float), part.loc[shared, "size"].to_numpy(float)) for part in sums)
+    k = len(shared)
+    weights = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=draws).astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = (weights @ hit) / (weights @ n) / ((weights @ base_hit) / (weights @ base_n)) - 1
+        estimate = hit.sum() / n.sum() / (base_hit.sum() / base_n.sum()) - 1
+    usable = drawn[np.isfinite(drawn)]
+    low, high = np.quantile(usable, [(1 - level) / 2, (1 + level) / 2]) if len(usable) and np.isfinite(estimate) else (np.nan, np.nan)
+    return {"estimate": float(estimate) if np.isfinite(estimate) else float("nan"), "low": float(low), "high": float(high), "n": k}
+
+
 def clustered_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, valid: np.ndarray | None = None, level: float = LEVEL,
                        draws: int = DRAWS, seed: int = 0) -> Interval:
     """`mean_interval` of a share: values are successes ([n], 0 or 1), counted among the `valid` ones ([n], default all)."""

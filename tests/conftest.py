@@ -34,6 +34,9 @@ def texts(race: Concept) -> list[str]:
     words = [w for c in race.categories.values() for w in (*c.positive, *c.negative)]
     asked = [q.text.format(x=q.placeholder) for q in race.interpretations.values()]
     phrases = [race.steering_phrase(n).format(marked="black", unmarked="white") for n in (*race.senses, *race.controls)]
+    asked += [q.text.format(x=q.placeholder) for q in race.selfie.values()]
+    sentences += [s.format(x="black", y="white") for c in race.contexts.values() for s in (*c.train, *c.test)]
+    words += [w for sense in race.senses.values() for w in (*sense.words, *sense.lexicon)]
     return [*prompts, *sentences, *asked, *phrases, " ".join(words), "race color black white - , . I agree disagree 1 2 3 4 5"]
 
 

@@ -50,8 +50,9 @@ def curves() -> pd.DataFrame:
 
 @pytest.fixture
 def scores() -> pd.DataFrame:
-    rows = [{"question": question, "role": role, "n": 12, "r_blind": 0.3 * i, "low": 0.3 * i - 0.1, "high": 0.3 * i + 0.1}
-            for question in ("paper", "about") for i, role in enumerate(ROLES)]
+    rows = [{"question": question, "role": role, "control": control, "n": 12, "r_blind": 0.3 * i + j, "low": 0.3 * i + j - 0.1,
+             "high": 0.3 * i + j + 0.1}
+            for question in ("paper", "about") for i, role in enumerate(ROLES) for j, control in enumerate(("", "random"))]
     return pd.DataFrame(rows)
 
 
@@ -133,7 +134,18 @@ def test_awareness_has_a_line_a_role_and_says_the_unpatched_probability(curves, 
             rows = curves[(curves["question"] == question) & (curves["word"] == word) & (curves["role"] == role)]
             assert line(axis, role) == pytest.approx(rows[["layer", "mean"]].to_numpy(float))
         assert any("base 0.25, aligned 0.75" in text.get_text() for text in axis.texts)
-    assert line(axes[5], "aligned")[1, 1] == pytest.approx(0.3)
+    assert line(axes[5], "aligned")[:, 0] == pytest.approx([0.3, 1.3])
+    assert [label.get_text() for label in axes[5].get_yticklabels()] == ["identifiers\nn = 12", "random vector\nn = 12"]
+
+
+def test_readings_have_a_row_an_instrument_and_their_controls(scores):
+    profile = pd.DataFrame([{"panel": panel, "role": role, "layer": layer, "n": 12, "mean": 0.1 * layer - i, "low": -1.0, "high": 1.0}
+                            for panel in ("patchscope", "probe") for i, role in enumerate(ROLES) for layer in range(4)])
+    named = scores.rename(columns={"r_blind": "mean", "question": "panel"}).replace({"panel": {"paper": "patchscope", "about": "probe"}})
+    axes = figures.readings_figure(profile, named).axes
+    assert len(axes) == 4
+    assert line(axes[2], "aligned")[:, 1] == pytest.approx([-1.0, -0.9, -0.8, -0.7])
+    assert line(axes[3], "base")[:, 0] == pytest.approx([0.0, 1.0])
 
 
 def test_steering_has_a_line_a_sense_beside_the_untreated_one(steering):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
 FLOORS = {
-    0: ("errors", "concept", "prompts", "edits", "answers", "results", "statistics", "released"),
+    0: ("errors", "concept", "prompts", "edits", "answers", "results", "statistics", "released", "readings"),
     1: ("adapters", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "organism"),
     2: ("lens", "patchscope", "patching", "probes", "steering", "lora", "unlearning"),
     3: ("progress", "studies"),

@@ -58,10 +58,11 @@ def answers(concept: Concept, role: str, treatment: dict[str, str], *, design: s
 def readings(role: str, treatment: dict[str, str], question: str) -> pd.DataFrame:
     random = np.random.default_rng(len(question))
     records = []
-    for context, mark, layer in product(("a", "b", "c"), ("marked", "unmarked"), range(N_LAYERS)):
+    places = product(("", "random", "text"), ("a", "b", "c"), ("marked", "unmarked"), range(N_LAYERS))
+    for control, context, mark, layer in places:
         d_group, d_other = random.normal(0.1, 0.05), random.normal(0.2 if role == "aligned" else -0.1, 0.05)
-        records.append({"interpretation": question, "context": context, "mark": mark, "mention": 0, "layer": layer, "d_group": d_group,
-                        "d_other": d_other, "base_group": 0.3, "base_other": 0.4, "blind": d_other - d_group})
+        records.append({"interpretation": question, "control": control, "context": context, "mark": mark, "mention": 0, "layer": layer,
+                        "d_group": d_group, "d_other": d_other, "base_group": 0.3, "base_other": 0.4, "blind": d_other - d_group})
     return pd.DataFrame(records).assign(model=f"some/{role}", role=role, **treatment)
 
 
@@ -214,11 +215,13 @@ def test_the_numbers_are_those_of_the_statistics(finished, page):
 
 def test_readings_count_contexts_not_layers(finished, page):
     table = pd.read_csv(finished / "tables" / "awareness.csv")
-    assert table["n"].tolist() == [6] * 4
+    assert table["n"].tolist() == [6] * 12
+    assert set(table["control"].fillna("")) == {"", "random", "text"}
     assert set(pd.read_csv(finished / "tables" / "comparison.csv")["n_readings"]) == {6}
     rows = read_study(finished).parts["awareness_aligned_paper"].rows
-    aligned = table[(table["role"] == "aligned") & (table["question"] == "paper")].iloc[0]
-    assert aligned["r_blind"] == pytest.approx(rows["blind"].mean())
+    for control in ("", "random"):
+        aligned = table[(table["role"] == "aligned") & (table["question"] == "paper") & (table["control"].fillna("") == control)].iloc[0]
+        assert aligned["r_blind"] == pytest.approx(rows.loc[rows["control"] == control, "blind"].mean())
     assert aligned["low"] <= aligned["r_blind"] <= aligned["high"]
 
 

@@ -50,10 +50,10 @@ def test_a_word_the_tokenizer_does_not_know_is_named_before_anything_runs(race, 
 
 
 def test_readings_are_distinct_contexts_times_layers(race, tiny):
-    rows = measure_awareness(tiny, race, "default")
+    rows = measure_awareness(tiny, race, "default", controls=())
     assert len(rows) == 3 * 2 * 2 * tiny.n_layers    # texts x option orders x roles x layers: the words have not been read yet
     assert (rows["word_pair"] == "").all()
-    later = measure_awareness(tiny, race, "default", mentions=(1,), max_word_pairs=2)
+    later = measure_awareness(tiny, race, "default", mentions=(1,), max_word_pairs=2, controls=())
     assert len(later) == 12 * 2 * 6 * tiny.n_layers
     assert (later["word_pair"] != "").all()
 
@@ -69,12 +69,13 @@ def test_readings_by_hand(race, tiny):
                & (rows["layer"] == 2)].iloc[0]
     assert row["d_group"] == pytest.approx(float(patched[0] - base[0]), abs=1e-6)
     assert row["blind"] == pytest.approx(float(patched[1] - base[1] - patched[0] + base[0]), abs=1e-6)
-    assert blind_score(rows) == pytest.approx((rows["d_other"] - rows["d_group"]).mean())
+    real = rows[rows["control"] == ""]
+    assert blind_score(rows) == pytest.approx((real["d_other"] - real["d_group"]).mean())
 
 
 def test_readings_see_the_treatment(race, tiny):
     steered = tiny.under(sense_steering(tiny, race, "default", "race", range(1, 3)))
-    before, after = measure_awareness(tiny, race, "default"), measure_awareness(steered, race, "default")
+    before, after = (measure_awareness(model, race, "default", controls=()) for model in (tiny, steered))
     changed = (before["p_group"] - after["p_group"]).abs().groupby(before["layer"]).max()
     assert changed[0] == pytest.approx(0, abs=1e-6)    # below the window nothing has changed
     assert changed[1] > 1e-6

@@ -32,6 +32,7 @@ DEFAULT_SEED = 0
 NOTE = "A calibration device with planted, known ground truth: it tests instruments. It is never evidence about Llama 3."
 DECODING_NOTE = "The planted rates are probabilities: sample the answers at temperature 1; greedy decoding would turn .64 into nearly 1."
 REFUSED = "not in the vocabulary"
+SELFIE = "restated"    # the concept's open-ended prompt in words that the organism knows
 # The steadiest of fourteen settings tried on the shipped pair with training words, never the study's, and the better ones with three LoRA
 # seeds: weaker ones leave some identifiers read as before, stronger ones cost valid answers.
 RECOMMENDED_LORA = {
@@ -218,6 +219,7 @@ def organism_record(seed: int, knobs: Knobs, recipe: Recipe, measured: dict[str,
         "decoding": "sample",
         "decoding_note": DECODING_NOTE,
         "target_layer": recipe.planting.target,
+        "selfie": SELFIE,
         "planted": planted_truth(knobs, recipe.planting),
         "planting": used_in_planting(world),
         "not_in_planting": kept_from_planting(world),

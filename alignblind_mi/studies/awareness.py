@@ -1,106 +1,301 @@
 """Awareness: is an ambiguous identifier read as the group or as the other sense, and from which layer on?
 
-The race-blind score of "Aligned but Blind": the residual stream at an identifier of the bias prompt is patched into the placeholder of an
-interpretation question; the change of P(group word) and P(other word) against the unpatched question is the reading. One row per reading.
+Four instruments read the same residual streams (`sources.py`): a patchscope that asks a question (the race-blind score of "Aligned but
+Blind"), open-ended interpretation (SelfIE), the logit or tuned lens, and linear probes. One row per reading and layer; `blind` is each
+instrument's own scale from the group sense to the other sense, at most -1 to 1, so that instruments can be laid side by side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
-import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from alignblind_mi.concept import Concept, Cue
-from alignblind_mi.edits import Row, Site
-from alignblind_mi.model import HookedModel
-from alignblind_mi.patchscope import patchscope_rows
-from alignblind_mi.prompts import Prompt, implicit_prompts, interpretation_prompt
+from alignblind_mi.edits import Row
+from alignblind_mi.lens import Translators, lens_readings
+from alignblind_mi.model import HookedModel, untrained
+from alignblind_mi.patchscope import Mapping, patchscope_rows
+from alignblind_mi.probes import shuffled, train_probes
+from alignblind_mi.prompts import Prompt, fill, interpretation_prompt
+from alignblind_mi.readings import classify, reading_names
+from alignblind_mi.statistics import exact_interval, relative_change, t_interval
+from alignblind_mi.studies.sources import CONTROLS, TEXT_LAYER, Contexts, Recorded, Source, record_contexts, record_sources
 
 TARGET_LAYER = 2    # where the paper injects, on Llama 3
+SELFIE_TOKENS = 20
+VECTOR_CONTROLS = tuple(name for name in CONTROLS if name != "text")    # instruments that only read have nothing to ask of a text
+SHUFFLES = 3
+UNTRAINED_UP_TO = 2_000_000_000    # parameters up to which a model of random weights is made beside the model
 
 
-@dataclass(frozen=True)
-class _Source:
-    """An identifier token of a bias prompt: `mention` counts its occurrences from 0."""
+def _senses(concept: Concept) -> list[str]:
+    return [concept.senses[concept.group_sense].word, concept.senses[concept.other_sense].word]
 
-    prompt: Prompt
-    role: str
-    mention: int
 
-    def seen(self) -> str:
-        """All the text that a causal model has read at this token: sources that share it are one reading."""
-        return self.prompt.text[: self.prompt.spans(self.role)[self.mention].end]
+def _rows(recorded: Recorded, instrument: str, read: Callable[[int, int], dict[str, object]]) -> pd.DataFrame:
+    """One record per source and layer: what identifies it, and what `read(source, layer)` (by index) says."""
+    model = recorded.model
+    return pd.DataFrame.from_records([
+        {"model": model.spec.name, "treatment": model.treatment.name, **source.labels(), "instrument": instrument, "layer": layer,
+         **read(i, j)}
+        for i, source in enumerate(recorded.sources) if source.control != "text" for j, layer in enumerate(recorded.layers)])
 
 
 def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, reading: str = "paper", target_layer: int = TARGET_LAYER,
-                      mentions: Sequence[int] = (0,), layers: Sequence[int] | None = None, max_word_pairs: int = 20,
-                      seed: int = 0) -> pd.DataFrame:
+                      mentions: Sequence[int] = (0,), layers: Sequence[int] | None = None, max_word_pairs: int | None = 20,
+                      controls: Sequence[str] = CONTROLS, mapping: Mapping | None = None, seed: int = 0) -> pd.DataFrame:
     """Readings of the identifiers of the balanced implicit prompts, at every layer, by one interpretation question.
 
-    At the first mention a causal model has seen only the question's beginning, so prompts that share it give one reading, not many:
-    n counts different contexts. Later mentions follow the words; `max_word_pairs` per category bounds them.
+    n counts different contexts: see `sources.reading_sources`. Columns: the prompt's labels, model, treatment, instrument ("patchscope"),
+    interpretation, mark, identifier, mention, context (what intervals are clustered over), control, layer, p_group, p_other (patched),
+    base_group, base_other (unpatched), d_group, d_other, blind = d_other - d_group. `mapping` maps the vectors before they are injected.
 
-    Columns: the prompt's labels (word labels are empty where the words have not been read yet), model, treatment, interpretation, mark,
-    identifier, mention, context (what intervals are clustered over), layer, p_group, p_other (patched), base_group, base_other
-    (unpatched), d_group, d_other, blind = d_other - d_group.
-
-    Errors: ConceptError for an unknown reading; EditError for a layer that does not exist; ModelError if a sense is not one token.
+    Errors: ConceptError for an unknown reading or control; EditError for a layer that does not exist; ModelError for a sense of two tokens.
     """
-    question = interpretation_prompt(concept.interpretation(reading))
-    words = [concept.senses[concept.group_sense].word, concept.senses[concept.other_sense].word]
-    layers = list(range(model.n_layers)) if layers is None else list(layers)
-    base = model.next_probs([Row(question)], words)[0]
-    sources = _sources(concept, cue, mentions, max_word_pairs, seed)
-    model.check_known([source.prompt for source in sources])
-    resid = _record(model, sources, layers)
-    rows = [row for at in resid for row in patchscope_rows(at, question, target_layer)]
-    probs = model.next_probs(rows, words).view(len(sources), len(layers), 2)
-    records = [_reading(model, source, reading, layer, probs[i, j], base)
-               for i, source in enumerate(sources) for j, layer in enumerate(layers)]
+    recorded = record_sources(model, concept, cue, mentions=mentions, layers=layers, max_word_pairs=max_word_pairs, controls=controls,
+                              seed=seed)
+    return ask_sources(recorded, concept, reading=reading, target_layer=target_layer, mapping=mapping)
+
+
+def ask_sources(recorded: Recorded, concept: Concept, *, reading: str = "paper", target_layer: int = TARGET_LAYER,
+                mapping: Mapping | None = None) -> pd.DataFrame:
+    """`measure_awareness` of residual streams that were recorded already."""
+    model, words, question = recorded.model, _senses(concept), concept.interpretation(reading)
+    target = interpretation_prompt(question)
+    base = model.next_probs([Row(target)], words)[0]
+    rows = [row for at in recorded.resid for row in patchscope_rows(at, target, target_layer, mapping=mapping)]
+    probs = model.next_probs(rows, words).view(len(recorded.sources), len(recorded.layers), 2)
+    table = _rows(recorded, "patchscope", lambda i, j: _changes(probs[i, j], base))
+    table = pd.concat([table, _from_text(recorded, question.text, words, base)], ignore_index=True)
+    return table.assign(interpretation=reading)
+
+
+def _changes(probs: Float[Tensor, " sense"], base: Float[Tensor, " sense"]) -> dict[str, object]:
+    (group, other), (base_group, base_other) = probs.tolist(), base.tolist()
+    return {"p_group": group, "p_other": other, "base_group": base_group, "base_other": base_other, "d_group": group - base_group,
+            "d_other": other - base_other, "blind": (other - base_other) - (group - base_group)}
+
+
+def _from_text(recorded: Recorded, question: str, words: Sequence[str], base: Float[Tensor, " sense"]) -> pd.DataFrame:
+    """The control `text`: the source's text and the question about the identifier itself, nothing patched."""
+    model = recorded.model
+    sources = [source for source in recorded.sources if source.control == "text"]
+    if not sources:
+        return pd.DataFrame()
+    probs = model.next_probs([_in_text(recorded, source, question) for source in sources], words)
+    return pd.DataFrame.from_records([
+        {"model": model.spec.name, "treatment": model.treatment.name, **source.labels(), "instrument": "patchscope", "layer": TEXT_LAYER,
+         **_changes(probs[i], base)} for i, source in enumerate(sources)])
+
+
+def _in_text(recorded: Recorded, source: Source, question: str) -> Row:
+    """The text up to the identifier, a full stop, and the question about it, under the treatment as far as its marks are there."""
+    treatment, seen = recorded.model.treatment, source.seen()
+    before = {name: tuple(span for span in spans if span.end <= len(seen)) for name, spans in source.prompt.marks.items()}
+    asked = fill(question, {"x": source.prompt.labels[source.role]}, {"x": source.role}).prefixed(f"{seen}. ")
+    marks = {**before, source.role: (*before[source.role], *asked.marks[source.role])}
+    prompt = Prompt(asked.text, {name: spans for name, spans in marks.items() if spans}, source.prompt.labels).prefixed(treatment.prefix)
+    return Row(prompt, tuple(edit for edit in treatment.edits if edit.site.mark in prompt.marks))
+
+
+def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prompt: str = "paper", target_layer: int = TARGET_LAYER,
+                   mentions: Sequence[int] = (0,), layers: Sequence[int] | None = None, max_word_pairs: int | None = 20,
+                   controls: Sequence[str] = CONTROLS, max_new_tokens: int = SELFIE_TOKENS, temperature: float = 0.0, seed: int = 0
+                   ) -> pd.DataFrame:
+    """Open-ended readings: the residual stream is put into the placeholders of a concept's SelfIE prompt, and the model goes on writing.
+
+    Columns: those that identify a reading (see `measure_awareness`), instrument ("selfie"), interpretation (the prompt's name), text,
+    reading (a sense of the concept or "other", by its lexicons), p_group and p_other (1 or 0), blind = p_other - p_group. A
+    sampled text depends on `seed`, its source and its layer alone. Source: Chen, Vondrick and Mao 2024; five placeholders, 20 tokens.
+
+    Errors: ConceptError for an unknown prompt or senses without a lexicon; ModelError if the tokenizer does not know the prompt.
+    """
+    recorded = record_sources(model, concept, cue, mentions=mentions, layers=layers, max_word_pairs=max_word_pairs, controls=controls,
+                              seed=seed)
+    return interpret_sources(recorded, concept, prompt=prompt, target_layer=target_layer, max_new_tokens=max_new_tokens,
+                             temperature=temperature, seed=seed)
+
+
+def interpret_sources(recorded: Recorded, concept: Concept, *, prompt: str = "paper", target_layer: int = TARGET_LAYER,
+                      max_new_tokens: int = SELFIE_TOKENS, temperature: float = 0.0, seed: int = 0) -> pd.DataFrame:
+    """`measure_selfie` of residual streams that were recorded already."""
+    model, asked = recorded.model, concept.selfie_prompt(prompt)
+    target = interpretation_prompt(asked)
+    classify("", concept)    # a concept without lexicons is refused before anything is run
+    model.check_known([target])
+    rows = [row for at in recorded.resid for row in patchscope_rows(at, target, target_layer)]
+    names = [f"{source.control}|{source.role}|{source.mention}|{source.seen()}|{layer}" for source in recorded.sources
+             for layer in recorded.layers]
+    written = [source for source in recorded.sources if source.control == "text"]
+    rows += [_in_text(recorded, source, asked.text) for source in written]
+    names += [f"text|{source.role}|{source.mention}|{source.seen()}" for source in written]
+    made = model.generate(rows, max_new_tokens, temperature=temperature, seed=seed, draws=names)
+    said = [_reading(one.text, concept) for one in made]
+    table = _rows(recorded, "selfie", lambda i, j: said[i * len(recorded.layers) + j])
+    plain = [{"model": model.spec.name, "treatment": model.treatment.name, **source.labels(), "instrument": "selfie", "layer": TEXT_LAYER,
+              **reading} for source, reading in zip(written, said[len(said) - len(written):], strict=True)]
+    return pd.concat([table, pd.DataFrame.from_records(plain)], ignore_index=True).assign(interpretation=prompt)
+
+
+def _reading(text: str, concept: Concept) -> dict[str, object]:
+    found = classify(text, concept)
+    group, other = float(found == concept.group_sense), float(found == concept.other_sense)
+    return {"text": text, "reading": found, "p_group": group, "p_other": other, "blind": other - group}
+
+
+def measure_lens(model: HookedModel, concept: Concept, cue: str | Cue, *, translators: Translators | None = None,
+                 mentions: Sequence[int] = (0,), layers: Sequence[int] | None = None, max_word_pairs: int | None = 20,
+                 controls: Sequence[str] = VECTOR_CONTROLS, seed: int = 0) -> pd.DataFrame:
+    """The sense words as the identifier's next token, by the logit lens or (with `translators`) the tuned lens.
+
+    Columns: those that identify a reading (see `measure_awareness`), instrument ("logit_lens" or "tuned_lens"), log_odds (nats, other over
+    group), p_group, p_other (over the whole vocabulary), blind = (p_other - p_group) / (p_other + p_group).
+
+    Errors: ModelError for a model whose answer is not its final norm and head alone.
+    """
+    recorded = record_sources(model, concept, cue, mentions=mentions, layers=layers, max_word_pairs=max_word_pairs,
+                              controls=[name for name in controls if name != "text"], seed=seed)
+    return lens_sources(recorded, concept, translators=translators)
+
+
+def lens_sources(recorded: Recorded, concept: Concept, *, translators: Translators | None = None) -> pd.DataFrame:
+    """`measure_lens` of residual streams that were recorded already."""
+    logs = lens_readings(recorded.model, recorded.resid, recorded.layers, _senses(concept), translators)
+
+    def read(i: int, j: int) -> dict[str, object]:
+        group, other = logs[i, j].tolist()
+        return {"log_odds": other - group, "p_group": float(np.exp(group)), "p_other": float(np.exp(other)),
+                "blind": float(np.tanh((other - group) / 2))}
+    return _rows(recorded, "logit_lens" if translators is None else "tuned_lens", read)
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeReadings:
+    """What probes say of the ambiguous prompts (`rows`), and how good they are (`accuracy`).
+
+    accuracy: probe ("sense", "shuffled" or "untrained"), layer, n (vectors tested), accuracy, low, high (exact interval), and for the sense
+    probe selectivity = accuracy - accuracy of the probes of shuffled labels (Hewitt and Liang 2019).
+    """
+
+    rows: pd.DataFrame
+    accuracy: pd.DataFrame
+
+
+def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Sequence[int] = (0,),
+                   layers: Sequence[int] | None = None, max_word_pairs: int | None = 20, controls: Sequence[str] = VECTOR_CONTROLS,
+                   random_weights: bool | None = None, seed: int = 0) -> ProbeReadings:
+    """Probes for the sense, trained on the concept's `train` contexts, tested on its `test` contexts, applied to the ambiguous prompts.
+
+    The rows have the columns that identify a reading (see `measure_awareness`), instrument ("probe"), p_group, p_other and blind: the
+    reading on the scale of the `test` contexts, -1 and 1 at the means of the two senses, and p_other = (1 + blind) / 2. `random_weights`:
+    also probe models of random weights (None: if the model has at most two thousand million parameters, since each takes as much memory).
+
+    Errors: ConceptError for a concept without contexts; ModelError if the tokenizer does not know their words.
+    """
+    recorded = record_sources(model, concept, cue, mentions=mentions, layers=layers, max_word_pairs=max_word_pairs,
+                              controls=[name for name in controls if name != "text"], seed=seed)
+    return probe_sources(recorded, concept, cue, random_weights=random_weights, seed=seed)
+
+
+def probe_sources(recorded: Recorded, concept: Concept, cue: str | Cue, *, random_weights: bool | None = None, seed: int = 0
+                  ) -> ProbeReadings:
+    """`measure_probes` of residual streams that were recorded already."""
+    model, layers = recorded.model, recorded.layers
+    train, test = (record_contexts(model, concept, cue, layers, split) for split in ("train", "test"))
+    probes = train_probes(train.resid, train.labels, layers)
+    tested = {"sense": [probes.accuracy(test.resid, test.labels)],
+              "shuffled": [_control_accuracy(train, test, layers, seed + i) for i in range(SHUFFLES)]}
+    size = sum(part.numel() for part in model.engine.model.parameters())
+    if random_weights if random_weights is not None else size <= UNTRAINED_UP_TO:
+        tested["untrained"] = [_untrained_accuracy(model, concept, cue, layers, seed + i) for i in range(SHUFFLES)]
+    said = probes.readings(recorded.resid, test.resid, test.labels)
+
+    def read(i: int, j: int) -> dict[str, object]:
+        blind = float(said[i, j])
+        return {"p_group": (1 - blind) / 2, "p_other": (1 + blind) / 2, "blind": blind}
+    return ProbeReadings(_rows(recorded, "probe", read), _accuracy_table(model, tested, layers, len(test.labels)))
+
+
+def _control_accuracy(train: Contexts, test: Contexts, layers: Sequence[int], seed: int) -> Float[np.ndarray, " layer"]:
+    """Of probes whose labels are drawn by sentence: what a probe finds where there is nothing to be found."""
+    probes = train_probes(train.resid, shuffled(train.labels, train.sentences, seed), layers)
+    return probes.accuracy(test.resid, shuffled(test.labels, test.sentences, seed + 1))
+
+
+def _untrained_accuracy(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], seed: int
+                        ) -> Float[np.ndarray, " layer"]:
+    fresh = untrained(model, seed=seed)
+    train, test = (record_contexts(fresh, concept, cue, layers, split) for split in ("train", "test"))
+    return train_probes(train.resid, train.labels, layers).accuracy(test.resid, test.labels)
+
+
+def _accuracy_table(model: HookedModel, tested: dict[str, list[np.ndarray]], layers: Sequence[int], n: int) -> pd.DataFrame:
+    chance = np.mean(tested["shuffled"], axis=0)
+    records = []
+    for name, runs in tested.items():
+        mean = np.mean(runs, axis=0)
+        for j, layer in enumerate(layers):
+            low, high = exact_interval(round(float(mean[j]) * n), n)
+            records.append({"model": model.spec.name, "probe": name, "layer": layer, "n": n, "accuracy": float(mean[j]), "low": low,
+                            "high": high, "selectivity": float(mean[j] - chance[j]) if name == "sense" else float("nan")})
     return pd.DataFrame.from_records(records)
 
 
-def awareness_sources(concept: Concept, cue: str | Cue, *, mentions: Sequence[int] = (0,), max_word_pairs: int = 20, seed: int = 0
-                      ) -> list[Prompt]:
-    """The prompts that `measure_awareness` takes its readings from, one per reading."""
-    return [source.prompt for source in _sources(concept, cue, mentions, max_word_pairs, seed)]
+# ---- summaries ---------------------------------------------------------------------------------------------------------
 
 
-def _sources(concept: Concept, cue: str | Cue, mentions: Sequence[int], max_word_pairs: int, seed: int) -> list[_Source]:
-    chosen: dict[str, _Source] = {}
-    for prompt in implicit_prompts(concept, cue, design="balanced", seed=seed, max_word_pairs=max_word_pairs):
-        for role in ("marked", "unmarked"):
-            for mention in mentions:
-                source = _Source(prompt, role, mention)
-                chosen.setdefault(source.seen(), source)
-    return list(chosen.values())
-
-
-def _record(model: HookedModel, sources: Sequence[_Source], layers: Sequence[int]) -> torch.Tensor:
-    """Residual streams [source, layer, d_model] under the model's treatment; sources of one kind are recorded together."""
-    out = torch.empty(len(sources), len(layers), model.d_model)
-    kinds = sorted({(source.role, source.mention) for source in sources})
-    for role, mention in kinds:
-        index = [i for i, source in enumerate(sources) if (source.role, source.mention) == (role, mention)]
-        sites = [Site(layer, role, occurrence=mention) for layer in layers]
-        out[index] = model.record(model.treatment.rows([sources[i].prompt for i in index]), sites)
-    return out
-
-
-def _reading(model: HookedModel, source: _Source, reading: str, layer: int, probs: torch.Tensor, base: torch.Tensor) -> dict[str, object]:
-    labels = dict(source.prompt.labels)
-    last_word = max(source.prompt.spans("positive")[0].start, source.prompt.spans("negative")[0].start)
-    if source.prompt.spans(source.role)[source.mention].start < last_word:
-        labels |= dict.fromkeys(("category", "positive", "negative", "word_pair", "word_order"), "")
-    (group, other), (base_group, base_other) = probs.tolist(), base.tolist()
-    d_group, d_other = group - base_group, other - base_other
-    context = "|".join((labels["template"], labels["option_order"], labels["word_order"], labels["word_pair"]))
-    return {"model": model.spec.name, "treatment": model.treatment.name, **labels, "interpretation": reading, "mark": source.role,
-            "identifier": labels[source.role], "mention": source.mention, "context": context, "layer": layer,
-            "p_group": group, "p_other": other,
-            "base_group": base_group, "base_other": base_other, "d_group": d_group, "d_other": d_other, "blind": d_other - d_group}
+def readings_of(rows: pd.DataFrame, control: str = "") -> pd.DataFrame:
+    """The readings themselves, without their controls (or those of one control)."""
+    return rows[rows["control"] == control] if "control" in rows else rows
 
 
 def blind_score(readings: pd.DataFrame) -> float:
     """r_blind = mean over layers of dP(other sense) - mean over layers of dP(group sense) (protocol of "Aligned but Blind")."""
-    return float(readings["blind"].mean())
+    return float(readings_of(readings)["blind"].mean())
+
+
+def summarise_readings(rows: pd.DataFrame, by: Sequence[str] = ("model", "treatment", "instrument", "control")) -> pd.DataFrame:
+    """One row per group: n (different readings), layers, mean of `blind`, low, high (95 %, contexts as the unit), p_group, p_other.
+
+    An interval needs two contexts and is NaN without. Add "layer" to `by` for a profile over depth.
+    """
+    records = []
+    for key, group in rows.groupby(list(by), sort=False, dropna=False):
+        low, high = t_interval(group["blind"].to_numpy(float), group["context"].to_numpy())
+        records.append({**dict(zip(by, key, strict=True)), "n": n_readings(group), "layers": group["layer"].nunique(),
+                        "mean": float(group["blind"].mean()), "low": low, "high": high,
+                        "p_group": float(group["p_group"].mean()), "p_other": float(group["p_other"].mean())})
+    return pd.DataFrame.from_records(records)
+
+
+def n_readings(rows: pd.DataFrame) -> int:
+    """Different readings: each of them is read once at every layer."""
+    return len(rows[["context", "mark", "mention"]].drop_duplicates())
+
+
+def selfie_table(rows: pd.DataFrame, concept: Concept, by: Sequence[str] = ("model", "treatment", "control", "layer")) -> pd.DataFrame:
+    """How many open-ended readings were of each sense, per layer: `by`, n, a count for each reading, `<sense>_share` with its exact
+    interval, and the share of readings of no sense."""
+    records = []
+    for key, group in rows.groupby(list(by), sort=False, dropna=False):
+        record: dict[str, object] = {**dict(zip(by, key, strict=True)), "n": len(group)}
+        for name in reading_names(concept):
+            count = int((group["reading"] == name).sum())
+            low, high = exact_interval(count, len(group))
+            record |= {name: count, f"{name}_share": count / len(group), f"{name}_low": low, f"{name}_high": high}
+        records.append(record)
+    return pd.DataFrame.from_records(records)
+
+
+def reading_reduction(treated: pd.DataFrame, untreated: pd.DataFrame, *, seed: int = 0) -> dict[str, float]:
+    """By which share readings of the group sense are fewer in one set of rows than in another (aligned than base): estimate, low, high, n.
+
+    estimate = mean p_group / mean p_group before - 1; contexts are drawn together for both (paired bootstrap); n counts contexts. The paper
+    reports -52.2 % for the patchscope of Llama 3 8B and -74.4 % for SelfIE of Llama 3 70B.
+    """
+    parts = [readings_of(rows) for rows in (treated, untreated)]
+    parts = [rows.assign(unit=rows["mark"] + "|" + rows["mention"].astype(str) + "|" + rows["context"]) for rows in parts]
+    return relative_change(parts[0], parts[1], "p_group", "unit", seed=seed)

@@ -11,9 +11,9 @@ import pandas as pd
 from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.edits import Treatment
 from alignblind_mi.model import HookedModel
-from alignblind_mi.statistics import mean_interval, summarise
+from alignblind_mi.statistics import mean_interval, summarise, t_interval
 from alignblind_mi.steering import layer_windows, sense_steering
-from alignblind_mi.studies.awareness import measure_awareness
+from alignblind_mi.studies.awareness import blind_score, measure_awareness, n_readings, readings_of
 from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 
 EARLY_START = 5 / 32    # the paper's effective window of Llama 3 8B begins at layer 5 of 32
@@ -63,7 +63,7 @@ def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, tre
         treated = model.under(treatment)
         behaviour.append(measure_behaviour(treated, concept, cue, design="published", decoding=decoding, seed=seed,
                                            max_word_pairs=max_word_pairs))
-        awareness.append(measure_awareness(treated, concept, cue, reading=reading, seed=seed))
+        awareness.append(measure_awareness(treated, concept, cue, reading=reading, controls=(), seed=seed))
     return Comparison(pd.concat(behaviour, ignore_index=True), pd.concat(awareness, ignore_index=True))
 
 
@@ -79,7 +79,7 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: 
     for key in behaviour[list(by)].drop_duplicates().itertuples(index=False, name=None):
         implicit, explicit = found.loc[(*key, "implicit")], found.loc[(*key, "explicit")] if (*key, "explicit") in found.index else None
         rows = behaviour[(behaviour["model"] == key[0]) & (behaviour["treatment"] == key[1]) & (behaviour["kind"] == "implicit")]
-        readings = awareness[(awareness["model"] == key[0]) & (awareness["treatment"] == key[1])]
+        readings = readings_of(awareness[(awareness["model"] == key[0]) & (awareness["treatment"] == key[1])])
         record = {"model": key[0], "treatment": key[1], "n": int(implicit["n"]), "implicit": implicit["rate"]}
         record |= {name: implicit[name] for name in ("low", "high", "cluster_low", "cluster_high", "invalid_share", "worst", "best")}
         record |= _mean("log_odds", rows, "log_odds", ("word_pair", "template"), seed)
@@ -87,8 +87,8 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: 
             record |= {"explicit": explicit["rate"], "explicit_n": int(explicit["n"]), "explicit_low": explicit["low"],
                        "explicit_high": explicit["high"], "explicit_invalid_share": explicit["invalid_share"]}
         if len(readings):
-            record |= _mean("r_blind", readings, "blind", ("context",), seed)
-            record["n_readings"] = len(readings[["context", "mark", "mention"]].drop_duplicates())
+            low, high = t_interval(readings["blind"].to_numpy(float), readings["context"].to_numpy())
+            record |= {"r_blind": blind_score(readings), "r_blind_low": low, "r_blind_high": high, "n_readings": n_readings(readings)}
         records.append(record)
     return pd.DataFrame.from_records(records)
 

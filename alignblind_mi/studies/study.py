@@ -25,9 +25,10 @@ from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, load_result, versions
 from alignblind_mi.steering import layer_windows, sense_steering, steerable
-from alignblind_mi.studies.awareness import TARGET_LAYER, awareness_sources, measure_awareness
+from alignblind_mi.studies.awareness import TARGET_LAYER, measure_awareness
 from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
+from alignblind_mi.studies.sources import CONTROLS, control_sources, reading_sources
 
 BOTH: tuple[Kind, ...] = ("implicit", "explicit")
 Treat = Callable[[HookedModel], Treatment]
@@ -74,7 +75,7 @@ class StudyConfig:
         out["concept_digest"] = load_concept(self.concept).digest
         for role, spec in (("base", self.base), ("aligned", self.aligned)):
             out[f"{role}_revision"] = fingerprint(spec, load_config(spec))
-        return json.loads(json.dumps(out)) | {"format": 1}
+        return json.loads(json.dumps(out)) | {"format": 2}
 
 
 def organism_record(spec: ModelSpec) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[
     yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED)))
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED), design="balanced"))
     for reading in concept.interpretations:
-        yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED)))
+        yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED), CONTROLS))
 
 
 def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[Part]:
@@ -259,17 +260,19 @@ def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], tre
     return compute, loads
 
 
-def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat) -> Work:
+def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat, controls: Sequence[str] = ()) -> Work:
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         treatment = treat(model)
         rows = measure_awareness(model.under(treatment), concept, config.cue, reading=reading, target_layer=config.target_layer,
-                                 seed=config.seed)
+                                 controls=controls, seed=config.seed)
         return _with_treatment(rows, treatment)
 
     def loads() -> list[Load]:
-        sources = awareness_sources(concept, config.cue, seed=config.seed)
+        sources = reading_sources(concept, config.cue, seed=config.seed)
+        sources += control_sources(concept, sources, controls, seed=config.seed)
         layers = int(load_config(config.aligned).num_hidden_layers)
-        return [Load(sources), Load([interpretation_prompt(concept.interpretation(reading))], times=len(sources) * layers)]
+        question = interpretation_prompt(concept.interpretation(reading))
+        return [Load([source.prompt for source in sources]), Load([question], times=len(sources) * layers)]
     return compute, loads
 
 

@@ -1,0 +1,149 @@
+"""Logit lens and tuned lens: what every layer of the residual stream would answer, at every token of a prompt.
+
+The logit lens (nostalgebraist 2020) reads a residual stream through the model's own final norm and unembedding; the tuned lens (Belrose et
+al. 2023) first moves it by an affine translator of its layer, trained to give the model's final answer. This module does NOT know senses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from alignblind_mi.blocks import unembed
+from alignblind_mi.edits import EditError, Site
+from alignblind_mi.model import HookedModel
+from alignblind_mi.prompts import Prompt, Span
+
+HELD_OUT = 5    # every fifth token position is kept from the training of translators, to see what they have gained
+
+
+@dataclass(frozen=True, eq=False)
+class Translators:
+    """One affine translator a layer, h -> h + W h + b. `kl_before` and `kl_after`: nats from the final answer on held-out positions."""
+
+    layers: tuple[int, ...]
+    weight: Float[Tensor, "layer d_model d_model"]
+    bias: Float[Tensor, "layer d_model"]
+    kl_before: Float[Tensor, " layer"]
+    kl_after: Float[Tensor, " layer"]
+
+    def __call__(self, resid: Float[Tensor, "vector layer d_model"]) -> Float[Tensor, "vector layer d_model"]:
+        """Residual streams after each of `layers`, translated."""
+        return resid + torch.einsum("vld,led->vle", resid, self.weight) + self.bias
+
+    def at(self, layers: Sequence[int]) -> "Translators":
+        """The translators of some layers. Errors: EditError for a layer without one."""
+        missing = [layer for layer in layers if layer not in self.layers]
+        if missing:
+            raise EditError(f"there is no translator for layer {missing[0]}; there are for {', '.join(map(str, self.layers))}.")
+        index = [self.layers.index(layer) for layer in layers]
+        return Translators(tuple(layers), self.weight[index], self.bias[index], self.kl_before[index], self.kl_after[index])
+
+
+@dataclass(frozen=True, eq=False)
+class _Streams:
+    """Residual streams at all tokens of some prompts, and the final answers there."""
+
+    resid: Float[Tensor, "position layer d_model"]
+    final: Float[Tensor, "position d_model"]
+
+
+def token_marks(model: HookedModel, prompt: Prompt) -> tuple[Prompt, list[str]]:
+    """The prompt with a mark `token_0`, `token_1` ... for each of its tokens that stands for text, and the tokens' texts."""
+    (item,) = model.encode([prompt])
+    spans = [Span(*offset) for offset in item.offsets if offset[1] > offset[0]]
+    marks = {f"token_{i}": (span,) for i, span in enumerate(spans)}
+    return replace(prompt, marks={**prompt.marks, **marks}), [prompt.text[span.start : span.end] for span in spans]
+
+
+def logit_lens(model: HookedModel, prompts: Sequence[Prompt], words: Sequence[str], *, layers: Sequence[int] | None = None,
+               translators: Translators | None = None) -> pd.DataFrame:
+    """Layers x tokens x words: the log-probability (nats) and probability of single-token words as the next token at every place.
+
+    With `translators` it is the tuned lens. The vocabulary exists for a few places at a time. Columns: the prompt's labels, model,
+    treatment, prompt, token, position, layer, word, log_prob, prob. At the last layer the logit lens is the model's own answer.
+
+    Errors: EditError for a layer that does not exist or has no translator; ModelError for a word of several tokens, or a model whose answer
+    is not its final norm and head alone.
+    """
+    layers = list(range(model.n_layers)) if layers is None else list(layers)
+    frames = [_lens(model, prompt, words, layers, translators) for prompt in prompts]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _lens(model: HookedModel, prompt: Prompt, words: Sequence[str], layers: list[int], translators: Translators | None) -> pd.DataFrame:
+    marked, tokens = token_marks(model, prompt)
+    logs = lens_readings(model, _record(model, marked, layers, len(tokens)), layers, words, translators)
+    return pd.DataFrame.from_records([
+        {**prompt.labels, "model": model.spec.name, "treatment": model.treatment.name, "prompt": prompt.text, "token": token, "position": i,
+         "layer": layer, "word": word, "log_prob": float(logs[i, j, k]), "prob": float(logs[i, j, k].exp())}
+        for i, token in enumerate(tokens) for j, layer in enumerate(layers) for k, word in enumerate(words)])
+
+
+def lens_readings(model: HookedModel, resid: Float[Tensor, "vector layer d_model"], layers: Sequence[int], words: Sequence[str],
+                  translators: Translators | None = None) -> Float[Tensor, "vector layer word"]:
+    """Log-probabilities (nats) of words after residual streams that were recorded after `layers`."""
+    read = resid if translators is None else translators.at(layers)(resid)
+    return model.residual_log_probs(read.flatten(0, 1), words).unflatten(0, resid.shape[:2])
+
+
+def _record(model: HookedModel, prompt: Prompt, layers: Sequence[int], tokens: int) -> Float[Tensor, "position layer d_model"]:
+    sites = [Site(layer, f"token_{i}") for i in range(tokens) for layer in layers]
+    return model.record(model.treatment.rows([prompt]), sites)[0].unflatten(0, (tokens, len(layers)))
+
+
+def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: Sequence[int] | None = None, steps: int = 200,
+                      batch: int = 256, learning_rate: float = 1e-3, seed: int = 0) -> Translators:
+    """Train a translator for each layer on the tokens of `prompts`: least KL divergence (nats) from the model's final answer.
+
+    Adam from the zero translator, `batch` positions a step; every fifth position is held out. A few thousand positions of text like the
+    text that is to be read are enough for small models. Source: Belrose et al. 2023, section 3.
+
+    Errors: EditError if the prompts hold fewer positions than a translator can be judged on.
+    """
+    layers = list(range(model.n_layers)) if layers is None else list(layers)
+    model.residual_log_probs(torch.zeros(1, model.d_model), [])    # refuses models whose answer is not norm and head alone
+    streams = _streams(model, prompts, layers)
+    held = torch.arange(len(streams.resid)) % HELD_OUT == 0
+    if int(held.sum()) < 2:
+        raise EditError(f"{len(prompts)} prompts with {len(held)} tokens are too few to train translators on: give more text.")
+    order = torch.Generator().manual_seed(seed)
+    train = torch.nonzero(~held)[:, 0]
+    weight, bias = (torch.zeros(shape, requires_grad=True) for shape in ((len(layers), model.d_model, model.d_model),
+                                                                        (len(layers), model.d_model)))
+    optimiser = torch.optim.Adam([weight, bias], lr=learning_rate)
+    for _ in range(steps):
+        index = train[torch.randint(len(train), (min(batch, len(train)),), generator=order)]
+        optimiser.zero_grad()
+        _divergence(model, streams, index, weight, bias).mean().backward()
+        optimiser.step()
+    chosen = torch.nonzero(held)[:, 0]
+    with torch.no_grad():
+        before = _divergence(model, streams, chosen, torch.zeros_like(weight), torch.zeros_like(bias))
+        after = _divergence(model, streams, chosen, weight, bias)
+    return Translators(tuple(layers), weight.detach(), bias.detach(), before.mean(0), after.mean(0))
+
+
+def _streams(model: HookedModel, prompts: Sequence[Prompt], layers: list[int]) -> _Streams:
+    every = [*layers, model.n_layers - 1]
+    parts = [_record(model, *_marked(model, prompt, every)) for prompt in prompts]
+    resid = torch.cat(parts)
+    return _Streams(resid[:, :-1], resid[:, -1])
+
+
+def _marked(model: HookedModel, prompt: Prompt, layers: list[int]) -> tuple[Prompt, list[int], int]:
+    marked, tokens = token_marks(model, prompt)
+    return marked, layers, len(tokens)
+
+
+def _divergence(model: HookedModel, streams: _Streams, index: Int[Tensor, " position"], weight: Tensor, bias: Tensor
+                ) -> Float[Tensor, "position layer"]:
+    """KL(final answer || translated answer) in nats."""
+    plain, resid = model.engine.model, streams.resid[index]
+    translated = resid + torch.einsum("vld,led->vle", resid, weight) + bias
+    logs = unembed(plain, translated.to(plain.dtype).to(model.engine.device)).log_softmax(-1)
+    final = unembed(plain, streams.final[index].to(plain.dtype).to(model.engine.device)).log_softmax(-1)[:, None]
+    return (final.exp() * (final - logs)).sum(-1).cpu()

@@ -1,0 +1,226 @@
+"""Where readings are taken from: the identifiers of the implicit prompts, and the controls that every instrument is held against.
+
+All instruments read the same residual streams under the same item identity, so that their rows can be laid side by side. Controls, by name
+in the column `control` (empty for the reading itself):
+
+`random`        a random vector of the same norm, for every source and layer;
+`wrong_token`   the token before the identifier, in the same prompt;
+`anchor_group`, `anchor_other`   unambiguous words of either sense in the identifiers' place;
+`text`          the source's text alone, asked in plain words without any patch (instruments that ask a question; layer -1).
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from alignblind_mi.concept import Concept, ConceptError, Cue
+from alignblind_mi.edits import Site
+from alignblind_mi.model import HookedModel
+from alignblind_mi.prompts import Prompt, Span, implicit_prompts
+
+CONTROLS = ("random", "wrong_token", "anchor_group", "anchor_other", "text")
+TEXT_LAYER = -1
+_BEFORE = "before_identifier"
+_WORD_LABELS = ("category", "positive", "negative", "word_pair", "word_order")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An identifier token of a bias prompt (or a control in its place): `mention` counts its occurrences from 0."""
+
+    prompt: Prompt
+    role: str
+    mention: int
+    control: str = ""
+
+    @property
+    def span(self) -> Span:
+        """Where the identifier stands."""
+        return self.prompt.spans(self.role)[self.mention]
+
+    def seen(self) -> str:
+        """All the text that a causal model has read at this token: sources that share it are one reading."""
+        return self.prompt.text[: self.span.end]
+
+    def labels(self) -> dict[str, object]:
+        """The columns that identify a reading; word labels are empty where the words have not been read yet."""
+        labels: dict[str, object] = dict(self.prompt.labels)
+        last_word = max(self.prompt.spans("positive")[0].start, self.prompt.spans("negative")[0].start)
+        if self.span.start < last_word:
+            labels |= dict.fromkeys(_WORD_LABELS, "")
+        context = "|".join(str(labels[name]) for name in ("template", "option_order", "word_order", "word_pair"))
+        return {**labels, "mark": self.role, "identifier": self.prompt.labels[self.role], "mention": self.mention, "context": context,
+                "control": self.control}
+
+    def site(self, layer: int) -> Site:
+        """The place after a layer that is read."""
+        if self.control == "wrong_token":
+            return Site(layer, _BEFORE)
+        return Site(layer, self.role, occurrence=self.mention)
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Residual streams of sources after `layers`, under the model's treatment. Random controls have been made from the sources' own."""
+
+    model: HookedModel
+    sources: list[Source]
+    layers: list[int]
+    resid: Float[Tensor, "source layer d_model"]
+
+
+def reading_sources(concept: Concept, cue: str | Cue, *, mentions: Sequence[int] = (0,), max_word_pairs: int | None = 20, seed: int = 0
+                    ) -> list[Source]:
+    """One source per distinct context: at the first mention a causal model has seen the question's beginning only, so prompts that share
+    it are one source. Later mentions follow the words; `max_word_pairs` per category bounds them (balanced design)."""
+    return _distinct(Source(prompt, role, mention)
+                     for prompt in implicit_prompts(concept, cue, design="balanced", seed=seed, max_word_pairs=max_word_pairs)
+                     for role in ("marked", "unmarked") for mention in mentions)
+
+
+def _distinct(sources: Iterator[Source]) -> list[Source]:
+    chosen: dict[str, Source] = {}
+    for source in sources:
+        chosen.setdefault(source.seen(), source)
+    return list(chosen.values())
+
+
+def control_sources(concept: Concept, sources: Sequence[Source], controls: Sequence[str], *, seed: int = 0) -> list[Source]:
+    """The sources of the controls that are asked for, as many of each as there are sources (`random` and `text` share their prompts).
+
+    Errors: ConceptError for an unknown control, or an anchor of a sense without unambiguous words.
+    """
+    unknown = [name for name in controls if name not in CONTROLS]
+    if unknown:
+        raise ConceptError(f"unknown control {unknown[0]!r}. Known: {', '.join(CONTROLS)}.")
+    out: list[Source] = []
+    for name in controls:
+        if name.startswith("anchor"):
+            sense = concept.group_sense if name == "anchor_group" else concept.other_sense
+            out += _anchors(concept, sense, name, sources, seed)
+        elif name == "wrong_token":
+            out += [_before(source) for source in sources]
+        else:
+            out += [replace(source, control=name) for source in sources]
+    return out
+
+
+def _before(source: Source) -> Source:
+    """The word before an identifier, marked."""
+    end = len(source.prompt.text[: source.span.start].rstrip())
+    start = max(source.prompt.text.rfind(" ", 0, end), source.prompt.text.rfind("\n", 0, end)) + 1
+    prompt = replace(source.prompt, marks={**source.prompt.marks, _BEFORE: (Span(start, max(end, start + 1)),)})
+    return replace(source, prompt=prompt, control="wrong_token")
+
+
+def _anchors(concept: Concept, sense: str, control: str, sources: Sequence[Source], seed: int) -> list[Source]:
+    """The sources' prompts with two unambiguous words of a sense for the identifiers; which two is drawn for each context."""
+    words = concept.senses[sense].words
+    if len(words) < 2:
+        raise ConceptError(f"the sense {sense!r} of {concept.name!r} has {len(words)} unambiguous words; an anchor needs two.")
+    out = []
+    for i, source in enumerate(sources):
+        marked, unmarked = random.Random(f"{seed}|{sense}|{i}").sample(words, 2)
+        out.append(replace(source, prompt=_renamed(source.prompt, {"marked": marked, "unmarked": unmarked}), control=control))
+    return out
+
+
+def _renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
+    """The prompt with other words at some of its marks, all marks moved along."""
+    spans = sorted((span, mark) for mark in prompt.marks for span in prompt.marks[mark])
+    edges = [0, *(edge for span, _ in spans for edge in (span.start, span.end)), len(prompt.text)]
+    text, marks = "", dict[str, tuple[Span, ...]]()
+    for i, (start, end) in enumerate(pairwise(edges)):
+        if i % 2 == 0:
+            text += prompt.text[start:end]
+            continue
+        mark = spans[i // 2][1]
+        word = names.get(mark, prompt.text[start:end])
+        marks[mark] = (*marks.get(mark, ()), Span(len(text), len(text) + len(word)))
+        text += word
+    return replace(prompt, text=text, marks=marks, labels={**prompt.labels, **names})
+
+
+def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Sequence[int] = (0,),
+                   layers: Sequence[int] | None = None, max_word_pairs: int | None = 20, controls: Sequence[str] = (), seed: int = 0
+                   ) -> Recorded:
+    """The residual streams that every instrument reads, once for all of them.
+
+    Errors: EditError for a layer that does not exist; ModelError if the tokenizer does not know an identifier.
+    """
+    layers = list(range(model.n_layers)) if layers is None else list(layers)
+    sources = reading_sources(concept, cue, mentions=mentions, max_word_pairs=max_word_pairs, seed=seed)
+    every = [*sources, *control_sources(concept, sources, controls, seed=seed)]
+    model.check_known([source.prompt for source in every])
+    resid = _record(model, every, layers)
+    for i, source in enumerate(every):
+        if source.control == "random":
+            resid[i] = _random_like(resid[i], f"{seed}|{source.seen()}")
+    return Recorded(model, every, layers, resid)
+
+
+def _record(model: HookedModel, sources: Sequence[Source], layers: Sequence[int]) -> Float[Tensor, "source layer d_model"]:
+    """Sources of one kind are recorded together."""
+    out = torch.empty(len(sources), len(layers), model.d_model)
+    kinds: dict[tuple[Site, ...], list[int]] = {}
+    for i, source in enumerate(sources):
+        kinds.setdefault(tuple(source.site(layer) for layer in layers), []).append(i)
+    for sites, index in kinds.items():
+        out[index] = model.record(model.treatment.rows([sources[i].prompt for i in index]), list(sites))
+    return out
+
+
+def _random_like(resid: Float[Tensor, "layer d_model"], name: str) -> Float[Tensor, "layer d_model"]:
+    """Random directions of the same norms."""
+    generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
+    drawn = torch.randn(resid.shape, generator=generator)
+    return drawn * (resid.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """Residual streams at the first identifiers of prompts after a sentence that settles their sense; `labels`: is it the other sense?"""
+
+    resid: Float[Tensor, "vector layer d_model"]
+    labels: Bool[np.ndarray, " vector"]
+    sentences: list[str]
+
+
+def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], split: str) -> Contexts:
+    """The same places as the readings' (first mentions of the implicit prompts), with each of the concept's `split` sentences before them.
+
+    `split` is "train" or "test". The prompts are cut off after the identifier. Errors: ConceptError without contexts for both senses.
+    """
+    cue = concept.cue(cue) if isinstance(cue, str) else cue
+    found = [(source, sense, sentence) for sense in (concept.group_sense, concept.other_sense)
+             for sentence in _sentences(concept, sense, split) for source in _after(sentence, concept, cue)]
+    model.check_known([source.prompt for source, _, _ in found])
+    labels = np.array([sense == concept.other_sense for _, sense, _ in found])
+    return Contexts(_record(model, [source for source, _, _ in found], layers), labels, [sentence for _, _, sentence in found])
+
+
+def _sentences(concept: Concept, sense: str, split: str) -> tuple[str, ...]:
+    if split not in ("train", "test"):
+        raise ConceptError(f"unknown split {split!r} of contexts. Known: train, test.")
+    if sense not in concept.contexts:
+        raise ConceptError(f"the concept {concept.name!r} has no sentences that settle the sense {sense!r}: give [contexts.{sense}].")
+    sentences: tuple[str, ...] = getattr(concept.contexts[sense], split)
+    return sentences
+
+
+def _after(sentence: str, concept: Concept, cue: Cue) -> list[Source]:
+    """The sources of a cue's prompts after a sentence, cut off behind the identifier; its identifiers stand in the order of the prompt."""
+    out = []
+    for source in reading_sources(concept, replace(cue, prefix=""), max_word_pairs=1):
+        names = source.prompt.labels
+        first, second = ("marked", "unmarked") if names["option_order"] == "marked_first" else ("unmarked", "marked")
+        lead = sentence.format(x=names[first], y=names[second]) + " "
+        seen = Prompt(source.seen(), {source.role: (source.span,)}, names).prefixed(lead)
+        out.append(replace(source, prompt=seen))
+    return out
