@@ -149,7 +149,7 @@ def _added_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
         return (value, *output[1:])
 
     def before_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.allclose(args[0], standing[0].to(args[0]), rtol=1e-2, atol=1e-2 * float(standing[0].abs().mean())):
+        if not torch.allclose(args[0], standing[0].to(args[0]), rtol=1e-2, atol=1e-2 * float(standing[0].detach().abs().mean())):
             raise EditError(f"in {type(layer).__name__} attention is not simply added to the stream: the streams inside it are not those "
                             "of a pre-norm block. Edit or read resid_pre or resid_post.")
 

@@ -5,10 +5,11 @@ TransformerBridge (the successor of HookedTransformer) on the same weights; this
 concepts, outcomes or studies.
 """
 
+import contextlib
 import copy
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain
@@ -203,14 +204,20 @@ class HookedModel:
     def cache(self, prompts: Prompt | str | Sequence[Prompt | str], names: Sequence[str] | Callable[[str], bool] | None = None) -> Cached:
         """Run prompts and keep activations at any hook points of the bridge (`names`: a list, a predicate, or None for all of them)."""
         items = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
-        rows = self._token_rows(self.treatment.rows([Prompt(item) if isinstance(item, str) else item for item in items]))
+        rows = self.treatment.rows([Prompt(item) if isinstance(item, str) else item for item in items])
+        wanted = _name_filter(names, self.bridge)
+        with torch.no_grad(), self.edited_bridge(self.token_rows(rows)) as (bridge, ids, attended):
+            _, cache = bridge.run_with_cache(ids, attention_mask=attended, names_filter=wanted)
+        return Cached(ids, attended, {name: value.detach().clone() for name, value in cache.items() if wanted(name)})
+
+    @contextlib.contextmanager
+    def edited_bridge(self, rows: Sequence[TokenRow]) -> Iterator[tuple[Any, Int[Tensor, "row token"], Int[Tensor, "row token"]]]:
+        """The bridge with the edits of a batch of rows in it, their left-padded tokens and their mask: for transformer-lens' own tools."""
         bridge = self.bridge
         ids, mask = left_pad([row.ids for row in rows], bridge.cfg.device)
         taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows])
-        wanted, attended = _name_filter(names, bridge), mask.long()
-        with torch.no_grad(), bridge.hooks(fwd_hooks=_bridge_hooks(taps)):
-            _, cache = bridge.run_with_cache(ids, attention_mask=attended, names_filter=wanted)
-        return Cached(ids, attended, {name: value.detach().clone() for name, value in cache.items() if wanted(name)})
+        with bridge.hooks(fwd_hooks=_bridge_hooks(taps)):
+            yield bridge, ids, mask.long()
 
     def record(self, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, "row site size"]:
         """Activations at sites, after the row's edits, in float32; size is d_model, or that of the sites' heads or neurons.
@@ -259,7 +266,7 @@ class HookedModel:
             out[batch.index] = batch.found
 
         if sites:
-            self._over(self._token_rows(rows, sites), None, keep, reader)
+            self._over(self.token_rows(rows, sites), None, keep, reader)
         return out
 
     def next_log_probs(self, rows: Sequence[Row]) -> Float[Tensor, "row vocabulary"]:
@@ -269,7 +276,7 @@ class HookedModel:
         def keep(batch: Batch) -> None:
             out[batch.index] = batch.logits().log_softmax(-1).cpu()
 
-        self._over(self._token_rows(rows), None, keep)
+        self._over(self.token_rows(rows), None, keep)
         return out
 
     def next_probs(self, rows: Sequence[Row], targets: Sequence[str]) -> Float[Tensor, "row target"]:
@@ -280,7 +287,7 @@ class HookedModel:
         def keep(batch: Batch) -> None:
             out[batch.index] = batch.log_probs_of(ids).exp()
 
-        self._over(self._token_rows(rows), None, keep)
+        self._over(self.token_rows(rows), None, keep)
         return out
 
     def continuation_log_probs(self, rows: Sequence[Row], continuations: Sequence[Sequence[str]]) -> Float[Tensor, "row choice"]:
@@ -291,7 +298,7 @@ class HookedModel:
         def keep(batch: Batch) -> None:
             out[batch.index] = continuation_log_probs(batch, [ids[i] for i in batch.index], self.engine.budget.logit_rows)
 
-        self._over(self._token_rows(rows), _longest(ids), keep)
+        self._over(self.token_rows(rows), _longest(ids), keep)
         return out
 
     def _continuation_ids(self, rows: Sequence[Row], continuations: Sequence[Sequence[str]]) -> list[list[list[int]]]:
@@ -333,7 +340,7 @@ class HookedModel:
             if progress is not None:
                 progress(len(index))
 
-        self._over(self._token_rows(rows), room, work)
+        self._over(self.token_rows(rows), room, work)
         return [generation for generation in out if generation is not None]
 
     # ---- running ---------------------------------------------------------------------------------------------------
@@ -364,7 +371,7 @@ class HookedModel:
             done.update(index)
             del batch    # its cache goes before the next prompts are read
 
-    def _token_rows(self, rows: Sequence[Row], sites: Sequence[Site] = ()) -> list[TokenRow]:
+    def token_rows(self, rows: Sequence[Row], sites: Sequence[Site] = ()) -> list[TokenRow]:
         """Rows in tokens, with the places that `sites` are in each."""
         encoded = self.encode([row.prompt for row in rows])
         places: dict[tuple[int, str, str, int | None], list[int]] = {}
@@ -403,6 +410,10 @@ class HookedModel:
     def site_size(self, site: Site) -> int:
         """How many values a vector at a site has. Errors: EditError for a layer, head or neuron that does not exist."""
         return self._part(site.layer, site.stream, site.units)[1]
+
+    def site_features(self, site: Site) -> tuple[int, ...]:
+        """The entries of its stream's vector that a site's units are; empty where it is all of them."""
+        return self._part(site.layer, site.stream, site.units)[0]
 
     def n_units(self, layer: int, stream: str) -> int:
         """How many heads (stream `z`) or neurons (`post`) a layer has. Errors: EditError for a layer whose parts are not known."""
