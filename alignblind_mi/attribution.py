@@ -70,7 +70,7 @@ def unit_attribution(model: HookedModel, pairs: Sequence[Pair], mark: str | tupl
     if stream not in ("z", "post"):
         raise PatchError(f"the stream {stream!r} has no units: give 'z' (heads) or 'post' (neurons).")
     layers = range(model.n_layers) if layers is None else layers
-    sites = grid_sites(layers, [mark], [stream])    # type: ignore[list-item]
+    sites = grid_sites(layers, [mark], [stream])
     total = torch.zeros(len(sites), model.n_units(sites[0].layer, stream))
     for case in cases(model, pairs, direction):
         found = patches(case, sites)

@@ -81,16 +81,17 @@ def _swapped_contexts(model: HookedModel, concept: Concept, prompts: Sequence[Pr
     phrases = {sense: _phrases(concept, sense, given) for sense in (*senses, *concept.controls)}
     clean, corrupt = (phrases[sense] for sense in senses)
     if len(clean) != len(corrupt) or not clean:
-        raise PatchError(f"{len(clean)} phrases for {senses[0]!r} and {len(corrupt)} for {senses[1]!r}: give contexts= with as many for each, "
-                         "the k-th of one to be compared with the k-th of the other.")
+        raise PatchError(f"{len(clean)} phrases for {senses[0]!r} and {len(corrupt)} for {senses[1]!r}: give contexts= with as many for "
+                         "each, the k-th of one to be compared with the k-th of the other.")
     controls = [phrase for control in concept.controls if control not in senses for phrase in phrases[control]]
     for prompt in prompts:
         for k, both in enumerate(zip(clean, corrupt, strict=True)):
             first, second = (_in_context(prompt, phrase) for phrase in both)
-            others = {"clean_sense": clean[k + 1 :] + clean[:k], "corrupt_sense": corrupt[k + 1 :] + corrupt[:k], "control_phrase": controls}
+            others = {"clean_sense": clean[k + 1 :] + clean[:k], "corrupt_sense": corrupt[k + 1 :] + corrupt[:k],
+                      "control_phrase": controls}
             key = [prompt.labels[name] for name in ("category", "template", "option_order", "word_order", "word_pair")]
-            labels = {**prompt.labels, "swap": "context", "clean_sense": senses[0], "corrupt_sense": senses[1], "clean_phrase": both[0].strip(),
-                      "corrupt_phrase": both[1].strip(), "pair": "|".join(("context", *both, *key))}
+            labels = {**prompt.labels, "swap": "context", "clean_sense": senses[0], "corrupt_sense": senses[1],
+                      "clean_phrase": both[0].strip(), "corrupt_phrase": both[1].strip(), "pair": "|".join(("context", *both, *key))}
             yield Pair(first, second, assignments(concept, prompt), labels, _references(model, prompt, first, others))
 
 
@@ -102,7 +103,7 @@ def _phrases(concept: Concept, sense: str, given: Contexts) -> list[str]:
 
 def _references(model: HookedModel, prompt: Prompt, like: Prompt, others: Mapping[str, Sequence[str]]) -> dict[str, Prompt]:
     """For each kind of reference the first phrase that makes a prompt as long as `like`; none where there is none."""
-    found = {}
+    found: dict[str, Prompt] = {}
     for kind, phrases in others.items():
         prompts = [_in_context(prompt, phrase) for phrase in phrases]
         length, *lengths = (len(item.ids) for item in model.encode([like, *prompts]))

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.contrast import Pair, PatchError
-from alignblind_mi.edits import Edit, Row, Site, Stream
+from alignblind_mi.edits import Edit, Row, Site
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt, Span
 from alignblind_mi.statistics import mean_interval
@@ -36,19 +36,21 @@ PLACE = ("direction", "layer", "stream", "mark", "occurrence", "position", "unit
 # ---- places ------------------------------------------------------------------------------------------------------------
 
 
-def grid_sites(layers: Sequence[int], marks: Sequence[str | tuple[str, int]], streams: Sequence[Stream] = ("resid_post",), *,
+def grid_sites(layers: Sequence[int], marks: Sequence[str | tuple[str, int]], streams: Sequence[str] = ("resid_post",), *,
                units: tuple[int, ...] = ()) -> list[Site]:
     """Sites over layers x marks x streams. A mark is a name (all of its mentions are patched together) or a name and a mention from 0.
 
     `last_token` is the prompt's last token, `every_token` becomes one site per token.
     """
     named = [mark if isinstance(mark, tuple) else (mark, None) for mark in marks]
-    return [Site(layer, name, stream, "all", occurrence, units) for stream, layer, (name, occurrence) in product(streams, layers, named)]
+    return [Site(layer, name, stream, "all", occurrence, units)    # type: ignore[arg-type]
+            for stream, layer, (name, occurrence) in product(streams, layers, named)]
 
 
 def head_sites(model: HookedModel, layers: Sequence[int], marks: Sequence[str | tuple[str, int]]) -> list[Site]:
     """One site per head, layer and mark: a head's output before the output projection (stream `z`)."""
-    return [site for layer in layers for head in range(model.n_units(layer, "z")) for site in grid_sites([layer], marks, ["z"], units=(head,))]
+    return [site for layer in layers for head in range(model.n_units(layer, "z"))
+            for site in grid_sites([layer], marks, ["z"], units=(head,))]
 
 
 # ---- cases -------------------------------------------------------------------------------------------------------------
@@ -93,8 +95,8 @@ def cases(model: HookedModel, pairs: Sequence[Pair], direction: str) -> list[Cas
 
 
 def _case(model: HookedModel, pair: Pair, direction: str) -> Case:
-    source, target, own = (pair.clean, pair.corrupt, "corrupt_sense") if direction == "denoise" else (pair.corrupt, pair.clean, "clean_sense")
-    names = {"same_sense": own, "control_phrase": "control_phrase"}
+    source, target = (pair.clean, pair.corrupt) if direction == "denoise" else (pair.corrupt, pair.clean)
+    names = {"same_sense": "corrupt_sense" if direction == "denoise" else "clean_sense", "control_phrase": "control_phrase"}
     prompts = {"": source} | {control: pair.references[name] for control, name in names.items() if name in pair.references}
     rows = model.treatment.rows([target, *prompts.values()])
     encoded = model.encode([row.prompt for row in rows])
@@ -149,14 +151,14 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
     """Patch every site of every pair, exactly, under the model's treatment; one row per pair, site and control.
 
     A site is patched as a whole: all its tokens, heads or neurons together. `direction`: `denoise` (clean activations into the corrupt
-    run) or `noise` (the reverse). Controls, where the pair has what they need: `random` (a seeded random vector of the source activation's
-    norm), `wrong_token` (the source run's activation at another token), `same_sense` (that of a prompt which says in another phrase what the
-    patched prompt says), `control_phrase` (that of one whose phrase is about nothing in particular; a placebo where a prompt without a cue
-    reads as the patched one does).
+    run) or `noise` (the reverse). Controls, where the pair has what they need: `random` (a seeded random vector of the source
+    activation's norm), `wrong_token` (the source run's activation at another token), `same_sense` (that of a prompt which says in another
+    phrase what the patched prompt says), `control_phrase` (that of one whose phrase is about nothing in particular; a placebo where a
+    prompt without a cue reads as the patched one does).
 
     Columns: model, treatment, the pair's labels, pair, direction, control ("" is the patch itself), layer, stream, mark, occurrence ("all"
-    or a number), position (the last patched token's), token, n_tokens, units, head (-1: not one head); log_odds (nats, of the pair's
-    two answers after the patch), clean and corrupt (those of the two runs without a patch), moved (nats, from the patched run's own), effect
+    or a number), position (the last patched token's), token, n_tokens, units, head (-1: not one head); log_odds (nats, of the pair's two
+    answers after the patch), clean and corrupt (those of the two runs without a patch), moved (nats, from the patched run's own), effect
     (the share of the difference between the runs that was moved: 1 is the source's answer; NaN where the runs differ by less than
     `min_difference` nats), p_stereotyped (probability of the stereotyped answer among the two), flipped (1 if the more probable answer
     became that of the source run, else 0; NaN where both runs prefer the same one).

@@ -81,8 +81,8 @@ def _log_probs(model: HookedModel, case: Case, answer: str, senders: Sequence[He
     target_cache, target_value = _cached(model, target, names, metric)
     with torch.no_grad(), model.edited_bridge([target]) as (bridge, tokens, _):
         try:
-            found = [get_act_patch_direct_path(bridge, tokens, source_cache, target_cache, metric, layer, head, component, verbose=False).cpu()
-                     for layer, head in senders]
+            found = [get_act_patch_direct_path(bridge, tokens, source_cache, target_cache, metric, *sender, component, verbose=False).cpu()
+                     for sender in senders]
         except (ValueError, NotImplementedError) as error:
             raise PatchError(f"transformer-lens has no direct path into component {component!r} of {model.spec.name}: {error}") from error
     return found, source_value, target_value
