@@ -93,14 +93,17 @@ def top_neuron_sites(model: HookedModel, pairs: Sequence[Pair], mark: str | tupl
             for site in grid_sites([layer], [mark], ["post"], units=tuple(sorted(units)))]
 
 
-def screen_agreement(exact: pd.DataFrame, screen: pd.DataFrame, by: Sequence[str] = ("direction", "stream")) -> pd.DataFrame:
+def screen_agreement(exact: pd.DataFrame, screen: pd.DataFrame | None = None, by: Sequence[str] = ("direction", "stream")) -> pd.DataFrame:
     """How well a screen (`attribution_patching`) agrees with the exact grid (`patch_grid`), in nats moved, over pairs and places.
 
+    Without `screen` the exact rows bring their own `attribution`, as those of `measure_patching` do.
     Columns: `by`, n, pearson, spearman (NaN where either is constant), mean_exact, mean_screen, largest_miss (the largest absolute
     difference). Errors: PatchError if the two have no place in common.
     """
-    keys = ["pair", *PLACE]
-    both = exact[exact["control"] == ""].merge(screen[[*keys, "attribution"]], on=keys)
+    keys, patched = ["pair", *PLACE], exact[exact["control"] == ""]
+    if screen is None and "attribution" not in exact:
+        raise PatchError("the rows have no column 'attribution': give the screen's rows beside them.")
+    both = patched if screen is None else patched.drop(columns="attribution", errors="ignore").merge(screen[[*keys, "attribution"]], on=keys)
     if both.empty:
         raise PatchError("the exact rows and the screen have no place in common: make both from the same pairs and sites.")
     records = []

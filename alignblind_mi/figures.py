@@ -269,7 +269,7 @@ def _heat(axis: Axes, table: pd.DataFrame, layers: Sequence[int], places: Sequen
     axis.tick_params(length=2)
     if len(places) <= 12 and len(layers) <= 16:
         for (row, column), value in _each(cells):
-            axis.text(column, row, f"{value:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=6.5,
+            axis.text(column, row, f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−"), ha="center", va="center", fontsize=6.5,
                       color="#FFFFFF" if abs(value) > 0.6 * limit else INK)
     return drawn
 

@@ -75,7 +75,7 @@ def log_odds_gradients(model: HookedModel, row: Row, answers: tuple[str, str], p
     n, begin = len(tokens.ids), [-first for first in keeper.first]
     values = {place: keeper.kept[place][0, begin[0] : begin[0] + n].detach().float().cpu() for place in places}
     return Activations(values, {place: _summed(grad, begin, n, values[place]) for place, grad in zip(places, found, strict=True)},
-                       float(first - second))
+                       float((first - second).detach()))
 
 
 def _forward(model: HookedModel, rows: list[TokenRow], places: Collection[Where], keep: int) -> tuple[_Keeper, Tensor]:

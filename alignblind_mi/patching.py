@@ -134,12 +134,17 @@ def patches(case: Case, sites: Sequence[Site]) -> list[Patch]:
 
 def label(model: HookedModel, number: int, case: Case, patch: Patch) -> dict[str, object]:
     """What a row is about: the pair's labels, the direction and the place."""
-    words = [case.encoded.prompt.text[slice(*case.encoded.offsets[position])].strip() for position in patch.positions]
+    words = [_shown(case.encoded.prompt.text[slice(*case.encoded.offsets[position])]) for position in patch.positions]
     site, head = patch.site, patch.site.units[0] if patch.site.stream == "z" and len(patch.site.units) == 1 else -1
     return {"model": model.spec.name, "treatment": model.treatment.name, "pair": str(number), **case.pair.labels,
             "direction": case.direction, "layer": site.layer, "stream": site.stream, "mark": site.mark,
             "occurrence": "all" if site.occurrence is None else str(site.occurrence), "position": patch.positions[-1],
             "token": " ".join(words), "n_tokens": len(patch.positions), "units": ",".join(map(str, site.units)), "head": head}
+
+
+def _shown(token: str) -> str:
+    """A token's text without the space before it; white space alone as it is written in code."""
+    return token.strip() or repr(token)[1:-1]
 
 
 # ---- the grid ----------------------------------------------------------------------------------------------------------
