@@ -103,7 +103,9 @@ def screen_agreement(exact: pd.DataFrame, screen: pd.DataFrame | None = None, by
     keys, patched = ["pair", *PLACE], exact[exact["control"] == ""]
     if screen is None and "attribution" not in exact:
         raise PatchError("the rows have no column 'attribution': give the screen's rows beside them.")
-    both = patched if screen is None else patched.drop(columns="attribution", errors="ignore").merge(screen[[*keys, "attribution"]], on=keys)
+    both = patched
+    if screen is not None:
+        both = patched.drop(columns="attribution", errors="ignore").merge(screen[[*keys, "attribution"]], on=keys)
     if both.empty:
         raise PatchError("the exact rows and the screen have no place in common: make both from the same pairs and sites.")
     records = []

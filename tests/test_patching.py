@@ -25,6 +25,7 @@ from alignblind_mi.patching import (
     outcome,
     patch_grid,
     patches,
+    record_each,
     summarise_patching,
 )
 from alignblind_mi.path_patching import path_patch
@@ -121,28 +122,28 @@ def test_a_run_patched_with_itself_is_the_run(tiny, pairs, direction):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_all_that_follows_from_a_source_is_the_source(tiny, pairs, direction):
-    """The last token after the last layer, or every token before the first: nothing of the patched run is left."""
-    whole = [replace(pair, clean=replace(pair.clean, marks={**pair.clean.marks, "text": (Span(0, len(pair.clean.text)),)}),
-                     corrupt=replace(pair.corrupt, marks={**pair.corrupt.marks, "text": (Span(0, len(pair.corrupt.text)),)}))
-             for pair in pairs[:3]]
-    sites = [Site(tiny.n_layers - 1, "last_token"), Site(0, "text", "resid_pre", "all"), Site(2, "text", "resid_mid", "all")]
-    rows = patch_grid(tiny, whole, sites, direction=direction, controls=(), min_difference=1e-3)
-    exact = rows[rows["mark"] == "text"]
-    assert exact["effect"].to_numpy() == pytest.approx(np.ones(len(exact)), abs=1e-2)
-    source = exact["clean" if direction == "denoise" else "corrupt"]
-    assert exact["log_odds"].to_numpy() == pytest.approx(source.to_numpy(), abs=1e-4)
-    last = rows[rows["mark"] == "last_token"]
-    first = {way: [] for way in ("patched", "source")}
-    for pair in whole:
-        source, target = (pair.clean, pair.corrupt) if direction == "denoise" else (pair.corrupt, pair.clean)
-        (case,) = cases(tiny, [pair], direction)
-        site = Site(tiny.n_layers - 1, f"@{len(case.encoded.ids) - 1}")
-        vector = tiny.record([case.sources[""]], [site])[0, 0]
-        first["patched"].append(tiny.next_log_probs([Row(case.target.prompt, (Edit(site, vector),))])[0])
-        first["source"].append(tiny.next_log_probs([Row(source)])[0])
-        assert source is not target
-    assert torch.allclose(torch.stack(first["patched"]), torch.stack(first["source"]), atol=1e-5), "the first token of the answer"
-    assert len(last) == len(whole)
+    """Every token before the first layer: nothing of the patched run is left. The last token after the last layer: nothing of its next one
+    (the answer's later tokens still read the patched run's other tokens)."""
+    some = [replace(pair, clean=with_text(pair.clean), corrupt=with_text(pair.corrupt)) for pair in pairs[:3]]
+    name = "clean" if direction == "denoise" else "corrupt"
+    rows = patch_grid(tiny, some, [Site(0, "text", "resid_pre", "all")], direction=direction, controls=(), min_difference=1e-3)
+    assert rows["effect"].tolist() == pytest.approx([1.0] * 3, abs=1e-2)
+    assert rows["log_odds"].tolist() == pytest.approx(rows[name].tolist(), abs=1e-4)
+    (last,) = grid_sites([tiny.n_layers - 1], ["last_token"])
+    for case in cases(tiny, pairs[:3], direction):
+        site = patches(case, [last])[0].at(len(case.encoded.ids) - 1)
+        edit = Edit(site, tiny.record([case.sources[""]], [site])[0, 0])
+        patched, clean = tiny.next_log_probs([Row(case.target.prompt, (edit,)), case.sources[""]])
+        assert (patched - clean).abs().max() < 1e-5
+        assert (tiny.next_log_probs([case.target])[0] - clean).abs().max() > 1e-3
+    words = [replace(pair, answers=(f" {pair.labels['negative']}", f" {pair.labels['positive']}")) for pair in some]
+    first = patch_grid(tiny, words, [last], direction=direction, controls=(), min_difference=1e-3)
+    assert first["effect"].tolist() == pytest.approx([1.0] * 3, abs=1e-2)
+
+
+def with_text(prompt):
+    """The prompt with a mark on the whole of it."""
+    return replace(prompt, marks={**prompt.marks, "text": (Span(0, len(prompt.text)),)})
 
 
 def by_hand(model, layer, stream, positions, units, vectors):
@@ -196,17 +197,18 @@ def test_the_grid_equals_plain_hooks_one_row_at_a_time(tiny, tiny_folder, pairs)
 
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder).eval(), AutoTokenizer.from_pretrained(tiny_folder)
     streams = (("resid_post", ()), ("attn_out", ()), ("mlp_out", ()), ("z", (2,)), ("z", (3, 0)), ("post", (7, 30)))
-    sites = [site for stream, units in streams for site in grid_sites([1], ["all_identifiers", "context", "last_token"], [stream], units=units)]
+    marks = ["all_identifiers", "context", "last_token"]
+    sites = [site for stream, units in streams for site in grid_sites([1], marks, [stream], units=units)]
     for direction, pair in product(DIRECTIONS, pairs[:2]):
-        rows = patch_grid(tiny, [pair], sites, direction=direction, controls=(), min_difference=0)
+        rows = patch_grid(tiny, [pair], sites, direction=direction, controls=(), min_difference=0.0)
         ids = {name: tokenizer(prompt.text).input_ids for name, prompt in (("clean", pair.clean), ("corrupt", pair.corrupt))}
         source, target = ("clean", "corrupt") if direction == "denoise" else ("corrupt", "clean")
         spans = {"last_token": None, **pair.clean.marks}
         offsets = tokenizer(pair.clean.text, return_offsets_mapping=True)["offset_mapping"]
         for (_, row), site in zip(rows.iterrows(), sites, strict=True):
             where = [i for i, (a, b) in enumerate(offsets)
-                     if site.mark == "last_token" and i == len(offsets) - 1
-                     or spans[site.mark] is not None and any(a < s.end and b > s.start for s in spans[site.mark])]
+                     if (site.mark == "last_token" and i == len(offsets) - 1)
+                     or (spans[site.mark] is not None and any(a < s.end and b > s.start for s in spans[site.mark]))]
             values = seen(plain, ids[source], site.layer, site.stream)[where]
             if site.units:
                 values = values.view(len(where), -1, {"z": 8, "post": 1}[site.stream])[:, list(site.units)].flatten(1)
@@ -264,11 +266,8 @@ def test_what_cannot_be_patched_is_named(tiny, pairs, ask, error, said):
 def test_a_token_without_text_of_its_own_is_named(tiny, pairs):
     (case,) = cases(tiny, pairs[:1], "denoise")
     (patch,) = patches(case, grid_sites([0], ["last_token"]))
-    unmarked = replace(pairs[0], corrupt=pairs[0].corrupt)
-    with pytest.raises(PatchError, match="stands for no text of its own"):
-        from alignblind_mi.patching import record_each
-
-        record_each(tiny, [(Row(unmarked.corrupt), (patch.at(0),))])
+    with pytest.raises(PatchError, match=r"token 0 of .* stands for no text of its own"):
+        record_each(tiny, [(case.target, (patch.at(0),))])
 
 
 # ---- controls ------------------------------------------------------------------------------------------------------------
@@ -280,7 +279,8 @@ def test_reference_controls_are_patches_from_their_own_run(tiny, pairs):
         rows = patch_grid(tiny, pairs[:2], sites, direction=direction)
         assert list(dict.fromkeys(rows["control"])) == ["", *CONTROLS]
         for control, reference in (("same_sense", own), ("control_phrase", "control_phrase")):
-            from_there = [replace(pair, **{"clean" if direction == "denoise" else "corrupt": pair.references[reference]}) for pair in pairs[:2]]
+            name = "clean" if direction == "denoise" else "corrupt"
+            from_there = [replace(pair, **{name: pair.references[reference]}) for pair in pairs[:2]]
             expected = patch_grid(tiny, from_there, sites, direction=direction, controls=())
             assert rows[rows["control"] == control]["log_odds"].to_numpy() == pytest.approx(expected["log_odds"].to_numpy(), abs=1e-5)
 
@@ -346,7 +346,7 @@ def test_summaries_count_what_has_no_effect():
 def test_attribution_is_the_limit_of_small_patches(tiny, pairs, direction):
     """A patch that goes a little of the way, in both directions along it: the slope of the log-odds is the attribution; edits included."""
     model = tiny.under(Treatment("t", edits=(Edit(Site(0, "unmarked"), 0.5 * torch.ones(tiny.d_model), "add"),), prefix="Consider black. "))
-    pair, small = pairs[0], 0.05
+    pair, small = pairs[0], 0.01
     sites = grid_sites(range(4), ["all_identifiers", "context"], STREAMS) + head_sites(tiny, [1], ["context"])
     sites += grid_sites([2], ["context"], ["post"], units=(30, 4))
     screen = attribution_patching(model, [pair], sites, direction=direction)
@@ -393,7 +393,7 @@ def test_agreement_compares_the_same_places(tiny, pairs):
     assert perfect[["pearson", "spearman"]].to_numpy() == pytest.approx(np.ones((2, 2)))
     found = screen_agreement(exact, screen.sample(frac=1, random_state=0), by=["direction"])
     real = exact[exact["control"] == ""]["moved"].to_numpy()
-    assert found["n"].item() == 16
+    assert found["n"].item() == 32
     assert found["pearson"].item() == pytest.approx(np.corrcoef(real, screen["attribution"])[0, 1])
     assert found["largest_miss"].item() == pytest.approx(np.abs(real - screen["attribution"].to_numpy()).max())
     with pytest.raises(PatchError, match="no place in common"):
@@ -464,7 +464,8 @@ def test_the_study_has_every_part_in_both_directions(tiny, race):
     assert sum(done) == 2 * n
     real = rows[rows["control"] == ""]
     counted = real.groupby(["direction", "stream"]).size()
-    assert counted.to_dict() == {(d, s): n * 2 * {"z": 4 * 2}.get(s, 7) for d in DIRECTIONS for s in ("resid_post", "attn_out", "mlp_out", "z")}
+    places = {"resid_post": 7, "attn_out": 7, "mlp_out": 7, "z": 4 * 2}
+    assert counted.to_dict() == {(direction, stream): n * 2 * k for direction in DIRECTIONS for stream, k in places.items()}
     assert real["attribution"].notna().all()
     assert rows[rows["control"] == "random"]["attribution"].isna().all()
     assert len(rows) == 2 * len(real)

@@ -14,7 +14,7 @@ from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.contrast import Contexts, PatchError, contrast_pairs
 from alignblind_mi.edits import Site
 from alignblind_mi.model import HookedModel
-from alignblind_mi.patching import CONTROLS, DIRECTIONS, PLACE, grid_sites, head_sites, patch_grid, summarise_patching
+from alignblind_mi.patching import CONTROLS, DIRECTIONS, EVERY_TOKEN, PLACE, grid_sites, head_sites, patch_grid, summarise_patching
 
 PARTS = ("residual", "added", "heads", "screen")
 MARKS: dict[str, tuple[str, ...]] = {
@@ -129,20 +129,23 @@ def heatmap_table(rows: pd.DataFrame, across: str = "mark", *, stream: str = "re
     `across`: `mark` (each mark that was patched), `token` (each token, of rows made with `every_token`; one column per position) or `head`
     (each head at `mark`; `stream` is then z). Errors: PatchError for another `across` or no such rows.
     """
-    here = rows[rows["control"] == control]
-    if across == "mark":
-        here = here[(here["stream"] == stream) & (here["mark"] != "every_token") & (here["units"] == "")]
-        place = here["mark"] + ("#" + here["occurrence"]).where(here["occurrence"] != "all", "")
-    elif across == "token":
-        here = here[(here["stream"] == stream) & (here["mark"] == "every_token")].sort_values("position", kind="stable")
-        words = here.groupby("position")["token"].agg(lambda tokens: tokens.iloc[0] if tokens.nunique() == 1 else "·")
-        place = here["position"].astype(str) + " " + here["position"].map(words)
-    elif across == "head":
-        here = here[(here["head"] >= 0) & (here["mark"] == mark)]
-        place = here["head"].astype(str)
-    else:
-        raise PatchError(f"unknown across={across!r}. Known: mark, token, head.")
+    chosen = {"mark": (rows["stream"] == stream) & (rows["mark"] != EVERY_TOKEN) & (rows["units"] == ""),
+              "token": (rows["stream"] == stream) & (rows["mark"] == EVERY_TOKEN),
+              "head": (rows["head"] >= 0) & (rows["mark"] == mark)}
+    if across not in chosen:
+        raise PatchError(f"unknown across={across!r}. Known: {', '.join(chosen)}.")
+    here = rows[chosen[across] & (rows["control"] == control)].sort_values("position" if across == "token" else "layer", kind="stable")
     if here.empty:
         raise PatchError(f"no row to show across {across}: nothing was patched there.")
-    table = summarise_patching(here.assign(panel=here["direction"], place=place), ("panel", "layer", "place"))
+    table = summarise_patching(here.assign(panel=here["direction"], place=_places(here, across)), ("panel", "layer", "place"))
     return table[["panel", "layer", "place", "mean", "low", "high", "n"]]
+
+
+def _places(rows: pd.DataFrame, across: str) -> pd.Series:
+    """What the columns of a heat map are called; a position with several tokens has none in its name."""
+    if across == "head":
+        return rows["head"].astype(str)
+    if across == "mark":
+        return rows["mark"] + ("#" + rows["occurrence"]).where(rows["occurrence"] != "all", "")
+    words = rows.groupby("position")["token"].agg(lambda tokens: tokens.iloc[0] if tokens.nunique() == 1 else "·")
+    return rows["position"].astype(str) + " " + rows["position"].map(words)
