@@ -24,11 +24,16 @@ _WHERE = {
     "probes": ("train_probes",),
     "readings": ("classify", "read_interpretations"),
     "steering": ("layer_windows", "sense_steering"),
+    "contrast": ("Pair", "contrast_pairs"),
+    "patching": ("grid_sites", "head_sites", "patch_grid", "summarise_patching"),
+    "attribution": ("attribution_patching", "screen_agreement", "top_neuron_sites", "unit_attribution"),
+    "path_patching": ("path_patch",),
     "lora": ("LoraSettings", "awareness_examples", "layer_group", "train_lora"),
     "studies.behaviour": ("Decoding", "measure_behaviour"),
     "studies.awareness": ("blind_score", "measure_awareness", "measure_lens", "measure_probes", "measure_selfie", "reading_reduction",
                           "readings_of", "selfie_table", "summarise_readings"),
     "studies.mitigation": ("compare_treatments", "early_window", "late_window"),
+    "studies.patching": ("depth_profile", "effect_span", "measure_patching"),
     "studies.study": ("StudyConfig", "load_study", "run_study"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
@@ -36,7 +41,9 @@ __all__ = sorted(_MODULE)
 
 if TYPE_CHECKING:
     from alignblind_mi.answers import Outcome, judge, judge_explicit, judge_implicit
+    from alignblind_mi.attribution import attribution_patching, screen_agreement, top_neuron_sites, unit_attribution
     from alignblind_mi.concept import Concept, load_concept
+    from alignblind_mi.contrast import Pair, contrast_pairs
     from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment
     from alignblind_mi.errors import AlignblindError
     from alignblind_mi.lens import logit_lens, train_translators
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
     from alignblind_mi.lora import LoraSettings, awareness_examples, layer_group, train_lora
     from alignblind_mi.model import HookedModel, load_model
     from alignblind_mi.organism import organism_info, organism_path
+    from alignblind_mi.patching import grid_sites, head_sites, patch_grid, summarise_patching
     from alignblind_mi.patchscope import (
         description_prompt,
         fit_affine,
@@ -52,6 +60,7 @@ if TYPE_CHECKING:
         run_patchscope,
         token_identity_prompt,
     )
+    from alignblind_mi.path_patching import path_patch
     from alignblind_mi.probes import train_probes
     from alignblind_mi.prompts import (
         Prompt,
@@ -79,6 +88,7 @@ if TYPE_CHECKING:
     )
     from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
     from alignblind_mi.studies.mitigation import compare_treatments, early_window, late_window
+    from alignblind_mi.studies.patching import depth_profile, effect_span, measure_patching
     from alignblind_mi.studies.study import StudyConfig, load_study, run_study
 
 

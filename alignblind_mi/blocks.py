@@ -19,6 +19,9 @@ from alignblind_mi.tokens import Taps
 # The children of a pre-norm block, in which resid_mid = resid_pre + attn_out and resid_post = resid_mid + mlp_out.
 PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+# Where heads and neurons are mixed into the residual stream: the input of these modules of a layer is z, and post.
+MIXERS = {"z": (("self_attn", "attn", "attention"), ("o_proj", "c_proj", "out_proj", "dense")),
+          "post": (("mlp",), ("down_proj", "c_proj", "fc2", "dense_4h_to_h"))}
 PROJECT_AND_ROTATE = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}    # attention that was read: projections, a rotation, no more
 PLAIN_ROPE = {"default", "llama3", "linear", "yarn"}    # rotary embeddings that do not depend on the length of the text
 
@@ -77,15 +80,55 @@ def keys_and_values(layer: Any, hidden: Float[Tensor, "row column d_model"], rop
     return rotate(key[:, :0], key, *(part.to(key.device) for part in rope))[1], value
 
 
+def mixer(layer: nn.Module, stream: str) -> nn.Module:
+    """The projection whose input is a layer's `z` or `post`. Errors: EditError if the layer has none of a known name."""
+    outer, inner = MIXERS[stream]
+    for name in outer:
+        for projection in inner:
+            found = getattr(getattr(layer, name, None), projection, None)
+            if isinstance(found, nn.Module):
+                return found
+    raise EditError(f"{type(layer).__name__} has no projection of a known name behind {stream} ({'/'.join(outer)} with {'/'.join(inner)}): "
+                    "edit or read a residual stream of this model.")
+
+
+def mixer_width(layer: nn.Module, stream: str) -> int:
+    """The size of a layer's `z` (all heads together) or `post`."""
+    module: Any = mixer(layer, stream)
+    return int(module.in_features if hasattr(module, "in_features") else module.weight.shape[0])    # GPT-2's Conv1D is [in, out]
+
+
 @contextlib.contextmanager
 def inner_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
-    """Touch attn_out, resid_mid and mlp_out of one layer while it runs.
+    """Touch the streams inside one layer while it runs: attn_out, resid_mid and mlp_out, and what z and post bring to them.
+
+    Errors: EditError for a layer without such streams.
+    """
+    if index not in taps.inside:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for stream in MIXERS:
+            if taps.any(index, stream):    # type: ignore[arg-type]
+                stack.enter_context(_mixer_taps(layer, index, stream, taps))
+        if taps.any(index, "attn_out", "resid_mid", "mlp_out"):
+            stack.enter_context(_added_taps(layer, index, taps))
+        yield
+
+
+def _mixer_taps(layer: nn.Module, index: int, stream: Any, taps: Taps) -> contextlib.AbstractContextManager[None]:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (taps.touch(index, stream, args[0]), *args[1:])
+
+    return hooked(mixer(layer, stream).register_forward_pre_hook(before))
+
+
+@contextlib.contextmanager
+def _added_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
+    """Touch what is added to the residual stream, and the stream in between.
 
     Errors: EditError for a layer that is not pre-norm, by its parts' names or by what is seen to enter its second norm.
     """
-    if not taps.any(index, "attn_out", "resid_mid", "mlp_out"):
-        yield
-        return
     if not is_pre_norm(layer):
         raise EditError(f"the streams inside {type(layer).__name__} are not a pre-norm block's: edit or read resid_pre or resid_post.")
     attention, mlp, norm = (layer.get_submodule(name) for name in ("self_attn", "mlp", "post_attention_layernorm"))
@@ -106,7 +149,7 @@ def inner_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
         return (value, *output[1:])
 
     def before_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.allclose(args[0], standing[0].to(args[0]), rtol=1e-2, atol=1e-2 * float(standing[0].abs().mean())):
+        if not torch.allclose(args[0], standing[0].to(args[0]), rtol=1e-2, atol=1e-2 * float(standing[0].detach().abs().mean())):
             raise EditError(f"in {type(layer).__name__} attention is not simply added to the stream: the streams inside it are not those "
                             "of a pre-norm block. Edit or read resid_pre or resid_post.")
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.prompts import Prompt
 
-Stream = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+Stream = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "post"]
+UNITS: dict[str, str] = {"z": "head", "post": "neuron"}    # the streams that have parts of their own, and what a part is
+_PREFIX = {"z": "attn.", "post": "mlp."}
 How = Literal["replace", "add", "ablate"]
 Tokens = Literal["last", "all"]
 
@@ -27,6 +29,10 @@ class EditError(AlignblindError):
 class Site:
     """A place in a forward pass: after `layer` (0-based), at the tokens of a prompt's `mark`, in one stream.
 
+    Beside the residual stream and what attention and MLP add to it there are, by transformer-lens' names, `z` (what the heads read, before
+    the output projection mixes them) and `post` (the MLP's neurons after the activation). `units` chooses among those: indices of heads or
+    of neurons, in the order in which a vector lists them (a head is d_head values, a neuron one); empty is all of them.
+
     `tokens` says which tokens of a marked word that the tokenizer splits: the last one (it carries the word's meaning) or all of them.
     `occurrence` picks one of the mark's spans (0-based, negative from the end); None means every one.
     """
@@ -36,6 +42,7 @@ class Site:
     stream: Stream = "resid_post"
     tokens: Tokens = "last"
     occurrence: int | None = None
+    units: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.layer < 0:
@@ -43,19 +50,35 @@ class Site:
         for name, value, known in (("stream", self.stream, get_args(Stream)), ("tokens", self.tokens, get_args(Tokens))):
             if value not in known:
                 raise EditError(f"unknown {name} {value!r}. Known: {', '.join(known)}.")
+        if self.units:
+            self._check_units()
+
+    def _check_units(self) -> None:
+        if self.stream not in UNITS:
+            raise EditError(f"the stream {self.stream} has no units of its own, got {self.units}: heads are units of z, neurons of post.")
+        if min(self.units) < 0 or len(set(self.units)) < len(self.units):
+            raise EditError(f"units are counted from 0 and named once each, got {self.units}.")
 
     @property
     def hook(self) -> str:
         """The hook point's name in transformer-lens."""
-        return f"blocks.{self.layer}.hook_{self.stream}"
+        return hook_name(self.layer, self.stream)
+
+
+def hook_name(layer: int, stream: Stream) -> str:
+    """A stream's hook point in transformer-lens."""
+    return f"blocks.{layer}.{_PREFIX.get(stream, '')}hook_{stream}"
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What happens at a site: replace the vector, add `strength` times it, or ablate its direction (`strength` 1 removes it)."""
+    """What happens at a site: replace the vector, add `strength` times it, or ablate its direction (`strength` 1 removes it).
+
+    vector: [d_model]; at `z` and `post` the site's units one after the other, [heads * d_head] or [neurons].
+    """
 
     site: Site
-    vector: Float[Tensor, " d_model"]
+    vector: Float[Tensor, " size"]
     how: How = "replace"
     strength: float = 1.0
 
@@ -100,8 +123,8 @@ def adapter_name(folder: Path | str) -> str:
     return Path(folder).name
 
 
-def apply(resid: Float[Tensor, "*at d_model"], vector: Float[Tensor, "*at d_model"], how: How,
-          strength: Float[Tensor, "*at 1"]) -> Float[Tensor, "*at d_model"]:
+def apply(resid: Float[Tensor, "*at size"], vector: Float[Tensor, "*at size"], how: How,
+          strength: Float[Tensor, "*at 1"]) -> Float[Tensor, "*at size"]:
     """The edited activations: replace -> v; add -> x + s v; ablate -> x - s (x . v/|v|) v/|v|."""
     if how == "replace":
         return vector

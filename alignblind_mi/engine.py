@@ -311,7 +311,7 @@ class Engine:
     def _last_column(self, hidden: Tensor, mask: Tensor | None, rope: Any, cache: "_Reading", taps: Taps) -> Tensor:
         """The model's last layer, at the last column only where nothing is touched inside it: of the others it needs keys and values."""
         last = self.n_layers - 1
-        if not self.trims or taps.any(last, "attn_out", "resid_mid", "mlp_out"):
+        if not self.trims or last in taps.inside:
             return self._layer(last, hidden, mask, rope, cache, taps)
         cache.all_columns = keys_and_values(self.core.layers[last], hidden, rope)
         turn = (rope[0][:, -1:], rope[1][:, -1:])
@@ -368,7 +368,7 @@ def _signs(row: TokenRow) -> Iterator[Any]:
     """What makes each token of a row what it is, as far as it may be shared: its id and its edits."""
     edits: dict[int, list[Any]] = {}
     for edit in row.edits:
-        edits.setdefault(edit.at.position, []).append((*edit.at[:2], edit.how, edit.strength, *_memory(edit.vector)))
+        edits.setdefault(edit.at.position, []).append((*edit.at[:2], edit.at.features, edit.how, edit.strength, *_memory(edit.vector)))
     for position in range(min([len(row.ids) - 1, *(at.position for at in row.reads)])):
         yield row.ids[position], tuple(edits.get(position, ()))
 

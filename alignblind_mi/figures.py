@@ -15,6 +15,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe and Ito's palette: distinct for colour-blind readers and in grey print.
@@ -228,6 +229,59 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
     axes[0].set_ylim(len(table) - 0.4, -0.6)
     _legend(figure, [_patch(PALE, "bounds over invalid answers"), *_interval_keys()])
     return figure
+
+
+@_styled
+def patch_heatmap(table: pd.DataFrame, *, across: str = "patched tokens", effect: str = "effect (share of the difference moved)") -> Figure:
+    """Effects of patches by layer and place, a panel each; blue moves away from the source's answer, red towards it, white is nothing.
+
+    Columns: panel, layer, place, mean, n; places stand in the order of the table, cells without a mean are hatched. The scale is symmetric
+    and reaches at least from -1 to 1. `across` and `effect` name the axis and the colour bar.
+    """
+    panels, places = list(table["panel"].unique()), list(table["place"].unique())
+    layers = sorted(int(layer) for layer in table["layer"].unique())
+    width, height = 0.75 + 0.42 * len(places) if len(places) < 16 else 0.75 + 0.24 * len(places), 1.6 + 0.3 * len(layers)
+    beside = len(places) <= 12
+    grid = (1, len(panels)) if beside else (len(panels), 1)
+    longest = max(len(str(place)) for place in places)
+    figure = Figure(figsize=(max(4.2, grid[1] * width + 1.1), grid[0] * (height + 0.06 * longest)), layout="constrained")
+    axes = figure.subplots(*grid, sharey=beside, squeeze=False).flatten()
+    limit = max(1.0, float(table["mean"].abs().max(skipna=True)))
+    for axis, panel in zip(axes, panels, strict=True):
+        drawn = _heat(axis, table[table["panel"] == panel], layers, places, limit)
+        axis.set_xlabel(across)
+        axis.set_title(f"{panel} ({_counts(table.assign(group=table['panel']), panel)} pairs)")
+    for axis in axes[:1] if beside else axes:
+        axis.set_ylabel("layer")
+    figure.colorbar(drawn, ax=list(axes), label=effect, shrink=0.9, aspect=28, pad=0.015)
+    return figure
+
+
+def _heat(axis: Axes, table: pd.DataFrame, layers: Sequence[int], places: Sequence[str], limit: float) -> Any:
+    """One layer x place map. Columns: layer, place, mean."""
+    cells = table.pivot(index="layer", columns="place", values="mean").reindex(index=pd.Index(layers), columns=pd.Index(places))
+    axis.add_patch(Rectangle((-0.5, -0.5), len(places), len(layers), facecolor="#FFFFFF", edgecolor=PALE, hatch="////", lw=0, zorder=0))
+    drawn = axis.imshow(cells.to_numpy(float), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower",
+                        interpolation="nearest")
+    axis.set_xticks(range(len(places)), [str(place) for place in places], rotation=0 if max(map(len, places)) < 3 else 90)
+    step = 1 if len(layers) <= 16 else 4
+    axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axis.grid(visible=False)
+    axis.tick_params(length=2)
+    if len(places) <= 12 and len(layers) <= 16:
+        for (row, column), value in _each(cells):
+            axis.text(column, row, f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−"), ha="center", va="center", fontsize=6.5,
+                      color="#FFFFFF" if abs(value) > 0.6 * limit else INK)
+    return drawn
+
+
+def _each(cells: pd.DataFrame) -> Iterator[tuple[tuple[int, int], float]]:
+    """(row, column) and value of every cell that has one."""
+    for row in range(cells.shape[0]):
+        for column in range(cells.shape[1]):
+            value = float(cells.iat[row, column])    # type: ignore[arg-type]
+            if not math.isnan(value):
+                yield (row, column), value
 
 
 def _rate_bars(axis: Axes, strip: Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:

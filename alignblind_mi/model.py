@@ -5,12 +5,13 @@ TransformerBridge (the successor of HookedTransformer) on the same weights; this
 concepts, outcomes or studies.
 """
 
+import contextlib
 import copy
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from alignblind_mi.adapters import switch, switched, with_adapters
-from alignblind_mi.blocks import input_device, is_llama_like, log_probs_of, text_config, unembed
+from alignblind_mi.blocks import decoder_layers, input_device, is_llama_like, log_probs_of, mixer_width, text_config, unembed
 from alignblind_mi.budget import Budget, RowCost, is_out_of_memory, release
 from alignblind_mi.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
-from alignblind_mi.edits import UNTREATED, EditError, Row, Site, Treatment
+from alignblind_mi.edits import UNITS, UNTREATED, EditError, Row, Site, Treatment, hook_name
 from alignblind_mi.engine import Engine
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
 from alignblind_mi.plain import PlainEngine
@@ -147,7 +148,7 @@ class HookedModel:
     def under(self, treatment: Treatment) -> "HookedModel":
         """The same model under a treatment. Errors: EditError / ModelError for a layer or an adapter that the model does not have."""
         for edit in treatment.edits:
-            self._check_layer(edit.site.layer)
+            self._part(edit.site.layer, edit.site.stream, edit.site.units)
         if treatment.adapter is not None and treatment.adapter not in self.adapters:
             known = ", ".join(self.adapters) or "none"
             raise ModelError(f"the adapter {treatment.adapter!r} is not loaded (loaded: {known}): give its folder to "
@@ -203,24 +204,40 @@ class HookedModel:
     def cache(self, prompts: Prompt | str | Sequence[Prompt | str], names: Sequence[str] | Callable[[str], bool] | None = None) -> Cached:
         """Run prompts and keep activations at any hook points of the bridge (`names`: a list, a predicate, or None for all of them)."""
         items = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
-        rows = self._token_rows(self.treatment.rows([Prompt(item) if isinstance(item, str) else item for item in items]))
-        bridge = self.bridge
-        ids, mask = left_pad([row.ids for row in rows], bridge.cfg.device)
-        taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows])
-        wanted, attended = _name_filter(names, bridge), mask.long()
-        with torch.no_grad(), bridge.hooks(fwd_hooks=_bridge_hooks(taps)):
+        rows = self.treatment.rows([Prompt(item) if isinstance(item, str) else item for item in items])
+        wanted = _name_filter(names, self.bridge)
+        with torch.no_grad(), self.edited_bridge(self.token_rows(rows)) as (bridge, ids, attended):
             _, cache = bridge.run_with_cache(ids, attention_mask=attended, names_filter=wanted)
         return Cached(ids, attended, {name: value.detach().clone() for name, value in cache.items() if wanted(name)})
 
-    def record(self, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, "row site d_model"]:
-        """Activations at sites, after the row's edits, in float32. A site of several tokens is an error: pick one with `occurrence`."""
-        return self._at_sites(rows, sites, Reader(self.d_model, lambda activations: activations))
+    @contextlib.contextmanager
+    def edited_bridge(self, rows: Sequence[TokenRow]) -> Iterator[tuple[Any, Int[Tensor, "row token"], Int[Tensor, "row token"]]]:
+        """The bridge with the edits of a batch of rows in it, their left-padded tokens and their mask: for transformer-lens' own tools."""
+        bridge = self.bridge
+        ids, mask = left_pad([row.ids for row in rows], bridge.cfg.device)
+        taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows])
+        with bridge.hooks(fwd_hooks=_bridge_hooks(taps)):
+            yield bridge, ids, mask.long()
+
+    def record(self, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, "row site size"]:
+        """Activations at sites, after the row's edits, in float32; size is d_model, or that of the sites' heads or neurons.
+
+        Errors: EditError for a site of several tokens (pick one with `occurrence`), or for sites of different sizes.
+        """
+        sizes = {self.site_size(site): site for site in reversed(sites)}
+        if len(sizes) > 1:
+            said = ", ".join(f"{site.stream} of layer {site.layer} has {size}" for size, site in sizes.items())
+            raise EditError(f"sites of different sizes ({said}) cannot be recorded together: record those of each size in their own call.")
+        return self._at_sites(rows, sites, Reader(next(iter(sizes), self.d_model), lambda activations: activations))
 
     def lens_log_probs(self, rows: Sequence[Row], sites: Sequence[Site], targets: Sequence[str]) -> Float[Tensor, "row site target"]:
         """What the residual stream at each site says of single-token words through the final norm and the unembedding.
 
         Exact log-probabilities over the whole vocabulary, which exists for a part of the sites at a time (logit lens, nostalgebraist 2020).
         """
+        inner = [site.stream for site in sites if site.stream in UNITS]
+        if inner:
+            raise EditError(f"the lens reads residual streams, not {inner[0]}: its {UNITS[inner[0]]}s are not in the space of the words.")
         self._check_lens()
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         return self._at_sites(rows, sites, Reader(len(ids), lambda resid: log_probs_of(self.engine.model, resid, ids,
@@ -243,15 +260,13 @@ class HookedModel:
                              "log-probabilities: scaled or capped logits): a logit lens on it would be wrong.")
 
     def _at_sites(self, rows: Sequence[Row], sites: Sequence[Site], reader: Reader) -> Float[Tensor, "row site value"]:
-        for site in sites:
-            self._check_layer(site.layer)
         out = torch.empty(len(rows), len(sites), reader.size)
 
         def keep(batch: Batch) -> None:
             out[batch.index] = batch.found
 
         if sites:
-            self._over(self._token_rows(rows, sites), None, keep, reader)
+            self._over(self.token_rows(rows, sites), None, keep, reader)
         return out
 
     def next_log_probs(self, rows: Sequence[Row]) -> Float[Tensor, "row vocabulary"]:
@@ -261,7 +276,7 @@ class HookedModel:
         def keep(batch: Batch) -> None:
             out[batch.index] = batch.logits().log_softmax(-1).cpu()
 
-        self._over(self._token_rows(rows), None, keep)
+        self._over(self.token_rows(rows), None, keep)
         return out
 
     def next_probs(self, rows: Sequence[Row], targets: Sequence[str]) -> Float[Tensor, "row target"]:
@@ -272,7 +287,7 @@ class HookedModel:
         def keep(batch: Batch) -> None:
             out[batch.index] = batch.log_probs_of(ids).exp()
 
-        self._over(self._token_rows(rows), None, keep)
+        self._over(self.token_rows(rows), None, keep)
         return out
 
     def next_ranks(self, rows: Sequence[Row], targets: Sequence[str]) -> Int[Tensor, "row target"]:
@@ -307,7 +322,7 @@ class HookedModel:
         def keep(batch: Batch) -> None:
             out[batch.index] = continuation_log_probs(batch, [ids[i] for i in batch.index], self.engine.budget.logit_rows)
 
-        self._over(self._token_rows(rows), _longest(ids), keep)
+        self._over(self.token_rows(rows), _longest(ids), keep)
         return out
 
     def _continuation_ids(self, rows: Sequence[Row], continuations: Sequence[Sequence[str]]) -> list[list[list[int]]]:
@@ -352,7 +367,7 @@ class HookedModel:
             if progress is not None:
                 progress(len(index))
 
-        self._over(self._token_rows(rows), room, work)
+        self._over(self.token_rows(rows), room, work)
         return [generation for generation in out if generation is not None]
 
     # ---- running ---------------------------------------------------------------------------------------------------
@@ -383,7 +398,7 @@ class HookedModel:
             done.update(index)
             del batch    # its cache goes before the next prompts are read
 
-    def _token_rows(self, rows: Sequence[Row], sites: Sequence[Site] = ()) -> list[TokenRow]:
+    def token_rows(self, rows: Sequence[Row], sites: Sequence[Site] = ()) -> list[TokenRow]:
         """Rows in tokens, with the places that `sites` are in each."""
         encoded = self.encode([row.prompt for row in rows])
         places: dict[tuple[int, str, str, int | None], list[int]] = {}
@@ -401,19 +416,52 @@ class HookedModel:
                                 "choose one with Site(occurrence=..., tokens='last').")
             return found[0]
 
-        out = []
+        out, part = [], cache(self._part)
+        reads = [(site, part(site.layer, site.stream, site.units)[0]) for site in sites]
         for i, row in enumerate(rows):
             edits = []
             for edit in row.edits:
-                self._check_layer(edit.site.layer)
-                if edit.vector.shape != (self.d_model,):
-                    raise EditError(f"an edit needs a vector of shape ({self.d_model},), got {tuple(edit.vector.shape)}.")
-                edits += [TokenEdit(place(edit.site.layer, edit.site.stream, at), edit.vector, edit.how, edit.strength)
-                          for at in positions(i, edit.site)]
+                site = edit.site
+                features, size = part(site.layer, site.stream, site.units)
+                if edit.vector.shape != (size,):
+                    units = f" (units {', '.join(map(str, site.units))})" if site.units else ""
+                    raise EditError(f"an edit at {site.stream}{units} needs a vector of shape ({size},), got {tuple(edit.vector.shape)}.")
+                edits += [TokenEdit(place(site.layer, site.stream, at, features), edit.vector, edit.how, edit.strength)
+                          for at in positions(i, site)]
             if not encoded[i].ids:
                 raise PromptError(f"the prompt {row.prompt.text!r} has no tokens: there is nothing to go on from.")
-            out.append(TokenRow(encoded[i].ids, tuple(edits), tuple(place(site.layer, site.stream, one(i, site)) for site in sites)))
+            at_sites = tuple(place(site.layer, site.stream, one(i, site), features) for site, features in reads)
+            out.append(TokenRow(encoded[i].ids, tuple(edits), at_sites))
         return out
+
+    def site_size(self, site: Site) -> int:
+        """How many values a vector at a site has. Errors: EditError for a layer, head or neuron that does not exist."""
+        return self._part(site.layer, site.stream, site.units)[1]
+
+    def site_features(self, site: Site) -> tuple[int, ...]:
+        """The entries of its stream's vector that a site's units are; empty where it is all of them."""
+        return self._part(site.layer, site.stream, site.units)[0]
+
+    def n_units(self, layer: int, stream: str) -> int:
+        """How many heads (stream `z`) or neurons (`post`) a layer has. Errors: EditError for a layer whose parts are not known."""
+        self._check_layer(layer)
+        return int(text_config(self.engine.model).num_attention_heads) if stream == "z" else self._width(layer, stream)
+
+    def _width(self, layer: int, stream: str) -> int:
+        return mixer_width(decoder_layers(self.engine.model)[layer], stream) if stream in UNITS else self.d_model
+
+    def _part(self, layer: int, stream: str, units: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        """The entries of a stream's vector that its units are (none: all of them), and how many values that makes."""
+        self._check_layer(layer)
+        width = self._width(layer, stream)
+        if not units:
+            return (), width
+        n = self.n_units(layer, stream)
+        if max(units) >= n:
+            raise EditError(f"{UNITS[stream]} {max(units)} of layer {layer} does not exist: {self.spec.name} has the {UNITS[stream]}s 0 to "
+                            f"{n - 1} there.")
+        each = width // n
+        return tuple(unit * each + i for unit in units for i in range(each)), len(units) * each
 
     def _check_layer(self, layer: int) -> None:
         if layer >= self.n_layers:
@@ -435,9 +483,14 @@ def _bridge_hooks(taps: Taps) -> list[tuple[str, Callable[[Tensor, Any], Tensor]
         if stream == "resid_mid":
             hooks += _mid_hooks(taps, layer)
         else:
-            name = "blocks.0.hook_resid_pre" if layer < 0 else f"blocks.{layer}.hook_{stream}"
-            hooks.append((name, lambda value, hook, layer=layer, stream=stream: taps.touch(layer, stream, value)))    # type: ignore[misc]
+            name = "blocks.0.hook_resid_pre" if layer < 0 else hook_name(layer, stream)
+            hooks.append((name, lambda value, hook, layer=layer, stream=stream: _flat_touch(taps, layer, stream, value)))    # type: ignore[misc]
     return hooks
+
+
+def _flat_touch(taps: Taps, layer: int, stream: Any, value: Tensor) -> Tensor:
+    """The bridge has the heads of hook_z on an axis of their own."""
+    return taps.touch(layer, stream, value.flatten(2)).view(value.shape)
 
 
 def _mid_hooks(taps: Taps, layer: int) -> list[tuple[str, Callable[[Tensor, Any], Tensor]]]:

@@ -7,7 +7,7 @@ time), it runs any causal language model whose layers can be hooked, and it is t
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +78,17 @@ class PlainEngine:
     def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None) -> Batch:
         ids, mask = left_pad([row.ids for row in rows], self.device)
         taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], reader)
+        with self.tapped(taps):
+            out = self.forward(ids, mask, None, use_cache=room is not None, logits_to_keep=1)
+        return Batch(self, index, out.logits[:, -1].float(), mask, out.past_key_values, taps.found)
+
+    @contextmanager
+    def tapped(self, taps: Taps) -> Iterator[None]:
+        """The model with the edits and readings of a batch in it."""
         with ExitStack() as stack:
             for hook in self._hooks(taps):
                 stack.enter_context(hook)
-            out = self.forward(ids, mask, None, use_cache=room is not None, logits_to_keep=1)
-        return Batch(self, index, out.logits[:, -1].float(), mask, out.past_key_values, taps.found)
+            yield
 
     def _hooks(self, taps: Taps) -> Iterator[Any]:
         if taps.any(-1, "resid_post"):

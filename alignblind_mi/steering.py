@@ -7,7 +7,7 @@ Source: "Aligned but Blind", activation engineering: the residual at the identif
 from collections.abc import Sequence
 
 from alignblind_mi.concept import Concept, Cue
-from alignblind_mi.edits import Edit, EditError, Row, Site, Treatment
+from alignblind_mi.edits import Edit, EditError, Row, Site, Stream, Treatment
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import steering_prompt
 
@@ -32,10 +32,11 @@ def steerable(cue: Cue) -> bool:
     return len(cue.marked) == 1 and len(cue.unmarked) == 1
 
 
-def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[int]) -> Treatment:
+def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[int], *,
+                   stream: Stream = "resid_post") -> Treatment:
     """The treatment that replaces the identifiers' residual stream, after each of `layers`, by that in the phrase of `sense`.
 
-    `sense` is a sense or a control of the concept. Errors: EditError for a cue with several identifiers or a layer that does not exist;
+    `sense` is a sense or a control of the concept; `stream` may be another place in those layers (see `Site`). Errors: EditError for a cue with several identifiers or a layer that does not exist;
     ConceptError for an unknown sense.
     """
     cue = concept.cue(cue) if isinstance(cue, str) else cue
@@ -43,7 +44,7 @@ def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: 
         raise EditError(f"the cue {cue.name!r} draws from several identifiers: replacing one by another would change who is asked about. "
                         "Steer a cue with one pair of identifiers.")
     phrase = steering_prompt(concept, cue, sense)
-    sites = [Site(layer, mark) for layer in layers for mark in ("marked", "unmarked")]
+    sites = [Site(layer, mark, stream) for layer in layers for mark in ("marked", "unmarked")]
     vectors = model.record([Row(phrase)], sites)[0]
     edits = tuple(Edit(site, vector) for site, vector in zip(sites, vectors, strict=True))
     family = "steering" if sense == concept.group_sense else "placebo"

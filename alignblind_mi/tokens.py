@@ -60,16 +60,20 @@ class Encoded:
 
 
 class Place(NamedTuple):
-    """A stream of a layer at a token position. Layer -1, `resid_post`, is the output of the embedding."""
+    """A stream of a layer at a token position. Layer -1, `resid_post`, is the output of the embedding.
+
+    `features` are the entries of the stream's vector that are meant, in the order asked for; empty is all of them.
+    """
 
     layer: int
     stream: Stream
     position: int
+    features: tuple[int, ...] = ()
 
 
-def place(layer: int, stream: Stream, position: int) -> Place:
+def place(layer: int, stream: Stream, position: int, features: tuple[int, ...] = ()) -> Place:
     """A place in its one spelling: what enters a layer is what left the layer before it."""
-    return Place(layer - 1, "resid_post", position) if stream == "resid_pre" else Place(layer, stream, position)
+    return Place(layer - 1, "resid_post", position) if stream == "resid_pre" else Place(layer, stream, position, features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,7 @@ class TokenEdit:
     """An `Edit` at one token."""
 
     at: Place
-    vector: Float[Tensor, " d_model"]
+    vector: Float[Tensor, " size"]
     how: How
     strength: float
 
@@ -109,27 +113,37 @@ def positions(mask: Bool[Tensor, "row column"]) -> Int[Tensor, "row column"]:
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
+_Kind = tuple[int, How, tuple[int, ...]]    # the turn of an edit among those of its place, its operation, its features
+
+
 @dataclass(frozen=True, eq=False)
 class _Touch:
-    """Edits of one kind at one place of a batch, one per row and column."""
+    """Edits of one kind at one place of a batch, one per row and column; `features` as in `Place`."""
 
     rows: Int[Tensor, " edit"]
     columns: Int[Tensor, " edit"]
-    vectors: Float[Tensor, "edit d_model"]
+    vectors: Float[Tensor, "edit size"]
     strengths: Float[Tensor, "edit 1"]
     how: How
+    features: tuple[int, ...] = ()
 
     def __call__(self, value: Tensor, skip: int) -> None:
         there = self.columns >= skip
-        rows, columns = self.rows[there], self.columns[there] - skip
-        at = value[rows, columns]
+        where = _where(self.rows[there], self.columns[there] - skip, self.features)
+        at = value[where]
         vectors, strengths = (part[there].to(at.device).float() for part in (self.vectors, self.strengths))
-        value[rows, columns] = apply(at.float(), vectors, self.how, strengths).to(value.dtype)    # in bfloat16 an ablation leaves a residue
+        value[where] = apply(at.float(), vectors, self.how, strengths).to(value.dtype)    # in bfloat16 an ablation leaves a residue
+
+
+def _where(rows: Tensor | list[int], columns: Tensor | list[int], features: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """An index of [row, column, feature] activations that gives one vector per row and column."""
+    rows, columns = torch.as_tensor(rows), torch.as_tensor(columns)
+    return (rows[:, None], columns[:, None], torch.tensor(features)[None]) if features else (rows, columns)
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """What is kept of an activation: `act` maps [reading, d_model] to [reading, size]."""
+    """What is kept of an activation: `act` maps [reading, stream's size] to [reading, size]."""
 
     size: int
     act: Callable[[Tensor], Tensor]
@@ -148,26 +162,28 @@ class Taps:
     reader: "Reader | None" = None
     found: Float[Tensor, "row read value"] | None = field(init=False, default=None)
     edits: Mapping[tuple[int, Stream], list[_Touch]] = field(init=False)
-    reads: Mapping[tuple[int, Stream], list[tuple[int, int, int]]] = field(init=False)
+    reads: Mapping[tuple[int, Stream], Mapping[tuple[int, ...], list[tuple[int, int, int]]]] = field(init=False)
+    inside: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        grouped: dict[tuple[int, Stream], dict[tuple[int, How], list[tuple[int, int, TokenEdit]]]] = defaultdict(lambda: defaultdict(list))
-        reads: dict[tuple[int, Stream], list[tuple[int, int, int]]] = defaultdict(list)
+        grouped: dict[tuple[int, Stream], dict[_Kind, list[tuple[int, int, TokenEdit]]]] = defaultdict(lambda: defaultdict(list))
+        reads: dict[tuple[int, Stream], dict[tuple[int, ...], list[tuple[int, int, int]]]] = defaultdict(lambda: defaultdict(list))
         for i, (row, first) in enumerate(zip(self.rows, self.first, strict=True)):
-            turns: dict[Place, int] = defaultdict(int)
+            turns: dict[tuple[int, Stream, int], int] = defaultdict(int)
             for edit in row.edits:
-                turn = turns[edit.at]
-                turns[edit.at] += 1
-                grouped[edit.at[:2]][turn, edit.how].append((i, edit.at.position - first, edit))
+                turn = turns[edit.at[:3]]
+                turns[edit.at[:3]] += 1
+                grouped[edit.at[:2]][turn, edit.how, edit.at.features].append((i, edit.at.position - first, edit))
             for j, at in enumerate(row.reads):
-                reads[at[:2]].append((i, j, at.position - first))
+                reads[at[:2]][at.features].append((i, j, at.position - first))
         if reads and self.reader is not None:
             self.found = torch.empty(len(self.rows), max(len(row.reads) for row in self.rows), self.reader.size)
         self.reads = dict(reads)
-        self.edits = {where: [_touch(how, kinds[turn, how]) for turn, how in sorted(kinds)] for where, kinds in grouped.items()}
+        self.edits = {where: [_touch(*kind[1:], kinds[kind]) for kind in sorted(kinds)] for where, kinds in grouped.items()}
+        self.inside = frozenset(layer for layer, stream in (*self.edits, *self.reads) if stream != "resid_post")
 
     def any(self, layer: int, *streams: Stream) -> bool:
-        """Whether anything is edited or read in these streams of a layer."""
+        """Whether anything is edited or read in these streams of a layer; `inside` are the layers of which that holds for an inner one."""
         return any((layer, stream) in self.edits or (layer, stream) in self.reads for stream in streams)
 
     @property
@@ -175,8 +191,8 @@ class Taps:
         """The last layer that must run for the readings."""
         return max(layer for layer, _ in self.reads)
 
-    def touch(self, layer: int, stream: Stream, value: Float[Tensor, "row column d_model"], *, skip: int = 0
-              ) -> Float[Tensor, "row column d_model"]:
+    def touch(self, layer: int, stream: Stream, value: Float[Tensor, "row column size"], *, skip: int = 0
+              ) -> Float[Tensor, "row column size"]:
         """The activations after their edits (a copy where there are any: what others keep of them stays as it was), readings taken.
 
         `skip` columns on the left are not there any more: edits of theirs have nothing left to change.
@@ -187,11 +203,13 @@ class Taps:
             for edit in self.edits[where]:
                 edit(value, skip)
         if where in self.reads and self.reader is not None and self.found is not None:
-            rows, slots, columns = (list(part) for part in zip(*self.reads[where], strict=True))
-            self.found[rows, slots] = self.reader.act(value[rows, columns]).float().cpu()
+            for features, reads in self.reads[where].items():
+                rows, slots, columns = (list(part) for part in zip(*reads, strict=True))
+                self.found[rows, slots] = self.reader.act(value[_where(rows, columns, features)]).float().cpu()
         return value
 
 
-def _touch(how: How, edits: Sequence[tuple[int, int, TokenEdit]]) -> _Touch:
+def _touch(how: How, features: tuple[int, ...], edits: Sequence[tuple[int, int, TokenEdit]]) -> _Touch:
     return _Touch(torch.tensor([i for i, _, _ in edits]), torch.tensor([column for _, column, _ in edits]),
-                  torch.stack([edit.vector for _, _, edit in edits]), torch.tensor([[edit.strength] for _, _, edit in edits]), how)
+                  torch.stack([edit.vector for _, _, edit in edits]), torch.tensor([[edit.strength] for _, _, edit in edits]),
+                  how, features)

@@ -34,7 +34,12 @@ class Oracle:
 
     @contextlib.contextmanager
     def edited(self, row: Row, columns: dict[tuple, list[int]]):
-        """Every layer runs as x + attention(norm(x)), then + mlp(norm(.)), with the row's edits at the prompt's columns in between."""
+        """Every layer runs as x + attention(norm(x)), then + mlp(norm(.)), with the row's edits at the prompt's columns in between.
+
+        Heads and neurons are edited by hooks of their own, before the projection that mixes them.
+        """
+        reading = [True]
+
         def place(layer: int, stream: str, value: torch.Tensor, prompt: bool) -> torch.Tensor:
             value = value.clone()
             for edit in row.edits if prompt else ():
@@ -46,7 +51,7 @@ class Oracle:
 
         def forward(layer, index):
             def run(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs):
-                prompt = past_key_values is None or past_key_values.get_seq_length(index) == 0
+                prompt = reading[0] = past_key_values is None or past_key_values.get_seq_length(index) == 0
                 x = place(0, "resid_pre", hidden_states, prompt) if index == 0 else hidden_states
                 out, _ = layer.self_attn(layer.input_layernorm(x), attention_mask=attention_mask, position_embeddings=position_embeddings,
                                          past_key_values=past_key_values)
@@ -55,7 +60,20 @@ class Oracle:
                 return place(index, "resid_post", x, prompt)
             return run
 
+        def mixing(edit):
+            def before(module, args):
+                x = args[0].clone()
+                units = x.view(*x.shape[:2], self.units(edit.site.stream), -1)
+                chosen = list(edit.site.units) or list(range(units.shape[2]))
+                for column in columns[site_key(edit)] if reading[0] else ():
+                    units[0, column, chosen] = changed(units[0, column, chosen].flatten(), edit).view(len(chosen), -1)
+                return (x, *args[1:])
+
+            return before
+
         layers = self.layers()
+        hooks = [{"z": layers[e.site.layer].self_attn.o_proj, "post": layers[e.site.layer].mlp.down_proj}[e.site.stream]
+                 .register_forward_pre_hook(mixing(e)) for e in row.edits if e.site.stream in ("z", "post")]
         originals = [layer.forward for layer in layers]
         for index, layer in enumerate(layers):
             layer.forward = MethodType(forward(layer, index), layer)
@@ -64,6 +82,11 @@ class Oracle:
         finally:
             for layer, original in zip(layers, originals, strict=True):
                 layer.forward = original
+            for hook in hooks:
+                hook.remove()
+
+    def units(self, stream: str) -> int:
+        return {"z": self.model.config.num_attention_heads, "post": self.model.config.intermediate_size}[stream]
 
     def ids(self, prompt: Prompt) -> torch.Tensor:
         special = not prompt.text.startswith(self.tokenizer.bos_token)

@@ -48,3 +48,5 @@ def test_the_baseline_is_the_empty_value():
 def test_sites_name_their_hook():
     assert Site(3, "m").hook == "blocks.3.hook_resid_post"
     assert Site(0, "m", stream="attn_out").hook == "blocks.0.hook_attn_out"
+    assert Site(2, "m", "z", units=(1,)).hook == "blocks.2.attn.hook_z"
+    assert Site(2, "m", "post").hook == "blocks.2.mlp.hook_post"

@@ -22,6 +22,7 @@ from alignblind_mi.tokens import Place, Taps, TokenEdit, TokenRow
 
 WORDS = [f"w{i}" for i in range(60)]
 D, LAYERS, CLOSE = 32, 4, 1e-5
+HEADS, NEURONS = 4, 48
 TEXTS = ["w1 w2 w3 w4 w5 w6", "w7 w8 w9 w10 w11 w12 w13 w14 w15", "w20 w21 w22 w23 w24 w25", "w30 w31 w32"]
 PLACES = {"end": -1, "middle": None, "first": 0}
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -52,7 +53,20 @@ def cells(chat: bool, seed: int = 0) -> list[Row]:
              Row(prompts[2], (Edit(Site(3, "middle"), vector()),)), Row(prompts[3]), Row(prompts[3], (Edit(Site(3, "first"), vector()),))]
     rows += [Row(prompts[i % 2], (Edit(Site(i % LAYERS, "middle", stream), vector(), how),))
              for i, (stream, how) in enumerate(product(STREAMS, ("replace", "add", "ablate")))]
+    rows += [Row(prompts[i % 2], (Edit(at, 2 * torch.randn(size, generator=g), how, 1.0 if how == "replace" else 0.7),))
+             for i, ((at, size), how) in enumerate(product(unit_sites("middle"), ("replace", "add", "ablate")))]
+    whole, heads = Site(2, "end", "z"), Site(2, "end", "z", units=(0, 3))
+    rows += [Row(prompts[1], (Edit(heads, 2 * torch.randn(16, generator=g)), Edit(whole, vector(), "add"),
+                              Edit(Site(2, "end", "attn_out"), vector(), "ablate"), Edit(heads, vector()[:16], "ablate"))),
+             Row(prompts[0], (Edit(Site(LAYERS - 1, "two", "post", units=(7, 1)), torch.tensor([9.0, -9.0])),
+                              Edit(Site(0, "middle"), vector()), Edit(Site(1, "end", "resid_mid"), vector(), "add")))]
     return rows
+
+
+def unit_sites(mark: str) -> list[tuple[Site, int]]:
+    """Heads and neurons, some and all of them, in several layers, and the sizes of their vectors."""
+    return [(Site(1, mark, "z", units=(2,)), D // HEADS), (Site(LAYERS - 1, mark, "z", units=(3, 0)), 2 * D // HEADS),
+            (Site(0, mark, "z"), D), (Site(2, mark, "post", units=(5, 47, 11)), 3), (Site(LAYERS - 1, mark, "post"), NEURONS)]
 
 
 @pytest.fixture(scope="module", params=list(product((True, False), (1, 2, 4))), ids=lambda p: f"{'tied' if p[0] else 'untied'}-kv{p[1]}")
@@ -113,6 +127,80 @@ def test_recording_equals_the_bridge_s_cache_in_every_stream(checkpoint):
             assert torch.allclose(vectors, expected, atol=1e-5), (stream, place)
 
 
+def test_heads_and_neurons_are_transformer_lens_s(checkpoint):
+    model = load_model(str(checkpoint[0]))
+    prompts = [prompt_of(text, False) for text in TEXTS]
+    for site, size in unit_sites("middle"):
+        found = model.record([Row(p) for p in prompts], [site])
+        assert found.shape == (len(prompts), 1, size)
+        for prompt, (vector,) in zip(prompts, found, strict=True):
+            at = model.encode([prompt])[0].positions("middle")[0]
+            units = model.cache(prompt, [site.hook])[site.hook][0, at]
+            units = units[list(site.units)] if site.units else units
+            assert torch.allclose(vector, units.flatten(), atol=1e-5), site
+
+
+def test_units_with_their_own_activations_are_the_clean_run(pair):
+    prompt = prompt_of(TEXTS[1], False)
+    for model, (site, _) in product(pair[:2], unit_sites("middle")):
+        own = model.record([Row(prompt)], [site])[0, 0]
+        assert (model.next_log_probs([Row(prompt, (Edit(site, own),))]) - model.next_log_probs([Row(prompt)])).abs().max() < CLOSE
+
+
+def test_no_heads_is_no_attention_and_no_neurons_no_mlp(pair):
+    """What is nothing before the mixing projection (which has no bias here) is nothing after it, named one by one or all together."""
+    prompt = prompt_of(TEXTS[1], False)
+    for model, (mark, layer) in product(pair[:2], (("middle", 1), ("end", 1), ("end", LAYERS - 1))):
+        for inner, added, n, size in (("z", "attn_out", HEADS, D), ("post", "mlp_out", NEURONS, NEURONS)):
+            wanted = model.next_log_probs([Row(prompt, (Edit(Site(layer, mark, added), torch.zeros(D)),))])
+            for units in ((), tuple(reversed(range(n)))):
+                found = model.next_log_probs([Row(prompt, (Edit(Site(layer, mark, inner, units=units), torch.zeros(size)),))])
+                assert (found - wanted).abs().max() < CLOSE, (inner, units)
+            half = model.next_log_probs([Row(prompt, (Edit(Site(layer, mark, inner, units=(0,)), torch.zeros(size // n)),))])
+            assert (half - wanted).abs().max() > 1e-4
+
+
+def test_readings_of_units_see_the_edits_of_their_row(pair):
+    prompt, site = prompt_of(TEXTS[0], False), Site(1, "middle", "z", units=(2, 1))
+    row = Row(prompt, (Edit(Site(1, "middle", "z"), torch.arange(float(D))),))
+    for model in pair[:2]:
+        assert torch.equal(model.record([row], [site])[0, 0], torch.cat([torch.arange(16.0, 24), torch.arange(8.0, 16)]))
+
+
+@pytest.mark.parametrize(("ask", "said"), [
+    (lambda: Site(0, "end", units=(1,)), "resid_post has no units"),
+    (lambda: Site(0, "end", "z", units=(1, 1)), "named once each"),
+    (lambda: Site(0, "end", "post", units=(-1,)), "counted from 0"),
+])
+def test_units_that_make_no_sense_are_named(ask, said):
+    with pytest.raises(EditError, match=said):
+        ask()
+
+
+@pytest.mark.parametrize(("sites", "said"), [
+    ([Site(0, "end", "z", units=(0, HEADS))], f"head {HEADS} of layer 0 does not exist: .* has the heads 0 to {HEADS - 1}"),
+    ([Site(0, "end", "post", units=(NEURONS,))], f"neuron {NEURONS} of layer 0 does not exist"),
+    ([Site(0, "end", "z"), Site(1, "end", "z", units=(1,))], "different sizes .*z of layer 1 has 8, z of layer 0 has 32"),
+])
+def test_units_that_a_model_does_not_have_are_named(pair, sites, said):
+    with pytest.raises(EditError, match=said):
+        pair[0].record([Row(prompt_of(TEXTS[0], False))], sites)
+    with pytest.raises(EditError, match=r"at z \(units 1, 2\) needs a vector of shape \(16,\), got \(32,\)"):
+        pair[0].next_log_probs([Row(prompt_of(TEXTS[0], False), (Edit(Site(0, "end", "z", units=(1, 2)), torch.ones(D)),))])
+    with pytest.raises(EditError, match="reads residual streams, not z"):
+        pair[0].lens_log_probs([Row(prompt_of(TEXTS[0], False))], [Site(0, "end", "z")], [" w1"])
+
+
+def test_rows_without_inner_streams_put_no_hooks_into_a_layer(pair, monkeypatch):
+    fast, made = pair[0], []
+    for layer in fast.engine.model.model.layers:
+        for module in layer.modules():
+            monkeypatch.setattr(module, "register_forward_pre_hook", lambda *args, **kwargs: made.append(args))
+            monkeypatch.setattr(module, "register_forward_hook", lambda *args, **kwargs: made.append(args))
+    fast.next_log_probs([row for row in cells(False) if all(e.site.stream.startswith("resid_p") for e in row.edits)])
+    assert not made
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("one"), WORDS, layers=LAYERS, tied=False, seed=9)
@@ -129,8 +217,10 @@ def edits_of(draw, prompt: Prompt, g: torch.Generator) -> tuple[Edit, ...]:
     made = []
     for _ in range(draw(st.integers(0, 3))):
         kind = draw(how)
-        site = Site(draw(st.integers(0, LAYERS - 1)), draw(st.sampled_from(sorted(prompt.marks))), draw(st.sampled_from(STREAMS)))
-        made.append(Edit(site, 2 * torch.randn(D, generator=g), kind, 1.0 if kind == "replace" else draw(st.floats(-2, 2))))
+        layer, name = draw(st.integers(0, LAYERS - 1)), draw(st.sampled_from(sorted(prompt.marks)))
+        streams = st.sampled_from([(Site(layer, name, stream), D) for stream in STREAMS])
+        site, size = draw(st.one_of(streams, st.sampled_from(unit_sites(name))))
+        made.append(Edit(site, 2 * torch.randn(size, generator=g), kind, 1.0 if kind == "replace" else draw(st.floats(-2, 2))))
     return tuple(made)
 
 
@@ -503,8 +593,36 @@ def test_a_model_that_is_not_llama_like_runs_on_the_plain_engine(tmp_path):
     assert torch.allclose(expected, model.next_log_probs([Row(rows[0].prompt)])[0], atol=1e-5)
     with pytest.raises(ModelError, match="fast engine cannot run"):
         load_model(ModelSpec(str(tmp_path / "gpt2"), engine="fast"))
+    heads = Edit(Site(1, "end", "z", units=(3, 1)), torch.arange(16.0))
+    block = model.engine.model.transformer.h[1]
+
+    def by_hand(module, args):
+        value = args[0].clone()
+        value[0, -1, 24:32], value[0, -1, 8:16] = torch.arange(8.0), torch.arange(8.0, 16)
+        return (value,)
+
+    found = model.next_log_probs([Row(rows[0].prompt, (heads,)), Row(prompt_of("w1", False))])[0]
+    handle = block.attn.c_proj.register_forward_pre_hook(by_hand)
+    with torch.no_grad():
+        assert torch.allclose(model.engine.model(ids).logits[0, -1].log_softmax(-1), found, atol=1e-5)
+    handle.remove()
+    assert model.n_units(0, "post") == 128
     with pytest.raises(EditError, match="not a pre-norm block"):
         model.next_log_probs([Row(rows[0].prompt, (Edit(Site(1, "middle", "mlp_out"), torch.ones(D)),))])
+
+
+def test_layers_without_a_known_projection_are_named(tmp_path):
+    """A mixture of experts has no one down projection: its neurons are no stream, its heads are."""
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama(tmp_path / "words", WORDS))
+    tokenizer.save_pretrained(tmp_path / "moe")
+    MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                     num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)).save_pretrained(tmp_path / "moe")
+    model, row = load_model(ModelSpec(str(tmp_path / "moe"), engine="plain")), Row(prompt_of(TEXTS[0], False))
+    assert model.record([row], [Site(1, "end", "z", units=(3,))]).shape == (1, 1, 8)
+    with pytest.raises(EditError, match="no projection of a known name behind post"):
+        model.record([row], [Site(1, "end", "post")])
 
 
 def test_sliding_windows_are_not_run_on_the_fast_engine(tmp_path):

@@ -181,10 +181,11 @@ def test_comparison_without_explicit_answers_and_readings(comparison):
 
 
 @pytest.fixture
-def all_figures(behaviour, log_odds, position, curves, scores, steering, lora, comparison) -> list[Callable[[], Figure]]:
+def all_figures(behaviour, log_odds, position, curves, scores, steering, lora, comparison, patched) -> list[Callable[[], Figure]]:
     return [lambda: figures.behaviour_figure(behaviour, log_odds), lambda: figures.position_figure(position),
             lambda: figures.awareness_figure(curves, scores), lambda: figures.steering_figure(steering),
-            lambda: figures.lora_figure(lora), lambda: figures.comparison_figure(comparison)]
+            lambda: figures.lora_figure(lora), lambda: figures.comparison_figure(comparison),
+            lambda: figures.patch_heatmap(patched)]
 
 
 def test_nothing_is_clipped_at_the_edge(all_figures):
@@ -215,3 +216,35 @@ def test_the_settings_of_matplotlib_stay_as_they_were(all_figures):
 def test_numbers_have_two_digits():
     assert [figures.number(value) for value in (0.18812, 0.4, 12.4, NAN)] == ["0.19", "0.40", "12", "none"]
     assert figures.percent(0.973) == "97"
+
+
+@pytest.fixture
+def patched() -> pd.DataFrame:
+    return pd.DataFrame([{"panel": panel, "layer": layer, "place": place, "mean": 0.3 * layer - 0.4 * j - i, "n": 5 + i}
+                         for i, panel in enumerate(("denoise", "noise")) for layer in range(4)
+                         for j, place in enumerate(("3 first", "4 second", "9 third"))])
+
+
+def test_the_heat_map_s_cells_are_the_table_s_means_on_a_symmetric_scale(patched):
+    patched.loc[0, "mean"] = NAN
+    first, second, bar = figures.patch_heatmap(patched, across="token").axes
+    for axis, panel in ((first, "denoise"), (second, "noise")):
+        (image,) = axis.images
+        wanted = patched[patched["panel"] == panel].pivot(index="layer", columns="place", values="mean").to_numpy()
+        assert np.ma.filled(image.get_array(), NAN) == pytest.approx(wanted, nan_ok=True)
+        assert image.get_clim() == (-1.8, 1.8)
+        assert image.origin == "lower"
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["3 first", "4 second", "9 third"]
+    assert [axis.get_title(loc="left") for axis in (first, second)] == ["denoise (n = 5 pairs)", "noise (n = 6 pairs)"]
+    assert len(first.texts) == 11
+    assert {text.get_text() for text in second.texts} >= {"−1.00", "−0.10"}
+    assert bar.get_ylabel().startswith("effect")
+
+
+def test_a_heat_map_of_many_tokens_has_a_panel_below_the_other(patched):
+    wide = pd.concat([patched.assign(place=f"{i} word") for i in range(30)]).drop_duplicates(["panel", "layer", "place"])
+    first, second, _ = figures.patch_heatmap(wide).axes
+    assert first.get_position().y0 > second.get_position().y1 - 0.05
+    assert not first.texts
+    small = figures.patch_heatmap(patched.assign(mean=0.01)).axes[0].images[0]
+    assert small.get_clim() == (-1, 1), "a small effect is not made to look large"

@@ -51,8 +51,8 @@ class Source:
     def labels(self) -> dict[str, object]:
         """The columns that identify a reading; word labels are empty where the words have not been read yet."""
         labels: dict[str, object] = dict(self.prompt.labels)
-        last_word = max(self.prompt.spans("positive")[0].start, self.prompt.spans("negative")[0].start)
-        if self.span.start < last_word:
+        words = [self.prompt.marks[name][0].start for name in ("positive", "negative") if self.prompt.marks.get(name)]
+        if len(words) < 2 or self.span.start < max(words):
             labels |= dict.fromkeys(_WORD_LABELS, "")
         context = "|".join(str(labels[name]) for name in ("template", "option_order", "word_order", "word_pair"))
         return {**labels, "mark": self.role, "identifier": self.prompt.labels[self.role], "mention": self.mention, "context": context,
@@ -187,9 +187,14 @@ def _random_like(resid: Float[Tensor, "layer d_model"], name: str) -> Float[Tens
 class Contexts:
     """Residual streams at the first identifiers of prompts after a sentence that settles their sense; `labels`: is it the other sense?"""
 
-    resid: Float[Tensor, "vector layer d_model"]
+    recorded: Recorded
     labels: Bool[np.ndarray, " vector"]
     sentences: list[str]
+
+    @property
+    def resid(self) -> Float[Tensor, "vector layer d_model"]:
+        """The residual streams."""
+        return self.recorded.resid
 
 
 def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], split: str) -> Contexts:
@@ -202,7 +207,8 @@ def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers
              for sentence in _sentences(concept, sense, split) for source in _after(sentence, concept, cue)]
     model.check_known([source.prompt for source, _, _ in found])
     labels = np.array([sense == concept.other_sense for _, sense, _ in found])
-    return Contexts(_record(model, [source for source, _, _ in found], layers), labels, [sentence for _, _, sentence in found])
+    sources = [source for source, _, _ in found]
+    return Contexts(Recorded(model, sources, list(layers), _record(model, sources, layers)), labels, [sentence for _, _, sentence in found])
 
 
 def _sentences(concept: Concept, sense: str, split: str) -> tuple[str, ...]:
