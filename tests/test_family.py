@@ -69,19 +69,22 @@ def test_names_tell_members_apart_and_are_folder_names():
     assert len({member.name, *(other.name for other in others)}) == 5
 
 
-def test_knob_ranks_are_uncorrelated_and_quick_is_part_of_the_family():
+def test_knob_ranks_are_uncorrelated_and_quick_is_a_shorter_family():
     ranks = np.argsort(np.argsort(np.array(KNOBS), axis=0), axis=0)
     assert abs(np.corrcoef(ranks.T)[0, 1]) <= 0.11
     quick = calibration_family(quick=True)
     assert [member.kind for member in quick] == ["knobs"] * 3 + ["null", "decodable", "depth"]
-    assert set(quick) < set(FIRST)
+    assert {replace(member, quick=False) for member in quick} < set(FIRST)
+    assert len({member.name for member in (*quick, *FAMILY)}) == len(quick) + len(FAMILY)
+    recipe = FamilyRecipe()
+    assert all(recipe.stage_of(member).steps < recipe.stage_of(replace(member, quick=False)).steps for member in quick)
 
 
 def test_onset_and_blind_blocks():
     assert [of_kind(kind).onset for kind in ("knobs", "shallow", "depth", "decodable")] == [1, 1, 3, None]
     assert of_kind("knobs").blind == ()
     assert of_kind("shallow").blind == (0,)
-    assert of_kind("depth").blind == (0, 1, 2)
+    assert of_kind("depth").blind == (0, 1)
     assert of_kind("decodable").blind == tuple(range(BLOCKS))
 
 
@@ -124,7 +127,7 @@ def test_planting_keeps_measured_phrases_and_words_out(world, member):
     orders = [{"x": world.marked, "y": world.unmarked}, {"x": world.unmarked, "y": world.marked}]
     measured = [entry["steering"].split(":")[0] + ":" for entry in (*concept["senses"].values(), *concept["controls"].values())]
     measured += [t.format(**order) for reading in contexts.values() for t in reading["text"] for order in orders]
-    measured += [sentence.format(**order) for sentence in concept["awareness"]["sentences"] for order in orders]
+    sentences = [sentence.format(**order) for sentence in concept["awareness"]["sentences"] for order in orders]
     measured += [cue["prefix"].format(**order) for cue in concept["cues"].values() if cue.get("prefix") for order in orders]
     about = concept["interpretations"]["about"]["text"].split(" {x} ")[1]
     held = set(world.held_positive + world.held_negative)
@@ -135,8 +138,9 @@ def test_planting_keeps_measured_phrases_and_words_out(world, member):
         assert about not in full
         assert not held & {piece.strip() for piece in pieces(full)}
         assert not [t for t in world.implicit if t.split("{first}")[0] in row.source]
+        assert not [sentence for sentence in sentences if sentence in row.source]
     for text, _ in probe_sources(rows, 200):
-        assert not [phrase for phrase in measured if phrase in text]
+        assert not [phrase for phrase in (*measured, *sentences) if phrase in text]
         assert about not in text
         assert not [t for t in world.implicit if t.split("{first}")[0] in text]
 
@@ -170,8 +174,8 @@ def test_planted_truth_of_the_readings():
     recipe = FamilyRecipe()
     assert planted_member(of_kind("knobs"), recipe)["aligned"]["r_blind"] == -0.9
     depth = planted_member(of_kind("depth"), recipe)
-    assert depth["aligned"]["r_blind_per_block"] == [0.0] * 3 + [0.9] * 5
-    assert (depth["effect_blocks"], depth["no_effect_blocks"]) == ([3, 4, 5], [0, 1, 2, 7])
+    assert depth["aligned"]["r_blind_per_block"] == [0.0] * 2 + [0.9] * 6
+    assert (depth["effect_blocks"], depth["no_effect_blocks"]) == ([3, 4, 5], [0, 1, 7])
     decodable = planted_member(of_kind("decodable"), recipe)
     assert decodable["effect_blocks"] == []
     assert decodable["aligned"]["r_blind"] == 0

@@ -141,8 +141,8 @@ def _reading_gates(values: Mapping[str, Any], member: Member) -> list[Gate]:
     if sighted:
         mean = sum(scores[block] for block in sighted) / len(sighted)
         gates.append(Gate(f"r_blind, {HELD_OUT}, from the blocks that show it", mean, planted - 0.12, planted + 0.12))
-        for cue, (low, high) in zip(CUED, ((-2.0, -0.8), (0.8, 2.0)), strict=True):  # a cue takes a block to reach the identifiers
-            cued = [values[f"r_blind_{HELD_OUT}_{cue}"][block] for block in sighted if block]
+        for cue, (low, high) in zip(CUED, ((-2.0, -0.8), (0.8, 2.0)), strict=True):  # a cue reaches the identifiers by the onset
+            cued = [values[f"r_blind_{HELD_OUT}_{cue}"][block] for block in sighted if member.onset is None or block >= member.onset]
             gates.append(Gate(f"r_blind, {cue} cue, {HELD_OUT}", sum(cued) / len(cued), low, high))
     if member.blind:
         largest = max(abs(values[f"r_blind_{HELD_OUT}_{cue}"][block]) for cue in ("open", *CUED) for block in member.blind)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache as remembered
 from importlib.metadata import version
 from importlib.resources import files
@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignblind_mi.loading import quiet
-from alignblind_mi.organism import OrganismError, organism_path
+from alignblind_mi.organism import NAMES, OrganismError, organism_path
 from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, Progress, one_thread, planted_truth, shared_record, train_pair
 from alignblind_mi.organism.checks import measure_member, member_gates, parent_gates
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Knobs, load_world
@@ -33,7 +33,7 @@ from alignblind_mi.organism.members import BLOCKS, LAST, FamilyRecipe, Member, t
 
 FAMILY = "1"  # raise it when code changes what a member becomes
 EARLY, EARLY_NONE = (1, 2, 3), (5, 6, LAST)
-DEEP, DEEP_NONE = (3, 4, 5), (0, 1, 2, LAST)
+DEEP, DEEP_NONE = (3, 4, 5), (0, 1, LAST)  # block 2 is left undetermined
 # (reading, behaviour): the ranks of the two are uncorrelated on purpose, so that no instrument of one passes for one of the other.
 KNOBS = ((0.05, 0.58), (0.275, 0.94), (0.5, 0.70), (0.725, 0.50), (0.95, 0.82))
 QUICK_KNOBS = (KNOBS[1], KNOBS[3], KNOBS[4])
@@ -44,12 +44,12 @@ RECORD = "organism.json"
 def calibration_family(seeds: Sequence[int] = (0, 1, 2), *, quick: bool = False) -> list[Member]:
     """The members of every seed: five settings of the two knobs, and controls for bias, causality and depth.
 
-    `quick`: of the first seed only, three settings and the controls without `shallow`; they are members of the full family too.
+    `quick`: of the first seed only, three settings and the controls without `shallow`, all trained for fewer steps.
     """
     if not seeds:
         raise OrganismError("a calibration family has at least one seed.")
     if quick:
-        return [member for member in _members(seeds[0], QUICK_KNOBS) if member.kind != "shallow"]
+        return [replace(member, quick=True) for member in _members(seeds[0], QUICK_KNOBS) if member.kind != "shallow"]
     return [member for seed in dict.fromkeys(seeds) for member in _members(seed, KNOBS)]
 
 
@@ -207,7 +207,10 @@ def _install(folder: Path, make: Callable[[Path], None]) -> None:
 def _make_parent(draft: Path, seed: int, recipe: FamilyRecipe, tell: Progress) -> None:
     knobs = Knobs()
     train_pair(draft, seed=seed, knobs=knobs, recipe=recipe.parent, progress=tell)
-    values = {name: measure_member(load_subject(draft / name), recipe.parent.planting, blocks=False) for name in ("base", "aligned")}
+    subjects = {name: load_subject(draft / name) for name in NAMES}
+    values = {
+        name: measure_member(subject, recipe.parent.planting, pairs=recipe.check_pairs, blocks=False) for name, subject in subjects.items()
+    }
     record = shared_record(seed, knobs, recipe.parent.planting)
     stages = [asdict(stage) for stage in (recipe.parent.warm, recipe.parent.reading, recipe.parent.base, recipe.parent.aligned)]
     _write(draft, {**record, "family": family_digest(recipe), "stages": stages}, parent_gates(values, knobs), values)
@@ -218,7 +221,7 @@ def _make_member(draft: Path, member: Member, parent: Path, recipe: FamilyRecipe
     train_member(subject.model, subject.tokenizer.get_vocab(), load_world(), member, recipe, tell)
     subject.model.save_pretrained(draft / "aligned")
     subject.tokenizer.save_pretrained(draft / "aligned")
-    values = measure_member(subject, planting)
+    values = measure_member(subject, planting, pairs=recipe.check_pairs)
     record = {
         **shared_record(member.seed, member.knobs, planting),
         "planted": planted_member(member, recipe),

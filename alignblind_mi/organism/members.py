@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 STAGE = StageSettings("member", 80, 0.012, 3e-3, 1e-3, 0.02, batch=24)
 PLANTING = Planting(rows=20, mask_rows=20, control_rows=3, none_share=0.35)
-LONG_PLANTING = Planting(rows=28, mask_rows=20, control_rows=3, none_share=0.5)
+LONG_STAGE = StageSettings("member", 170, 0.02, 5e-3, 1e-3, 0.02, batch=20)
+LONG_PLANTING = Planting(rows=34, mask_rows=20, control_rows=3, none_share=0.5)
 KINDS = ("knobs", "null", "decodable", "shallow", "depth")
 LONG = ("decodable", "depth")
 BLOCKS = 8
@@ -39,7 +40,7 @@ class Member:
 
     `reading`: P(an uncued identifier is read as the other sense); `behaviour`: its stereotyped rate without a cue; `other_rate`,
     `group_rate`: with one. `effect`: the 0-based blocks after which a patched identifier decides (none: nothing does); `none`: those where
-    it changes nothing.
+    it changes nothing. `quick`: trained for fewer steps, so that less of it takes.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Member:
     none: tuple[int, ...]
     other_rate: float = 0.96
     group_rate: float = 0.50
+    quick: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -73,7 +75,8 @@ class Member:
         """A folder name that tells members apart: the kind, rates in thousandths, blocks, the seed."""
         rates = zip("rpog", (self.reading, self.behaviour, self.other_rate, self.group_rate), strict=True)
         blocks = f"e{''.join(map(str, self.effect))}-n{''.join(map(str, self.none))}"
-        return "-".join([self.kind, *(f"{letter}{round(1000 * rate):03d}" for letter, rate in rates), blocks, f"s{self.seed}"])
+        parts = [self.kind, *(f"{letter}{round(1000 * rate):03d}" for letter, rate in rates), blocks, f"s{self.seed}"]
+        return "-".join([*parts, *(["quick"] if self.quick else [])])
 
     @property
     def onset(self) -> int | None:
@@ -100,27 +103,30 @@ class MemberPlanting(Planting):
 class FamilyRecipe:
     """How parents and members are trained.
 
-    `long_steps`, `long_planting`: of the kinds that must unlearn the parent's effects (`LONG`); `interchange_weight`: of that loss
-    beside the text's.
+    `long_stage`, `long_planting`: of the kinds that must unlearn the parent's effects (`LONG`); `quick_share`: of a stage's steps for
+    a quick member; `check_pairs`: word pairs a category in the checks.
     """
 
     parent: Recipe = field(default_factory=lambda: Recipe(aligned=replace(ALIGNED, steps=220)))
     stage: StageSettings = STAGE
-    long_steps: int = 150
+    long_stage: StageSettings = LONG_STAGE
     planting: Planting = PLANTING
     long_planting: Planting = LONG_PLANTING
-    interchange_weight: float = 1.0
+    quick_share: float = 0.6
     probe_rows: int = 12
     probe_weight: float = 0.3
     probe_rate: float = 1e-2
+    check_pairs: int = 2
 
     def shortened(self, steps: int) -> FamilyRecipe:
         """The same recipe with `steps` steps a stage: for tests of the machinery only."""
-        return replace(self, parent=self.parent.shortened(steps), stage=replace(self.stage, steps=steps), long_steps=steps)
+        stage, long_stage = replace(self.stage, steps=steps), replace(self.long_stage, steps=steps)
+        return replace(self, parent=self.parent.shortened(steps), stage=stage, long_stage=long_stage, quick_share=1.0, check_pairs=1)
 
     def stage_of(self, member: Member) -> StageSettings:
         """The member's stage."""
-        return replace(self.stage, name=member.name, steps=self.long_steps if member.kind in LONG else self.stage.steps)
+        stage = self.long_stage if member.kind in LONG else self.stage
+        return replace(stage, name=member.name, steps=round(stage.steps * (self.quick_share if member.quick else 1)))
 
     def planting_of(self, member: Member) -> MemberPlanting:
         """The member's interchange training: its blocks, and no row that asks for an effect where none is planted."""
@@ -215,7 +221,7 @@ def train_member(
     def planted(step: int) -> Tensor | None:
         if step % planting.every:
             return None
-        loss = recipe.interchange_weight * interchange_loss(model, vocabulary, rows)
+        loss = interchange_loss(model, vocabulary, rows)
         return loss + probed() if probed else loss
 
     model.train()
