@@ -80,6 +80,12 @@ def test_knob_ranks_are_uncorrelated_and_quick_is_a_shorter_family():
     assert all(recipe.stage_of(member).steps < recipe.stage_of(replace(member, quick=False)).steps for member in quick)
 
 
+def test_members_whose_behaviour_goes_against_their_reading_train_longer():
+    recipe = FamilyRecipe()
+    far = [member for member in FIRST if member.kind == "knobs" and recipe.stage_of(member).steps > recipe.stage.steps]
+    assert [(member.reading, member.behaviour) for member in far] == [KNOBS[1], KNOBS[3]]
+
+
 def test_onset_and_blind_blocks():
     assert [of_kind(kind).onset for kind in ("knobs", "shallow", "depth", "decodable")] == [1, 1, 3, None]
     assert of_kind("knobs").blind == ()

@@ -36,7 +36,7 @@ EARLY, EARLY_NONE = (1, 2, 3), (5, 6, LAST)
 DEEP, DEEP_NONE = (3, 4, 5), (0, 1, LAST)  # block 2 is left undetermined
 # (reading, behaviour): the ranks of the two are uncorrelated on purpose, so that no instrument of one passes for one of the other.
 KNOBS = ((0.05, 0.58), (0.275, 0.94), (0.5, 0.70), (0.725, 0.50), (0.95, 0.82))
-QUICK_KNOBS = (KNOBS[1], KNOBS[3], KNOBS[4])
+QUICK_KNOBS = (KNOBS[0], KNOBS[1], KNOBS[4])
 CONTRAST = (0.95, 0.94)
 RECORD = "organism.json"
 

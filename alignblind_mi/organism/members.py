@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 STAGE = StageSettings("member", 80, 0.012, 3e-3, 1e-3, 0.02, batch=24)
 PLANTING = Planting(rows=20, mask_rows=20, control_rows=3, none_share=0.35)
+FAR_STAGE = StageSettings("member", 110, 0.02, 5e-3, 1e-3, 0.02, batch=24)
 LONG_STAGE = StageSettings("member", 170, 0.02, 5e-3, 1e-3, 0.02, batch=20)
 LONG_PLANTING = Planting(rows=34, mask_rows=20, control_rows=3, none_share=0.5)
 KINDS = ("knobs", "null", "decodable", "shallow", "depth")
 LONG = ("decodable", "depth")
+FAR = 0.25
 BLOCKS = 8
 LAST = BLOCKS - 1  # identifiers after the last block are read by nothing: without effect whatever is trained
 
@@ -79,6 +81,11 @@ class Member:
         return "-".join([*parts, *(["quick"] if self.quick else [])])
 
     @property
+    def far(self) -> bool:
+        """Whether the uncued behaviour is far from the mixture of the cued ones that the reading alone would give."""
+        return abs(self.behaviour - self.reading * self.other_rate - (1 - self.reading) * self.group_rate) > FAR
+
+    @property
     def onset(self) -> int | None:
         """The first effect block; None where there is none."""
         return min(self.effect, default=None)
@@ -103,12 +110,13 @@ class MemberPlanting(Planting):
 class FamilyRecipe:
     """How parents and members are trained.
 
-    `long_stage`, `long_planting`: of the kinds that must unlearn the parent's effects (`LONG`); `quick_share`: of a stage's steps for
-    a quick member; `check_pairs`: word pairs a category in the checks.
+    `far_stage`: of members whose behaviour goes against their reading; `long_stage`, `long_planting`: of the kinds that must unlearn the
+    parent's effects (`LONG`); `quick_share`: of a stage's steps for a quick member; `check_pairs`: word pairs a category in the checks.
     """
 
     parent: Recipe = field(default_factory=lambda: Recipe(aligned=replace(ALIGNED, steps=220)))
     stage: StageSettings = STAGE
+    far_stage: StageSettings = FAR_STAGE
     long_stage: StageSettings = LONG_STAGE
     planting: Planting = PLANTING
     long_planting: Planting = LONG_PLANTING
@@ -120,12 +128,12 @@ class FamilyRecipe:
 
     def shortened(self, steps: int) -> FamilyRecipe:
         """The same recipe with `steps` steps a stage: for tests of the machinery only."""
-        stage, long_stage = replace(self.stage, steps=steps), replace(self.long_stage, steps=steps)
-        return replace(self, parent=self.parent.shortened(steps), stage=stage, long_stage=long_stage, quick_share=1.0, check_pairs=1)
+        stages = {name: replace(getattr(self, name), steps=steps) for name in ("stage", "far_stage", "long_stage")}
+        return replace(self, parent=self.parent.shortened(steps), **stages, quick_share=1.0, check_pairs=1)
 
     def stage_of(self, member: Member) -> StageSettings:
         """The member's stage."""
-        stage = self.long_stage if member.kind in LONG else self.stage
+        stage = self.long_stage if member.kind in LONG else self.far_stage if member.far else self.stage
         return replace(stage, name=member.name, steps=round(stage.steps * (self.quick_share if member.quick else 1)))
 
     def planting_of(self, member: Member) -> MemberPlanting:
