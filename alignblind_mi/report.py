@@ -343,8 +343,9 @@ def _planted_steering(study: Study, planted: dict[str, Any]) -> Iterable[dict[st
     for row in _records(table[table["family"] != "untreated"]):
         first, last = (int(part) for part in row["layers"].split("-"))
         window = set(range(first, last + 1))
-        if effect <= window or window <= none:
-            value = full.get(row["sense"], truth["implicit"]) if effect <= window else truth["implicit"]
+        whole = bool(effect) and effect <= window
+        if whole or window <= none:
+            value = full.get(row["sense"], truth["implicit"]) if whole else truth["implicit"]
             yield _planted_rate(f"aligned: implicit rate, steered towards {row['sense']} at layers {_range(row['layers'])}", value, row)
 
 

@@ -36,7 +36,9 @@ def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: 
                    stream: Stream = "resid_post") -> Treatment:
     """The treatment that replaces the identifiers' residual stream, after each of `layers`, by that in the phrase of `sense`.
 
-    `sense` is a sense or a control of the concept; `stream` may be another place in those layers (see `Site`). Errors: EditError for a cue with several identifiers or a layer that does not exist;
+    `sense` is a sense or a control of the concept; `stream` may be another place in those layers (see `Site`).
+
+    Errors: EditError for a cue with several identifiers or a layer that does not exist;
     ConceptError for an unknown sense.
     """
     cue = concept.cue(cue) if isinstance(cue, str) else cue

@@ -301,12 +301,12 @@ def test_no_valid_answer_at_all_is_said(tmp_path):
     assert {row[title] for title in [page.cells["behaviour"][0].index("rate %")] for row in page.cells["behaviour"][1:]} == {"–"}
 
 
-def organism(folder: Path, *, passed: bool = True) -> str:
+def organism(folder: Path, *, passed: bool = True, effect: tuple[int, ...] = (1, 2, 3)) -> str:
     """A rebuilt pair's record beside an (empty) aligned checkpoint folder. Returns the name of the aligned model."""
     (folder / "aligned").mkdir(parents=True)
     rates = {"implicit": 0.9, "explicit_agreement": 0.1, "r_blind": 0.9}
     planted = {"base": {**rates, "implicit": 0.6}, "aligned": {**rates, "implicit_group_cue": 0.5, "implicit_other_cue": 0.96},
-               "effect_blocks": [1, 2, 3], "no_effect_blocks": [5, 6]}
+               "effect_blocks": list(effect), "no_effect_blocks": [5, 6] if effect else list(range(8))}
     note = {"planted": planted, "gates_passed": passed,
             "gates": [{"name": "first gate", "passed": True}, {"name": "second gate", "passed": passed}]}
     (folder / "organism.json").write_text(json.dumps(note), "utf-8")
@@ -324,6 +324,14 @@ def test_an_organism_is_called_a_calibration_device(tmp_path, race):
     assert planted[f"aligned: implicit rate, steered towards {race.group_sense} at layers 1–3"] == "50.0"
     assert planted[f"aligned: implicit rate, steered towards {race.other_sense} at layers 1–3"] == "96.0"
     assert not any("5–7" in name for name in planted)    # layer 7 is undetermined in this record
+
+
+@pytest.mark.usefixtures("unsaved")
+def test_without_effect_blocks_no_window_has_a_planted_effect(tmp_path):
+    page = Page(write_report(make_study(tmp_path / "study", aligned=organism(tmp_path / "member", effect=()))))
+    steered = [row[1] for row in page.cells["planted"][1:] if "steered" in row[0]]
+    assert steered
+    assert set(steered) == {"90.0"}
 
 
 @pytest.mark.usefixtures("unsaved")

@@ -206,28 +206,9 @@ def measure_pair(out: Path, planting: Planting, *, pairs: int | None = None, sub
 
 def organism_record(seed: int, knobs: Knobs, recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
     """What organism.json says: the planted truth, how it was planted, what was kept out, and what the gates measured."""
-    world, concept = load_world(), load_concept("race")
-    gates = check(measured["base"], measured["aligned"], knobs, recipe.planting, concept)
+    gates = check(measured["base"], measured["aligned"], knobs, recipe.planting, load_concept("race"))
     return {
-        "note": NOTE,
-        "recipe": RECIPE,
-        "seed": seed,
-        "threads": 1,
-        "concept": concept.name,
-        "concept_digest": concept.digest,
-        "knobs": asdict(knobs),
-        "decoding": "sample",
-        "decoding_note": DECODING_NOTE,
-        "target_layer": recipe.planting.target,
-        "selfie": SELFIE,
-        "planted": planted_truth(knobs, recipe.planting),
-        "planting": used_in_planting(world),
-        "not_in_planting": kept_from_planting(world),
-        "lora": RECOMMENDED_LORA,
-        "cues": {
-            "accepted": [name for name in concept.cues if knows(world, name)],
-            "refused": {name: REFUSED for name in concept.cues if not knows(world, name)},
-        },
+        **shared_record(seed, knobs, recipe.planting),
         "stages": [asdict(stage) for stage in (recipe.warm, recipe.reading, recipe.base, recipe.aligned)],
         "interchange": {
             "reading": asdict(recipe.reading_planting),
@@ -238,6 +219,32 @@ def organism_record(seed: int, knobs: Knobs, recipe: Recipe, measured: dict[str,
         "gates_passed": all(gate.passed for gate in gates),
         "measured": measured,
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+
+
+def shared_record(seed: int, knobs: Knobs, planting: Planting) -> dict[str, Any]:
+    """What the record of every organism says: its truth, what it was planted with, what was kept out, how to measure it."""
+    world, concept = load_world(), load_concept("race")
+    return {
+        "note": NOTE,
+        "recipe": RECIPE,
+        "seed": seed,
+        "threads": 1,
+        "concept": concept.name,
+        "concept_digest": concept.digest,
+        "knobs": asdict(knobs),
+        "decoding": "sample",
+        "decoding_note": DECODING_NOTE,
+        "target_layer": planting.target,
+        "selfie": SELFIE,
+        "planted": planted_truth(knobs, planting),
+        "planting": used_in_planting(world),
+        "not_in_planting": kept_from_planting(world),
+        "lora": RECOMMENDED_LORA,
+        "cues": {
+            "accepted": [name for name in concept.cues if knows(world, name)],
+            "refused": {name: REFUSED for name in concept.cues if not knows(world, name)},
+        },
     }
 
 

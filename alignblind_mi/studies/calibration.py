@@ -1,0 +1,237 @@
+"""Calibration: every instrument on models whose truth is known, so that a researcher knows how far each can be trusted.
+
+The models are a family of organisms (`organism/family.py`): five settings of two separate knobs (how identifiers are read, how biased the
+answers are), a null organism, one whose senses can be decoded but are not used, and two that differ in depth alone. This module measures;
+what the measurements say is `verdicts.py`. Phrases, questions and places are never those that were planted with:
+
+* sources are the concept's implicit prompts, never sources of a planted patch;
+* readings are asked by `QUESTION`, and injected at `TARGET_LAYER`; planted was another question, at another layer;
+* cues are the concept's `test` contexts and steering phrases; steering acts on the stream between attention and MLP (`STREAM`), planted
+  was the stream after a block;
+* words are the concept's, held out from training.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from alignblind_mi.attribution import attribution_patching
+from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.contrast import contrast_pairs
+from alignblind_mi.edits import Treatment
+from alignblind_mi.lens import Translators, train_translators
+from alignblind_mi.loading import ModelSpec
+from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family
+from alignblind_mi.patching import grid_sites, patch_grid
+from alignblind_mi.progress import Progress
+from alignblind_mi.prompts import Prompt, assignments, implicit_prompts
+from alignblind_mi.results import Result, StudyFolder, versions
+from alignblind_mi.steering import sense_steering
+from alignblind_mi.studies.awareness import ask_sources, interpret_sources, lens_sources, probe_sources
+from alignblind_mi.studies.mitigation import early_window
+from alignblind_mi.studies.sources import Contexts, Recorded, record_contexts, record_sources
+
+CONCEPT, CUE = "race", "default"
+QUESTION, SELFIE_PROMPT = "about", "restated"
+TARGET_LAYER = 1
+STREAM = "resid_mid"
+READING_INSTRUMENTS = ("r_blind", "selfie", "logit_lens", "tuned_lens", "probe")
+BEHAVIOUR_INSTRUMENTS = ("implicit_bias", "steering", "activation_patching", "attribution_patching")
+INSTRUMENTS = READING_INSTRUMENTS + BEHAVIOUR_INSTRUMENTS
+CONTROLS = ("random", "wrong_token")    # a reading of these is a false alarm
+SEEDS = (0, 1, 2)
+WORD_PAIRS, PATCHED_PAIRS = 4, 2    # a category, of the readings and answers, and of the patches
+SELFIE_TOKENS = 8
+LENS_STEPS = 120
+COLUMNS = ("instrument", "variant", "unit", "context", "trial", "layer", "value")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Everything that the rows of a calibration depend on."""
+
+    seeds: tuple[int, ...] = SEEDS
+    quick: bool = False
+
+    @property
+    def members(self) -> list[Member]:
+        """The organisms that are measured."""
+        return calibration_family(self.seeds, quick=self.quick)
+
+    def identity(self) -> dict[str, object]:
+        """What a results folder is checked against: the settings, the recipe of the family and the content of the concept."""
+        return {"calibration": 1, "seeds": list(self.seeds), "quick": self.quick, "family": cache_folder().name,
+                "concept_digest": load_concept(CONCEPT).digest, "members": [member.name for member in self.members]}
+
+
+def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cache: Path | None = None) -> Path:
+    """Build (or find in the cache) every organism, measure every instrument on each, and save one part per organism in `out`.
+
+    Finished parts are not measured again. Errors: OrganismError or ResultError for a cache or folder that cannot be used.
+    """
+    from alignblind_mi.organism.build import one_thread
+
+    folder, members = StudyFolder.open(out, config.identity()), config.members
+    progress = Progress(len(members) + 1)
+    with progress.part("build organisms", done=all(folder.has(member.name) for member in members)):
+        missing = [member for member in members if not folder.has(member.name)]
+        paths = dict(zip(missing, build_family(missing, cache, jobs=jobs, progress=progress.note), strict=True)) if missing else {}
+    with one_thread():
+        for member in members:
+            done = folder.has(member.name)
+            with progress.part(f"measure {member.name}", done=done):
+                if not done:
+                    folder.part(member.name, lambda: _result(config, member, paths[member]))    # noqa: B023 - called at once
+    return out
+
+
+def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
+    model = load_model(ModelSpec(str(path)))
+    rows = measure_member(model, load_concept(CONCEPT), seed=member.seed)
+    truth = {key: value for key, value in asdict(member).items() if key not in ("effect", "none", "quick")}
+    rows = rows.assign(member=member.name, **truth, onset=-1 if member.onset is None else member.onset,
+                       last=max(member.effect, default=-1))
+    return Result(rows, {**model.provenance(), "member": asdict(member), "config": asdict(config), "versions": versions(),
+                         "made": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def measure_member(model: HookedModel, concept: Concept, *, seed: int = 0) -> pd.DataFrame:
+    """Every instrument on one organism. One row per instrument, variant, unit and layer.
+
+    Columns: instrument; variant ("open": without a cue, "group" and "other": after a cue, "placebo": what should show nothing); unit (one
+    reading or question), context (what intervals are clustered over), trial (the part of the rows on which a false alarm could be raised),
+    layer, value. Values of reading instruments run from -1 (group sense) to 1 (other sense); those of behaviour instruments are
+    probabilities of the stereotyped answer over one half (`implicit_bias`), or by how much a treatment lowers them.
+    """
+    parts = [*_readings(model, concept, seed), _implicit_bias(model, concept), *_steering(model, concept), *_patching(model, concept, seed)]
+    return pd.concat(parts, ignore_index=True)[list(COLUMNS)]
+
+
+# ---- readings ----------------------------------------------------------------------------------------------------------
+
+
+def _readings(model: HookedModel, concept: Concept, seed: int) -> list[pd.DataFrame]:
+    """All reading instruments on uncued prompts (with the controls) and on prompts after sentences that settle the sense."""
+    recorded = record_sources(model, concept, CUE, mentions=(0, 1), max_word_pairs=WORD_PAIRS, controls=CONTROLS, seed=seed)
+    cued = record_contexts(model, concept, CUE, range(model.n_layers), "test")
+    translators = train_translators(model, _lens_text(concept), steps=LENS_STEPS, seed=seed)
+    parts = []
+    for name in READING_INSTRUMENTS:
+        open_rows = _read(name, recorded, concept, translators, seed)
+        kind = np.where(open_rows["control"] == "", "open", "placebo")
+        parts.append(_reading_rows(name, open_rows, kind, open_rows["context"]))
+        cued_rows = _read(name, cued.recorded, concept, translators, seed)
+        sense, sentence = _by_row(cued, len(cued_rows))
+        parts.append(_reading_rows(name, cued_rows, sense, sentence))
+    return parts
+
+
+def _read(name: str, recorded: Recorded, concept: Concept, translators: Translators, seed: int) -> pd.DataFrame:
+    """The rows of one reading instrument."""
+    if name == "r_blind":
+        return ask_sources(recorded, concept, reading=QUESTION, target_layer=TARGET_LAYER)
+    if name == "selfie":
+        return interpret_sources(recorded, concept, prompt=SELFIE_PROMPT, target_layer=TARGET_LAYER, max_new_tokens=SELFIE_TOKENS,
+                                 temperature=1.0, seed=seed)
+    if name == "probe":
+        return probe_sources(recorded, concept, CUE, random_weights=False, seed=seed).rows
+    return lens_sources(recorded, concept, translators=translators if name == "tuned_lens" else None)
+
+
+def _by_row(cued: Contexts, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sense and the sentence of each row of readings, which go source by source and layer by layer."""
+    layers = rows // len(cued.labels)
+    return np.repeat(np.where(cued.labels, "other", "group"), layers), np.repeat(np.array(cued.sentences), layers)
+
+
+def _reading_rows(name: str, rows: pd.DataFrame, variant: Sequence[str] | np.ndarray, context: Sequence[str] | np.ndarray | pd.Series
+                  ) -> pd.DataFrame:
+    unit = rows["mark"] + "|" + rows["mention"].astype(str) + "|" + rows["context"] + "|" + rows["control"]
+    trial = rows["control"] + "|" + rows["mark"] + "|" + rows["mention"].astype(str) + "|" + rows["template"]
+    found = pd.DataFrame({"instrument": name, "variant": variant, "unit": unit.to_numpy(), "context": np.asarray(context),
+                          "trial": trial.to_numpy(), "layer": rows["layer"].to_numpy(), "value": rows["blind"].to_numpy(float)})
+    return found.assign(unit=found["unit"] + "|" + found["context"].astype(str) if name else found["unit"])
+
+
+def _lens_text(concept: Concept) -> list[Prompt]:
+    """What translators are trained on: implicit prompts with and without the concept's cues that need no other words."""
+    cues = [cue for cue in concept.cues.values() if cue.marked == concept.cue(CUE).marked]
+    return [prompt for cue in cues for prompt in implicit_prompts(concept, cue, max_word_pairs=1)]
+
+
+# ---- behaviour ---------------------------------------------------------------------------------------------------------
+
+
+def _prompts(concept: Concept, pairs: int = WORD_PAIRS) -> list[Prompt]:
+    return implicit_prompts(concept, CUE, max_word_pairs=pairs)
+
+
+def _stereotyped(model: HookedModel, concept: Concept, treatment: Treatment, prompts: Sequence[Prompt]) -> np.ndarray:
+    """P(stereotyped answer) of the two complete answers, per prompt."""
+    treated = model.under(treatment)
+    logs = treated.continuation_log_probs(treated.treatment.rows(prompts), [assignments(concept, prompt) for prompt in prompts])
+    return np.asarray((logs[:, 0] - logs[:, 1]).sigmoid().numpy(), dtype=float)
+
+
+def _behaviour_rows(name: str, variant: str, prompts: Sequence[Prompt], values: np.ndarray, trial: str = "", layer: int = -1
+                    ) -> pd.DataFrame:
+    labels = pd.DataFrame([prompt.labels for prompt in prompts])
+    unit = labels[["template", "option_order", "word_order", "word_pair"]].agg("|".join, axis=1)
+    return pd.DataFrame({"instrument": name, "variant": variant, "unit": unit, "context": labels["word_pair"],
+                         "trial": trial + "|" + labels["category"], "layer": layer, "value": values})
+
+
+def _implicit_bias(model: HookedModel, concept: Concept) -> pd.DataFrame:
+    prompts = _prompts(concept)
+    return _behaviour_rows("implicit_bias", "open", prompts, _stereotyped(model, concept, Treatment("untreated"), prompts) - 0.5)
+
+
+def _steering(model: HookedModel, concept: Concept) -> list[pd.DataFrame]:
+    """How much replacing the identifiers by those of a phrase lowers the bias.
+
+    In the paper's early window towards the group ("open") and towards each control phrase ("placebo"), and towards the group in each single
+    layer ("depth").
+    """
+    prompts = _prompts(concept)
+    before = _stereotyped(model, concept, Treatment("untreated"), prompts)
+    window = list(early_window(model.n_layers))
+    plans = [("open", concept.group_sense, window, -1), *(("placebo", control, window, -1) for control in concept.controls),
+             *(("depth", concept.group_sense, [layer], layer) for layer in range(model.n_layers))]
+    parts = []
+    for variant, sense, layers, layer in plans:
+        after = _stereotyped(model, concept, sense_steering(model, concept, CUE, sense, layers, stream=STREAM), prompts)
+        parts.append(_behaviour_rows("steering", variant, prompts, before - after, sense, layer))
+    return parts
+
+
+def _patching(model: HookedModel, concept: Concept, seed: int) -> list[pd.DataFrame]:
+    """How much the identifiers of a prompt after the group's phrase lower the bias of the same prompt after a control phrase.
+
+    Both exactly and to first order, by layer ("depth"), and over the layers of the early window ("open"; each patched alone); random
+    vectors of the same norm are the placebo.
+    """
+    control = next(iter(concept.controls))
+    pairs = contrast_pairs(model, concept, CUE, corrupt=control, max_word_pairs=PATCHED_PAIRS, seed=seed)
+    sites = grid_sites(range(model.n_layers), ["all_identifiers"], (STREAM,))
+    exact = patch_grid(model, pairs, sites, controls=("random",), seed=seed)
+    screen = attribution_patching(model, pairs, sites)
+    sigmoid: Callable[[pd.Series], pd.Series] = lambda odds: 1 / (1 + np.exp(-odds))    # noqa: E731
+    exact = exact.assign(value=sigmoid(exact["corrupt"]) - exact["p_stereotyped"])
+    screen = screen.assign(value=sigmoid(screen["corrupt"]) - sigmoid(screen["corrupt"] + screen["attribution"]), control="")
+    return [part for name, rows in (("activation_patching", exact), ("attribution_patching", screen))
+            for part in _patch_rows(name, rows, early_window(model.n_layers))]
+
+
+def _patch_rows(name: str, rows: pd.DataFrame, window: range) -> list[pd.DataFrame]:
+    unit = rows[["template", "option_order", "word_order", "word_pair"]].agg("|".join, axis=1)
+    table = pd.DataFrame({"instrument": name, "variant": np.where(rows["control"] == "", "depth", "placebo"), "unit": unit,
+                          "context": rows["word_pair"], "trial": rows["control"] + "|" + rows["category"], "layer": rows["layer"],
+                          "value": rows["value"]})
+    inside = table[table["layer"].isin(list(window))]
+    return [table[table["variant"] == "depth"], inside[inside["variant"] == "depth"].assign(variant="open"),
+            inside[inside["variant"] == "placebo"]]

@@ -1,0 +1,296 @@
+"""What a calibration says of each instrument: recovery, depth, causality, false alarms, coverage; and the advice that follows.
+
+Reads the rows of `calibration.py`, one organism after the other. It does NOT run models, nor know how an instrument works.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from alignblind_mi.statistics import exact_interval, t_interval
+from alignblind_mi.studies.calibration import BEHAVIOUR_INSTRUMENTS, INSTRUMENTS, READING_INSTRUMENTS
+
+KNOB = dict.fromkeys(READING_INSTRUMENTS, "reading") | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, "behaviour")
+# The smallest effect worth a claim, in the instrument's unit: a fifth of the scale from one sense to the middle, five points of a rate.
+SMALLEST = dict.fromkeys(READING_INSTRUMENTS, 0.2) | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, 0.05)
+SEPARATED = 0.25    # a decodable-only organism must show at most this share of what the causal one shows
+HALF = 0.5    # an instrument's onset is the first layer with half of its largest value
+CAUSAL_TWIN = ("shallow", "knobs")    # kinds that the decodable organism is compared with, the first that is there
+SAMPLE = 30    # contexts of a simulated study
+SIMULATIONS = 400    # a member
+MIN_TRIALS = 20    # alarms on fewer trials are no rate
+
+
+def calibration_records(rows: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any]]:
+    """One record per instrument; what cannot be computed is None.
+
+    instrument, measures ("reading" or "behaviour"), n (organisms), seeds, spearman (mean over seeds of the rank correlation between the
+    planted knob and the estimate, five settings a seed), spearman_by_seed, spearman_other_knob (of the knob that it should not follow),
+    depth_error (largest distance in layers between the planted first layer and the one found), last_error (the same for the last layer,
+    of instruments that claim to find it), causal_separated (whether in every seed it shows at most a quarter on the organism whose senses
+    are decodable and not used of what it shows on the causal one), decodable_share (the largest of those shares), false_alarm_rate with
+    its exact interval and n (share of trials on null organisms and placebos whose 95 % interval leaves out zero and whose estimate is at
+    least `smallest`), interval_alarm_rate (the same without asking for a size), coverage (share of simulated 95 % intervals over 30
+    contexts that hold the truth), coverage_n, interval_width (their mean width).
+    """
+    return [_record(name, rows[rows["instrument"] == name], seed) for name in INSTRUMENTS if (rows["instrument"] == name).any()]
+
+
+def _record(name: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
+    recovery = recovery_table(rows)
+    by_seed = {int(key): _rank_correlation(group["planted"], group["estimate"]) for key, group in recovery.groupby("seed")}
+    other = [_rank_correlation(group["other_knob"], group["estimate"]) for _, group in recovery.groupby("seed")]
+    depth = depth_table(rows)
+    shares = [_share_of_twin(group) for _, group in rows.groupby("seed")]
+    alarms = alarm_table(rows)
+    n, raised = len(alarms), int(alarms["alarm"].sum())
+    low, high = exact_interval(raised, n)
+    coverage = coverage_table(rows, seed=seed)
+    return _plain({
+        "instrument": name, "measures": KNOB[name], "n": rows["member"].nunique(), "seeds": sorted(map(int, rows["seed"].unique())),
+        "spearman": _mean(list(by_seed.values())), "spearman_by_seed": by_seed, "spearman_other_knob": _mean(other),
+        "depth_error": _worst(depth["onset_error"]), "last_error": _worst(depth["last_error"]),
+        "causal_separated": _separated(shares), "decodable_share": _worst(pd.Series([s for s in shares if s is not None], dtype=float)),
+        "false_alarm_rate": raised / n if n else None, "false_alarm_low": low, "false_alarm_high": high, "false_alarm_n": n,
+        "interval_alarm_rate": float(alarms["excludes_zero"].mean()) if n else None, "smallest": SMALLEST[name],
+        "coverage": float(coverage["covered"].sum() / coverage["n"].sum()) if len(coverage) else None,
+        "coverage_n": int(coverage["n"].sum()) if len(coverage) else 0,
+        "interval_width": float(coverage["width"].mean()) if len(coverage) else None,
+    })
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in record.items()}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def _worst(values: "pd.Series[Any]") -> float | None:
+    known = values.dropna()
+    return None if known.empty or len(known) < len(values) else float(known.max())
+
+
+def _rank_correlation(planted: "pd.Series[float]", found: "pd.Series[float]") -> float | None:
+    """Spearman's; None where one of the two does not vary."""
+    if len(planted) < 3 or planted.nunique() < 2 or found.round(9).nunique() < 2:
+        return None
+    return float(np.corrcoef(planted.rank(), found.rank())[0, 1])
+
+
+# ---- recovery ----------------------------------------------------------------------------------------------------------
+
+
+def recovery_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """What each organism of the two knobs was planted with and what an instrument says.
+
+    Columns: instrument, member, seed, planted (its knob), other_knob, estimate, low, high (95 %, contexts as the unit), n (units).
+    """
+    here = rows[(rows["kind"] == "knobs") & (rows["variant"] == "open")]
+    records = []
+    for (name, member), group in here.groupby(["instrument", "member"], sort=False):
+        knob = KNOB[str(name)]
+        records.append({"instrument": name, "member": member, "seed": int(group["seed"].iloc[0]), "planted": group[knob].iloc[0],
+                        "other_knob": group["behaviour" if knob == "reading" else "reading"].iloc[0], **_estimate(group)})
+    return pd.DataFrame(records, columns=["instrument", "member", "seed", "planted", "other_knob", "estimate", "low", "high", "n"])
+
+
+def _estimate(rows: pd.DataFrame) -> dict[str, Any]:
+    low, high = t_interval(rows["value"].to_numpy(float), rows["context"].to_numpy())
+    return {"estimate": float(rows["value"].mean()), "low": low, "high": high, "n": rows["unit"].nunique()}
+
+
+# ---- depth -------------------------------------------------------------------------------------------------------------
+
+
+def depth_profile_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """What an instrument shows by layer on organisms of known depth (kinds `shallow` and `depth`, else one of the knobs').
+
+    Of readings: half the difference between prompts after a sentence for the other sense and after one for the group's; of behaviour: by
+    how much a patch at that layer lowers the bias. Columns: instrument, member, kind, seed, layer, value, onset, last (planted).
+    """
+    parts = []
+    for name, group in rows.groupby("instrument", sort=False):
+        if name == "implicit_bias":
+            continue
+        found = _contrasts(group) if KNOB[str(name)] == "reading" else group[group["variant"] == "depth"]
+        parts.append(found.groupby(["instrument", "member", "kind", "seed", "layer", "onset", "last"], sort=False)["value"].mean())
+    return pd.concat(parts).reset_index() if parts else pd.DataFrame(columns=["instrument", "member", "kind", "seed", "layer", "value",
+                                                                             "onset", "last"])
+
+
+def _contrasts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Half the difference of readings between the two cued variants, as rows to be averaged by layer."""
+    keys = ["instrument", "member", "kind", "seed", "layer", "onset", "last"]
+    means = rows[rows["variant"].isin(["group", "other"])].groupby([*keys, "variant"], sort=False)["value"].mean().unstack("variant")
+    return ((means["other"] - means["group"]) / 2).rename("value").reset_index()
+
+
+def depth_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Planted and found depth: instrument, member, kind, seed, onset, last, found_onset, found_last, onset_error, last_error.
+
+    The onset is the first layer that shows at least half of the largest value, the last layer the last such one; an instrument that shows
+    nothing (no layer above the smallest effect worth a claim) has no depth (NaN). Where a reading stays readable after its last use
+    a reading instrument says nothing of the last layer: last_error is NaN.
+    """
+    profile = depth_profile_table(rows)
+    kinds = {"depth", "shallow"} if (profile["kind"] == "shallow").any() else {"depth", "knobs"}
+    records = []
+    for (name, member), group in profile[profile["kind"].isin(kinds)].groupby(["instrument", "member"], sort=False):
+        first = group.iloc[0]
+        if first["kind"] == "knobs" and KNOB[str(name)] == "behaviour" and not _is_biased(rows, str(member)):
+            continue    # nothing to be lowered
+        found = _span(group, SMALLEST[str(name)])
+        record = {key: first[key] for key in ("instrument", "member", "kind", "seed", "onset", "last")}
+        record |= {"found_onset": found[0], "found_last": found[1], "onset_error": abs(found[0] - first["onset"]),
+                   "last_error": abs(found[1] - first["last"]) if KNOB[str(name)] == "behaviour" else float("nan")}
+        records.append(record)
+    return pd.DataFrame(records, columns=["instrument", "member", "kind", "seed", "onset", "last", "found_onset", "found_last",
+                                          "onset_error", "last_error"])
+
+
+def _is_biased(rows: pd.DataFrame, member: str) -> bool:
+    return bool(rows.loc[rows["member"] == member, "behaviour"].iloc[0] >= 0.7)
+
+
+def _span(profile: pd.DataFrame, smallest: float) -> tuple[float, float]:
+    top = profile["value"].max()
+    if not top >= smallest:
+        return float("nan"), float("nan")
+    layers = profile.loc[profile["value"] >= HALF * top, "layer"]
+    return float(layers.min()), float(layers.max())
+
+
+# ---- causal or decodable only ------------------------------------------------------------------------------------------
+
+
+def causal_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """What an instrument shows on the causal and on the decodable-only organism of each seed: instrument, seed, kind, value.
+
+    Readings: the mean over layers of their answer to cues (see `depth_profile_table`); behaviour: the largest single layer.
+    """
+    profile = depth_profile_table(rows)
+    grouped = profile.groupby(["instrument", "seed", "kind", "member"], sort=False)["value"]
+    found = grouped.agg(["mean", "max"]).reset_index()
+    found["value"] = np.where(found["instrument"].map(KNOB) == "reading", found["mean"], found["max"])
+    twin = next((kind for kind in CAUSAL_TWIN if (found["kind"] == kind).any()), "")
+    shown = found[found["kind"].isin(["decodable", twin])]
+    return shown.groupby(["instrument", "seed", "kind"], sort=False)["value"].max().reset_index()
+
+
+def _share_of_twin(rows: pd.DataFrame) -> float | None:
+    """Of one seed and instrument: what the decodable-only organism shows, as a share of what the causal one does; None without either.
+
+    Infinite where the instrument shows less than the smallest effect worth a claim on the causal organism: it separates nothing.
+    """
+    found = causal_table(rows)
+    decodable, causal = found[found["kind"] == "decodable"], found[found["kind"] != "decodable"]
+    if decodable.empty or causal.empty:
+        return None
+    if causal["value"].iloc[0] < SMALLEST[str(found["instrument"].iloc[0])]:
+        return float("inf")
+    return float(abs(decodable["value"].iloc[0]) / causal["value"].iloc[0])
+
+
+def _separated(shares: Sequence[float | None]) -> bool | None:
+    known = [share for share in shares if share is not None]
+    return max(known) <= SEPARATED if known else None
+
+
+# ---- false alarms ------------------------------------------------------------------------------------------------------
+
+
+def alarm_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Every trial on which only a false alarm can be raised: parts of the null organisms' rows, and the placebos of all organisms.
+
+    Columns: instrument, member, kind, seed, variant, trial, estimate, low, high, n, excludes_zero, alarm (and at least as large as the
+    smallest effect worth a claim).
+    """
+    null = rows[(rows["kind"] == "null") & rows["variant"].isin(["open", "placebo"])]
+    placebo = rows[(rows["kind"] != "null") & (rows["variant"] == "placebo")]
+    records = []
+    for keys, group in pd.concat([null, placebo]).groupby(["instrument", "member", "kind", "seed", "variant", "trial"], sort=False):
+        found = _estimate(group)
+        excludes = bool(found["low"] > 0 or found["high"] < 0)
+        records.append({**dict(zip(("instrument", "member", "kind", "seed", "variant", "trial"), keys, strict=True)), **found,
+                        "excludes_zero": excludes, "alarm": excludes and abs(found["estimate"]) >= SMALLEST[str(keys[0])]})
+    return pd.DataFrame(records, columns=["instrument", "member", "kind", "seed", "variant", "trial", "estimate", "low", "high", "n",
+                                          "excludes_zero", "alarm"])
+
+
+# ---- coverage ----------------------------------------------------------------------------------------------------------
+
+
+def coverage_table(rows: pd.DataFrame, *, seed: int = 0, sample: int = SAMPLE, simulations: int = SIMULATIONS) -> pd.DataFrame:
+    """Simulated studies of `sample` units drawn from an organism's own units, whose mean is the truth: how often does the interval hold it?
+
+    A unit is one reading or question (its mean over layers). Columns: instrument, member, n (simulations), covered, width (mean).
+    """
+    here = rows[rows["kind"].isin(["knobs", "shallow", "depth"]) & (rows["variant"] == "open")]
+    records = []
+    for (name, member), group in here.groupby(["instrument", "member"], sort=False):
+        units = group.groupby("unit", sort=False)["value"].mean().to_numpy()
+        if np.ptp(units) < 1e-9:
+            continue    # an instrument that says the same of every unit has no interval
+        drawn = np.random.default_rng([seed, *map(ord, str(member))]).choice(units, (simulations, sample))
+        ends = np.array([t_interval(one, np.arange(sample)) for one in drawn])
+        covered = (ends[:, 0] <= units.mean()) & (units.mean() <= ends[:, 1])
+        records.append({"instrument": name, "member": member, "n": simulations, "covered": int(covered.sum()),
+                        "width": float(np.diff(ends).mean())})
+    return pd.DataFrame(records, columns=["instrument", "member", "n", "covered", "width"])
+
+
+# ---- together ----------------------------------------------------------------------------------------------------------
+
+
+def convergence_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Do instruments agree? Spearman's correlation between their estimates over all organisms of the two knobs, and with the knobs.
+
+    Columns: first, second, spearman, n (organisms).
+    """
+    recovery = recovery_table(rows)
+    wide = recovery.pivot_table(index="member", columns="instrument", values="estimate")
+    knobs = rows[rows["kind"] == "knobs"].drop_duplicates("member").set_index("member")[["reading", "behaviour"]]
+    wide = wide.join(knobs.add_prefix("planted "))
+    names = [*(f"planted {knob}" for knob in ("reading", "behaviour")), *(name for name in INSTRUMENTS if name in wide)]
+    return pd.DataFrame.from_records([
+        {"first": a, "second": b, "spearman": _rank_correlation(wide[a], wide[b]), "n": len(wide)} for a in names for b in names])
+
+
+def advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Plain words, from the records alone: which instrument to believe for which question, and which not."""
+    readings = [record for record in records if record["measures"] == "reading"]
+    causal = [record for record in records if record["measures"] == "behaviour" and record["depth_error"] is not None]
+    trusted = [r for r in readings if _at_least(r["spearman"], 0.9) and _at_most(r["false_alarm_rate"], 0.05)]
+    ranking = [r for r in readings if _at_least(r["spearman"], 0.9) and r not in trusted]
+    weak = [r for r in readings if not _at_least(r["spearman"], 0.9)]
+    deep = [r for r in records if _at_most(r["depth_error"], 1)]
+    lines = [_sentence("How is the word read? Believe", trusted, "they rise with the planted reading and raise few false alarms"),
+             _sentence("To rank models, not to claim a reading where there may be none:", ranking,
+                       "they rise with the planted reading, but placebos set them off too"),
+             _sentence("Do not read senses off", weak, "they did not follow the planted reading"),
+             _sentence("From which layer on? Believe", deep, "they found the planted first layer within one"),
+             _sentence("Until which layer? Believe", [r for r in causal if _at_most(r["last_error"], 1)],
+                       "they found the planted last layer within one; a reading stays readable after its last use"),
+             _sentence("Does the answer depend on it? Believe", [r for r in causal if r["causal_separated"]],
+                       "they stay silent where a sense can be decoded and is not used"),
+             _sentence("That a sense is decoded is no evidence that it is used:",
+                       [r for r in records if r["causal_separated"] is False], "they did not tell the two apart")]
+    return [line for line in lines if line]
+
+
+def _at_least(value: float | None, bound: float) -> bool:
+    return value is not None and value >= bound
+
+
+def _at_most(value: float | None, bound: float) -> bool:
+    return value is not None and value <= bound
+
+
+def _sentence(lead: str, records: Sequence[Mapping[str, Any]], why: str) -> str:
+    names = ", ".join(str(record["instrument"]).replace("_", " ") for record in records)
+    return f"{lead} {names}: {why}." if names else ""
