@@ -300,7 +300,7 @@ class HookedModel:
             wanted = logits[:, ids.to(logits.device)]
             out[batch.index] = torch.stack([(logits > wanted[:, i : i + 1]).sum(-1) for i in range(len(ids))], 1).cpu()
 
-        self._over(self._token_rows(rows), None, keep)
+        self._over(self.token_rows(rows), None, keep)
         return out
 
     def residual_log_probs(self, resid: Float[Tensor, "vector d_model"], targets: Sequence[str]) -> Float[Tensor, "vector target"]:

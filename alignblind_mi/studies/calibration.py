@@ -22,7 +22,7 @@ import pandas as pd
 from alignblind_mi.attribution import attribution_patching
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.contrast import contrast_pairs
-from alignblind_mi.edits import Treatment
+from alignblind_mi.edits import Stream, Treatment
 from alignblind_mi.lens import Translators, train_translators
 from alignblind_mi.loading import ModelSpec
 from alignblind_mi.model import HookedModel, load_model
@@ -38,8 +38,8 @@ from alignblind_mi.studies.sources import Contexts, Recorded, record_contexts, r
 
 CONCEPT, CUE = "race", "default"
 QUESTION, SELFIE_PROMPT = "about", "restated"
-TARGET_LAYER = 1
-STREAM = "resid_mid"
+TARGET_LAYER = 3
+STREAM: Stream = "resid_mid"
 READING_INSTRUMENTS = ("r_blind", "selfie", "logit_lens", "tuned_lens", "probe")
 BEHAVIOUR_INSTRUMENTS = ("implicit_bias", "steering", "activation_patching", "attribution_patching")
 INSTRUMENTS = READING_INSTRUMENTS + BEHAVIOUR_INSTRUMENTS
@@ -92,7 +92,7 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cach
 
 def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
     model = load_model(ModelSpec(str(path)))
-    rows = measure_member(model, load_concept(CONCEPT), seed=member.seed)
+    rows = measure_instruments(model, load_concept(CONCEPT), seed=member.seed)
     truth = {key: value for key, value in asdict(member).items() if key not in ("effect", "none", "quick")}
     rows = rows.assign(member=member.name, **truth, onset=-1 if member.onset is None else member.onset,
                        last=max(member.effect, default=-1))
@@ -100,7 +100,7 @@ def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
                          "made": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
-def measure_member(model: HookedModel, concept: Concept, *, seed: int = 0) -> pd.DataFrame:
+def measure_instruments(model: HookedModel, concept: Concept, *, seed: int = 0) -> pd.DataFrame:
     """Every instrument on one organism. One row per instrument, variant, unit and layer.
 
     Columns: instrument; variant ("open": without a cue, "group" and "other": after a cue, "placebo": what should show nothing); unit (one
@@ -217,7 +217,7 @@ def _patching(model: HookedModel, concept: Concept, seed: int) -> list[pd.DataFr
     """
     control = next(iter(concept.controls))
     pairs = contrast_pairs(model, concept, CUE, corrupt=control, max_word_pairs=PATCHED_PAIRS, seed=seed)
-    sites = grid_sites(range(model.n_layers), ["all_identifiers"], (STREAM,))
+    sites = grid_sites(range(model.n_layers), ["identifiers"], (STREAM,))
     exact = patch_grid(model, pairs, sites, controls=("random",), seed=seed)
     screen = attribution_patching(model, pairs, sites)
     sigmoid: Callable[[pd.Series], pd.Series] = lambda odds: 1 / (1 + np.exp(-odds))    # noqa: E731

@@ -40,7 +40,7 @@ def calibration_records(rows: pd.DataFrame, *, seed: int = 0) -> list[dict[str, 
 
 def _record(name: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
     recovery = recovery_table(rows)
-    by_seed = {int(key): _rank_correlation(group["planted"], group["estimate"]) for key, group in recovery.groupby("seed")}
+    by_seed = {int(str(key)): _rank_correlation(group["planted"], group["estimate"]) for key, group in recovery.groupby("seed")}
     other = [_rank_correlation(group["other_knob"], group["estimate"]) for _, group in recovery.groupby("seed")]
     depth = depth_table(rows)
     shares = [_share_of_twin(group) for _, group in rows.groupby("seed")]
