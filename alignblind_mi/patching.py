@@ -9,6 +9,7 @@ NOT know concepts: a pair brings its prompts, its answers and its labels.
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -166,7 +167,7 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
     answers after the patch), clean and corrupt (those of the two runs without a patch), moved (nats, from the patched run's own), effect
     (the share of the difference between the runs that was moved: 1 is the source's answer; NaN where the runs differ by less than
     `min_difference` nats), p_stereotyped (probability of the stereotyped answer among the two), flipped (1 if the more probable answer
-    became that of the source run, else 0; NaN where both runs prefer the same one).
+    became that of the source run, else 0; NaN where both runs prefer the same one). `progress` is told how many rows were finished.
 
     Errors: PatchError for an unknown direction or control, no sites, or a token that cannot be patched alone; EditError for a site that the
     model does not have.
@@ -178,6 +179,7 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
     found = [patches(case, sites) for case in every]
     size = max(1, ROWS_AT_ONCE // max([1, *(len(each) * (1 + len(controls)) for each in found)]))
     records: list[dict[str, object]] = []
+    told = 0
     for start in range(0, len(every), size):
         some = range(start, min(start + size, len(every)))
         made = _measured(model, [every[i] for i in some], [found[i] for i in some], controls, seed)
@@ -185,7 +187,8 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
             records += [{**label(model, i, case, patch), "control": control, **outcome(odds, clean, corrupt, direction, min_difference)}
                         for patch, control, odds in scores]
         if progress is not None:
-            progress(len(some))
+            progress(len(records) - told)
+            told = len(records)
     return pd.DataFrame.from_records(records)
 
 
@@ -266,8 +269,9 @@ def record_each(model: HookedModel, asked: Sequence[tuple[Row, tuple[Site, ...]]
     for sites, index in groups.items():
         _check_tokens([asked[i][0] for i in index], sites)
         sizes: dict[int, list[Site]] = {}
+        size_of = cache(lambda layer, stream, units: model.site_size(Site(layer, "", stream, units=units)))
         for site in sites:
-            sizes.setdefault(model.site_size(site), []).append(site)
+            sizes.setdefault(size_of(site.layer, site.stream, site.units), []).append(site)
         for part in sizes.values():
             for i, vectors in zip(index, model.record([asked[i][0] for i in index], part), strict=True):
                 out[i] |= zip(part, vectors, strict=True)

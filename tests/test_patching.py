@@ -459,16 +459,17 @@ def test_paths_run_under_a_treatment(tiny, pairs):
 def test_the_study_has_every_part_in_both_directions(tiny, race):
     done = []
     rows = measure_patching(tiny, race, "default", categories=["weapon"], max_word_pairs=1, layers=[0, 3], progress=done.append,
-                            controls=["random"])
+                            controls=["random", "wrong_token"])
     n = 12
-    assert sum(done) == 2 * n
+    assert sum(done) == len(rows)
     real = rows[rows["control"] == ""]
     counted = real.groupby(["direction", "stream"]).size()
     places = {"resid_post": 7, "attn_out": 7, "mlp_out": 7, "z": 4 * 2}
     assert counted.to_dict() == {(direction, stream): n * 2 * k for direction in DIRECTIONS for stream, k in places.items()}
     assert real["attribution"].notna().all()
-    assert rows[rows["control"] == "random"]["attribution"].isna().all()
-    assert len(rows) == 2 * len(real)
+    assert rows[rows["control"] != ""]["attribution"].isna().all()
+    assert rows.groupby("stream")["control"].unique().map(list).to_dict() == {
+        "resid_post": ["", "random", "wrong_token"], **{stream: ["", "random"] for stream in ("attn_out", "mlp_out", "z")}}
     assert set(rows["swap"]) == {"context"}
     assert set(screen_agreement(rows)["n"]) == {n * 2 * 7, n * 2 * 8}
     table = heatmap_table(rows, "head")
@@ -476,6 +477,8 @@ def test_the_study_has_every_part_in_both_directions(tiny, race):
     assert set(heatmap_table(rows)["place"]) == set(real[real["stream"] == "resid_post"]["mark"])
     with pytest.raises(PatchError, match="unknown part 'legs'"):
         measure_patching(tiny, race, "default", parts=["legs"])
+    with pytest.raises(PatchError, match="no part to patch"):
+        measure_patching(tiny, race, "default", parts=["screen"])
     with pytest.raises(PatchError, match="nothing was patched there"):
         heatmap_table(rows, "token")
 
@@ -508,7 +511,7 @@ def test_depth_is_from_the_first_to_the_last_layer_above_its_controls():
 @pytest.mark.slow
 def test_the_organism_s_planted_depth_is_found_by_denoising_and_noising(race):
     """Blocks 1-3 carry the reading of the identifiers, 5-7 do nothing; the phrases are ones that were never planted."""
-    planted = ab.organism_info()
+    planted = ab.organism_info()["planted"]
     first, last = min(planted["effect_blocks"]), max(planted["effect_blocks"])
     model = ab.load_model("organism:aligned")
     rows = measure_patching(model, race, "default", parts=["residual"], marks=["all_identifiers", "identifiers"], max_word_pairs=1)
