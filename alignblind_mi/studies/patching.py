@@ -32,11 +32,11 @@ Mark = str | tuple[str, int]
 def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, swap: str = "context", contexts: Contexts | None = None,
                      parts: Sequence[str] = PARTS, directions: Sequence[str] = DIRECTIONS, controls: Sequence[str] = CONTROLS,
                      layers: Sequence[int] | None = None, marks: Sequence[Mark] | None = None, categories: Sequence[str] = (),
-                     max_word_pairs: int = 2, seed: int = 0, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+                     max_word_pairs: int = 2, steps: int = 5, seed: int = 0, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """Patch the contrast pairs of a cue at every layer; `max_word_pairs` a category bounds them.
 
     `parts`: `residual` (the stream after each layer, at each of `marks`), `added` (what attention and MLP add there), `heads` (each head,
-    at the identifiers and the last token), `screen` (attribution patching of all of these). `contexts` and `swap` as in
+    at the identifiers and the last token), `screen` (attribution patching of all of these, with `steps`). `contexts` and `swap` as in
     `contrast_pairs`; `marks` as in `grid_sites`, `every_token` among them. The residual stream is patched with all `controls`, the other
     parts with the random one of them.
 
@@ -58,7 +58,7 @@ def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, sw
         rows = pd.concat([patch_grid(model, pairs, sites, direction=direction, controls=some, seed=seed, progress=progress)
                           for sites, some in grids], ignore_index=True)
         if "screen" in parts:
-            screen = attribution_patching(model, pairs, [site for sites, _ in grids for site in sites], direction=direction)
+            screen = attribution_patching(model, pairs, [site for sites, _ in grids for site in sites], direction=direction, steps=steps)
             rows = _with_screen(rows, screen)
         found.append(rows)
     return pd.concat(found, ignore_index=True)
