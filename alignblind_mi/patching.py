@@ -30,7 +30,7 @@ DIRECTIONS = ("denoise", "noise")
 CONTROLS = ("random", "wrong_token", "same_sense", "control_phrase")
 LAST_TOKEN, EVERY_TOKEN = "last_token", "every_token"    # marks that every prompt has here
 MIN_DIFFERENCE = 0.25    # nats between the two runs below which a share of their difference says nothing
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE, VALUES_AT_ONCE = 4096, 2**27    # patched rows, and values of their vectors (half a GiB), that exist at a time
 PLACE = ("direction", "layer", "stream", "mark", "occurrence", "position", "units")    # with `pair` and `control`: what a row is about
 
 
@@ -177,7 +177,7 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
         raise PatchError(f"unknown control {unknown[0]!r}. Known: {', '.join(CONTROLS)}." if unknown else "no sites to patch were given.")
     every = cases(model, pairs, direction)
     found = [patches(case, sites) for case in every]
-    size = max(1, ROWS_AT_ONCE // max([1, *(len(each) * (1 + len(controls)) for each in found)]))
+    size = _pairs_at_once(model, found, 1 + len(controls))
     records: list[dict[str, object]] = []
     told = 0
     for start in range(0, len(every), size):
@@ -190,6 +190,13 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
             progress(len(records) - told)
             told = len(records)
     return pd.DataFrame.from_records(records)
+
+
+def _pairs_at_once(model: HookedModel, found: Sequence[Sequence[Patch]], kinds: int) -> int:
+    """How many pairs are patched together, by the rows and the vectors that the largest of them needs."""
+    rows = max((len(each) * kinds for each in found), default=1)
+    values = max((sum(len(patch.positions) for patch in each) * kinds for each in found), default=1) * model.d_model
+    return max(1, min(ROWS_AT_ONCE // rows, VALUES_AT_ONCE // values))
 
 
 def outcome(log_odds: float, clean: float, corrupt: float, direction: str, min_difference: float = MIN_DIFFERENCE) -> dict[str, float]:

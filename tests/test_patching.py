@@ -221,6 +221,16 @@ def test_the_grid_equals_plain_hooks_one_row_at_a_time(tiny, tiny_folder, pairs)
         assert rows["moved"].abs().max() > 1e-3
 
 
+def test_how_many_pairs_run_together_changes_nothing(tiny, pairs, monkeypatch):
+    sites, done = grid_sites([1], ["context", "last_token"]), []
+    together = patch_grid(tiny, pairs[:3], sites)
+    monkeypatch.setattr("alignblind_mi.patching.ROWS_AT_ONCE", 1)
+    alone = patch_grid(tiny, pairs[:3], sites, progress=done.append)
+    assert done == [len(together) / 3] * 3
+    assert alone["log_odds"].tolist() == pytest.approx(together["log_odds"].tolist(), abs=1e-5)
+    assert alone.drop(columns=[*alone.columns[-7:]]).equals(together.drop(columns=[*together.columns[-7:]]))
+
+
 def test_rows_say_where_and_whose_they_are(tiny, pairs):
     rows = patch_grid(tiny, pairs[:1], grid_sites([1], [("marked", 1), "all_identifiers"]) + head_sites(tiny, [0], ["last_token"])[2:3],
                       controls=["random"])
