@@ -1,13 +1,16 @@
 """Attribution patching: what a patch would do, to first order, for every place at the cost of two forward passes and a backward one.
 
 The estimate is (source activation - target activation) . d(log-odds)/d(activation), the gradient taken in the run that would be patched
-(Nanda 2023, neelnanda.io/mechanistic-interpretability/attribution-patching; Syed, Rager and Conmy 2023, arXiv 2310.10348). It screens; it
-does not measure: `screen_agreement` says how well it agrees with the exact grid. transformer-lens' own tool
+(Nanda 2023, neelnanda.io/mechanistic-interpretability/attribution-patching; Syed, Rager and Conmy 2023, arXiv 2310.10348). Where the answer
+is saturated that gradient says little; `steps` takes its mean along the way from the target's embeddings to the source's (integrated
+gradients: Sundararajan et al. 2017; Hanna, Pezzelle and Belinkov 2024, arXiv 2403.17806). It screens; it does not measure:
+`screen_agreement` says how well it agrees with the exact grid. transformer-lens' own tool
 (tools.analysis.attribution_patching) scores heads and MLP outputs on the bridge; this one takes the same sites, treatments and answers
 as `patch_grid`, residual streams and neurons among them.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -21,10 +24,15 @@ from alignblind_mi.model import HookedModel
 from alignblind_mi.patching import MIN_DIFFERENCE, PLACE, Case, Patch, cases, grid_sites, label, log_odds, patches
 from alignblind_mi.tokens import place
 
+EMBEDDING: Where = (-1, "resid_post")
+
 
 def attribution_patching(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site], *, direction: str = "denoise",
-                         min_difference: float = MIN_DIFFERENCE) -> pd.DataFrame:
+                         steps: int = 1, min_difference: float = MIN_DIFFERENCE) -> pd.DataFrame:
     """First-order estimates of the patches of `patch_grid`, under the model's treatment; one row per pair and site.
+
+    `steps` 1 takes the gradient in the run that would be patched; k > 1 takes the mean of k gradients on the way to the source run, at the
+    cost of k backward passes.
 
     Columns: the labels and places of `patch_grid`, clean, corrupt, attribution (nats: estimate of `moved`), effect_estimate (its share of
     the difference between the runs; NaN where that is below `min_difference` nats).
@@ -32,7 +40,7 @@ def attribution_patching(model: HookedModel, pairs: Sequence[Pair], sites: Seque
     records: list[dict[str, object]] = []
     for i, case in enumerate(cases(model, pairs, direction)):
         found = patches(case, sites)
-        source, target = _both_runs(model, case, {_where(patch.site) for patch in found})
+        source, target = _both_runs(model, case, {_where(patch.site) for patch in found}, steps)
         other = float(log_odds(model, [case.sources[""]], [case.pair.answers])[0])
         clean, corrupt = (other, target.log_odds) if direction == "denoise" else (target.log_odds, other)
         difference = other - target.log_odds
@@ -48,9 +56,19 @@ def _where(site: Site) -> Where:
     return at.layer, at.stream
 
 
-def _both_runs(model: HookedModel, case: Case, places: set[Where]) -> tuple[Activations, Activations]:
-    ordered = sorted(places)
-    return activations(model, case.sources[""], ordered), log_odds_gradients(model, case.target, case.pair.answers, ordered)
+def _both_runs(model: HookedModel, case: Case, places: set[Where], steps: int) -> tuple[Activations, Activations]:
+    """The source's activations, and the target's with the gradients there. Errors: PatchError for less than one step."""
+    if steps < 1:
+        raise PatchError(f"a gradient is taken at one point or more, got steps={steps}.")
+    ordered = sorted({*places, EMBEDDING})
+    source = activations(model, case.sources[""], ordered)
+    target = log_odds_gradients(model, case.target, case.pair.answers, ordered)
+    if steps == 1:
+        return source, target
+    way = source.values[EMBEDDING] - target.values[EMBEDDING]
+    gradients = [log_odds_gradients(model, case.target, case.pair.answers, ordered, way * (k + 0.5) / steps).gradients
+                 for k in range(steps)]
+    return source, replace(target, gradients={at: torch.stack([each[at] for each in gradients]).mean(0) for at in ordered})
 
 
 def _products(model: HookedModel, patch: Patch, source: Activations, target: Activations) -> Float[Tensor, "token size"]:
@@ -62,7 +80,7 @@ def _products(model: HookedModel, patch: Patch, source: Activations, target: Act
 
 
 def unit_attribution(model: HookedModel, pairs: Sequence[Pair], mark: str | tuple[str, int], *, stream: str = "post",
-                     layers: Sequence[int] | None = None, direction: str = "denoise") -> Float[Tensor, "layer unit"]:
+                     layers: Sequence[int] | None = None, direction: str = "denoise", steps: int = 1) -> Float[Tensor, "layer unit"]:
     """Mean attribution (nats) of every head (`z`) or neuron (`post`) at a mark's tokens together, over pairs.
 
     Errors: PatchError for a stream without units.
@@ -74,20 +92,20 @@ def unit_attribution(model: HookedModel, pairs: Sequence[Pair], mark: str | tupl
     total = torch.zeros(len(sites), model.n_units(sites[0].layer, stream))
     for case in cases(model, pairs, direction):
         found = patches(case, sites)
-        source, target = _both_runs(model, case, {_where(site) for site in sites})
+        source, target = _both_runs(model, case, {_where(site) for site in sites}, steps)
         products = torch.stack([_products(model, patch, source, target).sum(0) for patch in found])
         total += products.view(*total.shape, -1).sum(-1)
     return total / len(pairs)
 
 
 def top_neuron_sites(model: HookedModel, pairs: Sequence[Pair], mark: str | tuple[str, int], k: int, *,
-                     layers: Sequence[int] | None = None, direction: str = "denoise") -> list[Site]:
+                     layers: Sequence[int] | None = None, direction: str = "denoise", steps: int = 1) -> list[Site]:
     """For each layer one site with the k neurons of the largest |mean attribution| at a mark: candidates for an exact patch.
 
     Choose them on other pairs than those they are measured on.
     """
     layers = list(range(model.n_layers)) if layers is None else list(layers)
-    scores = unit_attribution(model, pairs, mark, layers=layers, direction=direction)
+    scores = unit_attribution(model, pairs, mark, layers=layers, direction=direction, steps=steps)
     chosen = scores.abs().topk(min(k, scores.shape[1]), dim=1).indices
     return [site for layer, units in zip(layers, chosen.tolist(), strict=True)
             for site in grid_sites([layer], [mark], ["post"], units=tuple(sorted(units)))]

@@ -35,8 +35,9 @@ class Activations:
 class _Keeper(Taps):
     """Taps that keep the activations they touch (after edits) and, where gradients are on, let everything behind the embedding have one."""
 
-    def __init__(self, rows: list[TokenRow], first: list[int], wanted: Collection[Where]) -> None:
+    def __init__(self, rows: list[TokenRow], first: list[int], wanted: Collection[Where], shift: Tensor | None = None) -> None:
         super().__init__(rows, first)
+        self.shift = shift
         self.wanted, self.kept = {*wanted, (-1, "resid_post")}, dict[Where, Tensor]()
         self.inside |= {layer for layer, stream in wanted if stream != "resid_post"}
 
@@ -46,6 +47,10 @@ class _Keeper(Taps):
     def touch(self, layer: int, stream: Stream, value: Float[Tensor, "row column size"], *, skip: int = 0
               ) -> Float[Tensor, "row column size"]:
         value = super().touch(layer, stream, value, skip=skip)
+        if layer < 0 and self.shift is not None:
+            value = value.clone()
+            for row, first in zip(value, self.first, strict=True):
+                row[-first : len(self.shift) - first] += self.shift.to(row)
         if (layer, stream) in self.wanted:
             value = value.detach().requires_grad_(torch.is_grad_enabled()) if layer < 0 else value.clone()
             self.kept[layer, stream] = value
@@ -60,16 +65,18 @@ def activations(model: HookedModel, row: Row, places: Collection[Where]) -> Acti
     return Activations({place: keeper.kept[place][0].float().cpu() for place in places}, {})
 
 
-def log_odds_gradients(model: HookedModel, row: Row, answers: tuple[str, str], places: Collection[Where]) -> Activations:
+def log_odds_gradients(model: HookedModel, row: Row, answers: tuple[str, str], places: Collection[Where],
+                       shift: Float[Tensor, "token d_model"] | None = None) -> Activations:
     """Activations of one row's tokens and the gradients of log P(first answer) - log P(second answer) at them.
 
-    Both answers are read behind the prompt in one batch; a prompt's activation counts for both, so its gradients add up.
+    Both answers are read behind the prompt in one batch; a prompt's activation counts for both, so its gradients add up. `shift` is added
+    to the embeddings of the prompt's tokens.
     """
     (tokens,) = model.token_rows([row])
     choices = [model.word_ids(answer) for answer in answers]
     rows = [TokenRow((*tokens.ids, *ids), tokens.edits) for ids in choices]
     with torch.enable_grad():
-        keeper, logits = _forward(model, rows, places, 1 + max(map(len, choices)))
+        keeper, logits = _forward(model, rows, places, 1 + max(map(len, choices)), shift)
         first, second = (_log_prob(logits[i], torch.tensor(ids)) for i, ids in enumerate(choices))
         found = torch.autograd.grad(first - second, [keeper.kept[place] for place in places], allow_unused=True)
     n, begin = len(tokens.ids), [-first for first in keeper.first]
@@ -78,10 +85,11 @@ def log_odds_gradients(model: HookedModel, row: Row, answers: tuple[str, str], p
                        float((first - second).detach()))
 
 
-def _forward(model: HookedModel, rows: list[TokenRow], places: Collection[Where], keep: int) -> tuple[_Keeper, Tensor]:
+def _forward(model: HookedModel, rows: list[TokenRow], places: Collection[Where], keep: int, shift: Tensor | None = None
+             ) -> tuple[_Keeper, Tensor]:
     engine = PlainEngine(model.engine.model, model.engine.budget)
     ids, mask = left_pad([row.ids for row in rows], engine.device)
-    keeper = _Keeper(rows, [len(row.ids) - ids.shape[1] for row in rows], places)
+    keeper = _Keeper(rows, [len(row.ids) - ids.shape[1] for row in rows], places, shift)
     with switched(model.peft, model.treatment.adapter), engine.tapped(keeper):
         out = engine.forward(ids, mask, None, use_cache=False, logits_to_keep=keep)
     return keeper, out.logits

@@ -447,8 +447,12 @@ class HookedModel:
         self._check_layer(layer)
         return int(text_config(self.engine.model).num_attention_heads) if stream == "z" else self._width(layer, stream)
 
+    @cached_property
+    def _layers(self) -> Any:
+        return decoder_layers(self.engine.model)
+
     def _width(self, layer: int, stream: str) -> int:
-        return mixer_width(decoder_layers(self.engine.model)[layer], stream) if stream in UNITS else self.d_model
+        return mixer_width(self._layers[layer], stream) if stream in UNITS else self.d_model
 
     def _part(self, layer: int, stream: str, units: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         """The entries of a stream's vector that its units are (none: all of them), and how many values that makes."""

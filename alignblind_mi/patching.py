@@ -9,6 +9,7 @@ NOT know concepts: a pair brings its prompts, its answers and its labels.
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -29,7 +30,7 @@ DIRECTIONS = ("denoise", "noise")
 CONTROLS = ("random", "wrong_token", "same_sense", "control_phrase")
 LAST_TOKEN, EVERY_TOKEN = "last_token", "every_token"    # marks that every prompt has here
 MIN_DIFFERENCE = 0.25    # nats between the two runs below which a share of their difference says nothing
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE, VALUES_AT_ONCE = 4096, 2**27    # patched rows, and values of their vectors (half a GiB), that exist at a time
 PLACE = ("direction", "layer", "stream", "mark", "occurrence", "position", "units")    # with `pair` and `control`: what a row is about
 
 
@@ -166,7 +167,7 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
     answers after the patch), clean and corrupt (those of the two runs without a patch), moved (nats, from the patched run's own), effect
     (the share of the difference between the runs that was moved: 1 is the source's answer; NaN where the runs differ by less than
     `min_difference` nats), p_stereotyped (probability of the stereotyped answer among the two), flipped (1 if the more probable answer
-    became that of the source run, else 0; NaN where both runs prefer the same one).
+    became that of the source run, else 0; NaN where both runs prefer the same one). `progress` is told how many rows were finished.
 
     Errors: PatchError for an unknown direction or control, no sites, or a token that cannot be patched alone; EditError for a site that the
     model does not have.
@@ -176,8 +177,9 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
         raise PatchError(f"unknown control {unknown[0]!r}. Known: {', '.join(CONTROLS)}." if unknown else "no sites to patch were given.")
     every = cases(model, pairs, direction)
     found = [patches(case, sites) for case in every]
-    size = max(1, ROWS_AT_ONCE // max([1, *(len(each) * (1 + len(controls)) for each in found)]))
+    size = _pairs_at_once(model, found, 1 + len(controls))
     records: list[dict[str, object]] = []
+    told = 0
     for start in range(0, len(every), size):
         some = range(start, min(start + size, len(every)))
         made = _measured(model, [every[i] for i in some], [found[i] for i in some], controls, seed)
@@ -185,8 +187,16 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
             records += [{**label(model, i, case, patch), "control": control, **outcome(odds, clean, corrupt, direction, min_difference)}
                         for patch, control, odds in scores]
         if progress is not None:
-            progress(len(some))
+            progress(len(records) - told)
+            told = len(records)
     return pd.DataFrame.from_records(records)
+
+
+def _pairs_at_once(model: HookedModel, found: Sequence[Sequence[Patch]], kinds: int) -> int:
+    """How many pairs are patched together, by the rows and the vectors that the largest of them needs."""
+    rows = max((len(each) * kinds for each in found), default=1)
+    values = max((sum(len(patch.positions) for patch in each) * kinds for each in found), default=1) * model.d_model
+    return max(1, min(ROWS_AT_ONCE // rows, VALUES_AT_ONCE // values))
 
 
 def outcome(log_odds: float, clean: float, corrupt: float, direction: str, min_difference: float = MIN_DIFFERENCE) -> dict[str, float]:
@@ -266,8 +276,9 @@ def record_each(model: HookedModel, asked: Sequence[tuple[Row, tuple[Site, ...]]
     for sites, index in groups.items():
         _check_tokens([asked[i][0] for i in index], sites)
         sizes: dict[int, list[Site]] = {}
+        size_of = cache(lambda layer, stream, units: model.site_size(Site(layer, "", stream, units=units)))
         for site in sites:
-            sizes.setdefault(model.site_size(site), []).append(site)
+            sizes.setdefault(size_of(site.layer, site.stream, site.units), []).append(site)
         for part in sizes.values():
             for i, vectors in zip(index, model.record([asked[i][0] for i in index], part), strict=True):
                 out[i] |= zip(part, vectors, strict=True)

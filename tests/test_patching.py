@@ -109,7 +109,7 @@ def test_pairs_that_cannot_be_compared_are_named(race, tiny, given, error, said)
 def test_a_run_patched_with_itself_is_the_run(tiny, pairs, direction):
     """Every stream, every kind of place, single heads and neurons; also under a treatment with edits and a prefix."""
     same = [replace(pair, corrupt=pair.clean, references={}) for pair in pairs[:2]]
-    sites = grid_sites([0, 2], ["all_identifiers", ("identifiers", 1), "every_token"], STREAMS)
+    sites = grid_sites([2], ["all_identifiers", ("identifiers", 1), "every_token"], STREAMS)
     sites += head_sites(tiny, [1], ["context"]) + grid_sites([3], ["last_token"], ["post"], units=(5, 2))
     treated = tiny.under(Treatment("t", edits=(Edit(Site(1, "marked"), torch.ones(tiny.d_model), "add"),), prefix="Consider black. "))
     for model in (tiny, treated):
@@ -219,6 +219,16 @@ def test_the_grid_equals_plain_hooks_one_row_at_a_time(tiny, tiny_folder, pairs)
             assert row["n_tokens"] == len(where)
             assert row[target] == pytest.approx(odds_by_hand(plain, tokenizer, ids[target], pair.answers), abs=1e-4)
         assert rows["moved"].abs().max() > 1e-3
+
+
+def test_how_many_pairs_run_together_changes_nothing(tiny, pairs, monkeypatch):
+    sites, done = grid_sites([1], ["context", "last_token"]), []
+    together = patch_grid(tiny, pairs[:3], sites)
+    monkeypatch.setattr("alignblind_mi.patching.ROWS_AT_ONCE", 1)
+    alone = patch_grid(tiny, pairs[:3], sites, progress=done.append)
+    assert done == [len(together) / 3] * 3
+    assert alone["log_odds"].tolist() == pytest.approx(together["log_odds"].tolist(), abs=1e-5)
+    assert alone.drop(columns=[*alone.columns[-7:]]).equals(together.drop(columns=[*together.columns[-7:]]))
 
 
 def test_rows_say_where_and_whose_they_are(tiny, pairs):
@@ -367,6 +377,21 @@ def test_attribution_is_the_limit_of_small_patches(tiny, pairs, direction):
     assert screen[["clean", "corrupt"]].iloc[0].tolist() == pytest.approx(ends[["clean", "corrupt"]].iloc[0].tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradients_on_the_way_add_up_to_the_whole_difference(tiny, pairs, direction):
+    """Completeness of integrated gradients, at the embeddings of all tokens, under edits too; one gradient alone falls short of it."""
+    model = tiny.under(Treatment("t", edits=(Edit(Site(1, "unmarked"), 0.5 * torch.ones(tiny.d_model), "add"),)))
+    pair = replace(pairs[0], clean=with_text(pairs[0].clean), corrupt=with_text(pairs[0].corrupt))
+    sites = [Site(0, "text", "resid_pre", "all")]
+    (whole,), (one,) = (attribution_patching(model, [pair], sites, direction=direction, steps=steps).to_dict("records")
+                        for steps in (60, 1))
+    way = (whole["clean"] - whole["corrupt"]) * (1 if direction == "denoise" else -1)
+    assert whole["attribution"] == pytest.approx(way, rel=0.03, abs=0.01)
+    assert abs(one["attribution"] - way) > 5 * abs(whole["attribution"] - way)
+    with pytest.raises(PatchError, match="got steps=0"):
+        attribution_patching(model, [pair], sites, steps=0)
+
+
 def test_units_share_the_attribution_of_their_stream(tiny, pairs):
     for stream, n in (("post", 48), ("z", 4)):
         by_unit = unit_attribution(tiny, pairs[:2], "context", stream=stream)
@@ -458,24 +483,27 @@ def test_paths_run_under_a_treatment(tiny, pairs):
 
 def test_the_study_has_every_part_in_both_directions(tiny, race):
     done = []
-    rows = measure_patching(tiny, race, "default", categories=["weapon"], max_word_pairs=1, layers=[0, 3], progress=done.append,
-                            controls=["random"])
+    rows = measure_patching(tiny, race, "default", categories=["weapon"], max_word_pairs=1, layers=[2], steps=1,
+                            progress=done.append, controls=["random", "wrong_token"])
     n = 12
-    assert sum(done) == 2 * n
+    assert sum(done) == len(rows)
     real = rows[rows["control"] == ""]
     counted = real.groupby(["direction", "stream"]).size()
     places = {"resid_post": 7, "attn_out": 7, "mlp_out": 7, "z": 4 * 2}
-    assert counted.to_dict() == {(direction, stream): n * 2 * k for direction in DIRECTIONS for stream, k in places.items()}
+    assert counted.to_dict() == {(direction, stream): n * k for direction in DIRECTIONS for stream, k in places.items()}
     assert real["attribution"].notna().all()
-    assert rows[rows["control"] == "random"]["attribution"].isna().all()
-    assert len(rows) == 2 * len(real)
+    assert rows[rows["control"] != ""]["attribution"].isna().all()
+    assert rows.groupby("stream")["control"].unique().map(list).to_dict() == {
+        "resid_post": ["", "random", "wrong_token"], **{stream: ["", "random"] for stream in ("attn_out", "mlp_out", "z")}}
     assert set(rows["swap"]) == {"context"}
-    assert set(screen_agreement(rows)["n"]) == {n * 2 * 7, n * 2 * 8}
+    assert set(screen_agreement(rows)["n"]) == {n * 7, n * 8}
     table = heatmap_table(rows, "head")
-    assert table.groupby("panel").size().tolist() == [8, 8]
+    assert table.groupby("panel").size().tolist() == [4, 4]
     assert set(heatmap_table(rows)["place"]) == set(real[real["stream"] == "resid_post"]["mark"])
     with pytest.raises(PatchError, match="unknown part 'legs'"):
         measure_patching(tiny, race, "default", parts=["legs"])
+    with pytest.raises(PatchError, match="no part to patch"):
+        measure_patching(tiny, race, "default", parts=["screen"])
     with pytest.raises(PatchError, match="nothing was patched there"):
         heatmap_table(rows, "token")
 
@@ -508,7 +536,7 @@ def test_depth_is_from_the_first_to_the_last_layer_above_its_controls():
 @pytest.mark.slow
 def test_the_organism_s_planted_depth_is_found_by_denoising_and_noising(race):
     """Blocks 1-3 carry the reading of the identifiers, 5-7 do nothing; the phrases are ones that were never planted."""
-    planted = ab.organism_info()
+    planted = ab.organism_info()["planted"]
     first, last = min(planted["effect_blocks"]), max(planted["effect_blocks"])
     model = ab.load_model("organism:aligned")
     rows = measure_patching(model, race, "default", parts=["residual"], marks=["all_identifiers", "identifiers"], max_word_pairs=1)

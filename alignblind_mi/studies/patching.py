@@ -22,6 +22,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "identifiers": ("identifiers", "positive", "negative", "last_token"),
 }
 HEAD_MARKS = {"context": ("all_identifiers", "last_token"), "identifiers": ("identifiers", "last_token")}
+CONTROLS_OF_PARTS = ("random",)    # of parts that are many and small; the residual stream has all the controls asked for
 PLACEBOS = ("random", "wrong_token", "same_sense")    # what no reading of the prompt should depend on
 THRESHOLD = 0.25
 
@@ -31,15 +32,16 @@ Mark = str | tuple[str, int]
 def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, swap: str = "context", contexts: Contexts | None = None,
                      parts: Sequence[str] = PARTS, directions: Sequence[str] = DIRECTIONS, controls: Sequence[str] = CONTROLS,
                      layers: Sequence[int] | None = None, marks: Sequence[Mark] | None = None, categories: Sequence[str] = (),
-                     max_word_pairs: int = 2, seed: int = 0, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+                     max_word_pairs: int = 2, steps: int = 5, seed: int = 0, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """Patch the contrast pairs of a cue at every layer; `max_word_pairs` a category bounds them.
 
     `parts`: `residual` (the stream after each layer, at each of `marks`), `added` (what attention and MLP add there), `heads` (each head,
-    at the identifiers and the last token), `screen` (attribution patching of all of these). `contexts` and `swap` as in
-    `contrast_pairs`; `marks` as in `grid_sites`, `every_token` among them.
+    at the identifiers and the last token), `screen` (attribution patching of all of these, with `steps`). `contexts` and `swap` as in
+    `contrast_pairs`; `marks` as in `grid_sites`, `every_token` among them. The residual stream is patched with all `controls`, the other
+    parts with the random one of them.
 
     Columns: those of `patch_grid`, and with the screen attribution and effect_estimate (NaN for controls). `progress` is told how many
-    pairs were patched.
+    rows were finished.
 
     Errors: PatchError for an unknown part, swap, direction or control, or pairs that cannot be compared; ModelError if the tokenizer does
     not know a word.
@@ -49,21 +51,29 @@ def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, sw
         raise PatchError(f"unknown part {unknown[0]!r}. Known: {', '.join(PARTS)}.")
     pairs = contrast_pairs(model, concept, cue, swap=swap, contexts=contexts, categories=categories, max_word_pairs=max_word_pairs,
                            seed=seed)
-    sites = _sites(model, parts, range(model.n_layers) if layers is None else layers, marks or MARKS[swap], HEAD_MARKS[swap])
+    layers = range(model.n_layers) if layers is None else layers
+    grids = _grids(model, parts, layers, marks or MARKS[swap], HEAD_MARKS[swap], controls)
     found = []
     for direction in directions:
-        rows = patch_grid(model, pairs, sites, direction=direction, controls=controls, seed=seed, progress=progress)
+        rows = pd.concat([patch_grid(model, pairs, sites, direction=direction, controls=some, seed=seed, progress=progress)
+                          for sites, some in grids], ignore_index=True)
         if "screen" in parts:
-            rows = _with_screen(rows, attribution_patching(model, pairs, sites, direction=direction))
+            screen = attribution_patching(model, pairs, [site for sites, _ in grids for site in sites], direction=direction, steps=steps)
+            rows = _with_screen(rows, screen)
         found.append(rows)
     return pd.concat(found, ignore_index=True)
 
 
-def _sites(model: HookedModel, parts: Sequence[str], layers: Sequence[int], marks: Sequence[Mark], head_marks: Sequence[Mark]
-           ) -> list[Site]:
-    sites = grid_sites(layers, marks) if "residual" in parts else []
-    sites += grid_sites(layers, marks, ("attn_out", "mlp_out")) if "added" in parts else []
-    return sites + (head_sites(model, layers, head_marks) if "heads" in parts else [])
+def _grids(model: HookedModel, parts: Sequence[str], layers: Sequence[int], marks: Sequence[Mark], head_marks: Sequence[Mark],
+           controls: Sequence[str]) -> list[tuple[list[Site], list[str]]]:
+    """The sites of the parts that are asked for, with their controls. Errors: PatchError where the parts have no sites."""
+    few = [control for control in controls if control in CONTROLS_OF_PARTS]
+    grids = {"residual": (grid_sites(layers, marks), list(controls)), "added": (grid_sites(layers, marks, ("attn_out", "mlp_out")), few),
+             "heads": (head_sites(model, layers, head_marks), few)}
+    chosen = [grid for part, grid in grids.items() if part in parts]
+    if not chosen:
+        raise PatchError(f"no part to patch was given: name some of {', '.join(grids)}.")
+    return chosen
 
 
 def _with_screen(rows: pd.DataFrame, screen: pd.DataFrame) -> pd.DataFrame:
