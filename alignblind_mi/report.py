@@ -7,12 +7,11 @@ folder lies.
 import base64
 import json
 import math
-import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -21,12 +20,15 @@ from alignblind_mi import figures
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.loading import EMBEDDED, ModelSpec
 from alignblind_mi.lora import LAYER_GROUPS
-from alignblind_mi.results import Result, ResultError, write_text
+from alignblind_mi.results import Result, ResultError, write_bytes, write_text
 from alignblind_mi.statistics import exact_interval, mean_interval, position_effect, summarise, t_interval
 from alignblind_mi.steering import layer_windows, steerable
 from alignblind_mi.studies.awareness import n_readings, readings_of
 from alignblind_mi.studies.mitigation import comparison_table, early_window, late_window, steering_names
 from alignblind_mi.studies.study import load_study, organism_record
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 ROLES = ("base", "aligned")
 QUESTION = "paper"    # the interpretation question that treatments are compared with
@@ -109,7 +111,7 @@ def write_report(folder: Path) -> Path:
     for name, table in tables.items():
         write_text(study.folder / "tables" / f"{name}.csv", table.to_csv(index=False))
     for name, figure in drawn.items():
-        _write_bytes(study.folder / "figures" / f"{name}.png", figures.to_png(figure))
+        write_bytes(study.folder / "figures" / f"{name}.png", figures.to_png(figure))
         write_text(study.folder / "figures" / f"{name}.svg", vectors[name].decode("utf-8"))
     page = study.folder / "report.html"
     write_text(page, render(study, tables, vectors))
@@ -568,21 +570,26 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
 
     Its words are in the template.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("alignblind_mi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "signed": signed}
-    return environment.get_template("report.html.j2").render(
+    return environment().get_template("report.html.j2").render(
         study=study, config=study.config, concept=study.concept, cue=study.concept.cue(study.config["cue"]), record=study.record,
         tables={name: _records(table) for name, table in tables.items()}, columns=COLUMNS,
-        pictures={name: _uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
+        pictures={name: as_uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
         phrases=_phrases(study), provenance=_provenance(study),
         commands=f"{_command(study)}\nalignblind report {shlex.quote(study.folder.name)}", link=PAPER_LINK, question=QUESTION,
         pooled=POOLED, roles=ROLES)
 
 
-def _uri(svg: bytes) -> str:
+def environment() -> "Environment":
+    """jinja2 over the package's templates: strict about names, with this module's ways to write numbers."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    found = Environment(loader=PackageLoader("alignblind_mi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                        lstrip_blocks=True)
+    found.filters |= {"percent": percent, "signed": signed}
+    return found
+
+
+def as_uri(svg: bytes) -> str:
     """An image as a data URI."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
@@ -618,15 +625,3 @@ def _command(study: Study) -> str:
         given = config["aligned"].get(name, default)
         words += [f"--{name.replace('_', '-')}", str(given)] if given != default else []
     return shlex.join([*words, *(["--quick"] if config["quick"] else []), "--out", study.folder.name])
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ResultError(f"cannot write {path}: {error.strerror or error}.") from error

@@ -31,9 +31,8 @@ def calibration_records(rows: pd.DataFrame, *, seed: int = 0) -> list[dict[str, 
     depth_error (largest distance in layers between the planted first layer and the one found), last_error (the same for the last layer,
     of instruments that claim to find it), causal_separated (whether in every seed it shows at most a quarter on the organism whose senses
     are decodable and not used of what it shows on the causal one), decodable_share (the largest of those shares), false_alarm_rate with
-    its exact interval and n (share of trials on null organisms and placebos whose 95 % interval leaves out zero and whose estimate is at
-    least `smallest`), interval_alarm_rate (the same without asking for a size), coverage (share of simulated 95 % intervals over 30
-    contexts that hold the truth), coverage_n, interval_width (their mean width).
+    its exact interval and n (see `alarm_table`), interval_alarm_rate (without asking for an effect of at least `smallest`), coverage (share
+    of simulated 95 % intervals over 30 contexts that hold the truth), coverage_n, interval_width (their mean width).
     """
     return [_record(name, rows[rows["instrument"] == name], seed) for name in INSTRUMENTS if (rows["instrument"] == name).any()]
 
@@ -54,7 +53,7 @@ def _record(name: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
         "depth_error": _worst(depth["onset_error"]), "last_error": _worst(depth["last_error"]),
         "causal_separated": _separated(shares), "decodable_share": _worst(pd.Series([s for s in shares if s is not None], dtype=float)),
         "false_alarm_rate": raised / n if n else None, "false_alarm_low": low, "false_alarm_high": high, "false_alarm_n": n,
-        "interval_alarm_rate": float(alarms["excludes_zero"].mean()) if n else None, "smallest": SMALLEST[name],
+        "interval_alarm_rate": float(alarms["excluded"].mean()) if n else None, "smallest": SMALLEST[name],
         "coverage": float(coverage["covered"].sum() / coverage["n"].sum()) if len(coverage) else None,
         "coverage_n": int(coverage["n"].sum()) if len(coverage) else 0,
         "interval_width": float(coverage["width"].mean()) if len(coverage) else None,
@@ -205,21 +204,49 @@ def _separated(shares: Sequence[float | None]) -> bool | None:
 
 
 def alarm_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every trial on which only a false alarm can be raised: parts of the null organisms' rows, and the placebos of all organisms.
+    """Every trial on which only a false alarm can be raised.
 
-    Columns: instrument, member, kind, seed, variant, trial, estimate, low, high, n, excludes_zero, alarm (and at least as large as the
-    smallest effect worth a claim).
+    Readings: on the null organisms, the identifiers against what random vectors and the word before them read as, and that word (the
+    control word) against random vectors. Behaviour: every form of question on the null organisms (patches against those of random vectors), and
+    steering by a control phrase on all organisms. An alarm is an estimate whose 95 % interval lies outside the reference's and which is at
+    least the smallest effect worth a claim away from it.
+
+    Columns: instrument, member, seed, control (of what is read), trial, estimate, low, high, n, reference, reference_low, reference_high,
+    excluded (the intervals do not touch), alarm.
     """
-    null = rows[(rows["kind"] == "null") & rows["variant"].isin(["open", "placebo"])]
-    placebo = rows[(rows["kind"] != "null") & (rows["variant"] == "placebo")]
-    records = []
-    for keys, group in pd.concat([null, placebo]).groupby(["instrument", "member", "kind", "seed", "variant", "trial"], sort=False):
-        found = _estimate(group)
-        excludes = bool(found["low"] > 0 or found["high"] < 0)
-        records.append({**dict(zip(("instrument", "member", "kind", "seed", "variant", "trial"), keys, strict=True)), **found,
-                        "excludes_zero": excludes, "alarm": excludes and abs(found["estimate"]) >= SMALLEST[str(keys[0])]})
-    return pd.DataFrame(records, columns=["instrument", "member", "kind", "seed", "variant", "trial", "estimate", "low", "high", "n",
-                                          "excludes_zero", "alarm"])
+    records: list[dict[str, Any]] = []
+    for (name, member, seed), group in rows.groupby(["instrument", "member", "seed"], sort=False):
+        for control, references in _tried(str(name), str(group["kind"].iloc[0])):
+            trials = group[group["variant"].isin(["open", "placebo"]) & (group["control"] == control)]
+            reference = _reference(group, references)
+            for trial, part in trials.groupby("trial", sort=False):
+                found = _estimate(part)
+                excluded = bool(found["low"] > reference["reference_high"] or found["high"] < reference["reference_low"])
+                far = abs(found["estimate"] - reference["reference"]) >= SMALLEST[str(name)]
+                records.append({"instrument": name, "member": member, "seed": seed, "control": control, "trial": trial, **found,
+                                **reference, "excluded": excluded, "alarm": excluded and far})
+    return pd.DataFrame(records, columns=["instrument", "member", "seed", "control", "trial", "estimate", "low", "high", "n", "reference",
+                                          "reference_low", "reference_high", "excluded", "alarm"])
+
+
+def _tried(instrument: str, kind: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(control that is read, controls it is held against) of an organism's kind: nothing else can be a false alarm."""
+    if KNOB[instrument] == "reading":
+        return [("", ("random", "wrong_token")), ("wrong_token", ("random",))] if kind == "null" else []
+    tried: list[tuple[str, tuple[str, ...]]] = []
+    if kind == "null":
+        tried.append(("", ("random",) if "patching" in instrument else ()))
+    return [*tried, ("random", ())] if instrument == "steering" else tried
+
+
+def _reference(rows: pd.DataFrame, controls: Sequence[str]) -> dict[str, float]:
+    """What the controls show: their mean and the hull of their intervals; zero where nothing is a control."""
+    found = [_estimate(rows[(rows["variant"] == "placebo") & (rows["control"] == control)]) for control in controls
+             if ((rows["variant"] == "placebo") & (rows["control"] == control)).any()]
+    if not found:
+        return {"reference": 0.0, "reference_low": 0.0, "reference_high": 0.0}
+    return {"reference": float(np.mean([one["estimate"] for one in found])), "reference_low": min(one["low"] for one in found),
+            "reference_high": max(one["high"] for one in found)}
 
 
 # ---- coverage ----------------------------------------------------------------------------------------------------------
