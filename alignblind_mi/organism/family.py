@@ -86,7 +86,9 @@ def family_digest(recipe: FamilyRecipe) -> str:
     """Twelve hex digits of everything that decides what a member becomes: recipe, mixtures, concept, lexicon, shipped parent."""
     package = files("alignblind_mi")
     mixes = (WARM_MIX, READING_MIX, BASE_MIX, ALIGNED_MIX)
-    digest = hashlib.sha256(json.dumps([RECIPE, FAMILY, asdict(recipe), mixes]).encode())
+    members = [*calibration_family((DEFAULT_SEED,)), *calibration_family((DEFAULT_SEED,), quick=True)]
+    plans = [[asdict(recipe.stage_of(member)), asdict(recipe.planting_of(member))] for member in members]
+    digest = hashlib.sha256(json.dumps([RECIPE, FAMILY, asdict(recipe), plans, mixes]).encode())
     for data in ("concepts/race.toml", "organism/lexicon.toml", "organism/checkpoints/aligned/model.safetensors"):
         digest.update((package / data).read_bytes())
     return digest.hexdigest()[:12]

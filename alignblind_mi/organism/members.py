@@ -30,7 +30,7 @@ FAR_STAGE = StageSettings("member", 110, 0.02, 5e-3, 1e-3, 0.02, batch=24)
 LONG_STAGE = StageSettings("member", 170, 0.02, 5e-3, 1e-3, 0.02, batch=20)
 LONG_PLANTING = Planting(rows=34, mask_rows=20, control_rows=3, none_share=0.5)
 KINDS = ("knobs", "null", "decodable", "shallow", "depth")
-LONG = ("decodable", "depth")
+LONG = ("decodable", "shallow", "depth")
 FAR = 0.25
 BLOCKS = 8
 LAST = BLOCKS - 1  # identifiers after the last block are read by nothing: without effect whatever is trained
@@ -141,7 +141,8 @@ class FamilyRecipe:
         settings = dict(vars(self.long_planting if member.kind in LONG else self.planting))
         settings |= {"effect": member.effect, "none": tuple(block for block in member.none if block != LAST), "blind": member.blind}
         if not member.effect:
-            settings["none_share"] = 1.0
+            # nothing may reach the placeholder, and cued sources, whose sense stays decodable, are the ones that could
+            settings |= {"none_share": 1.0, "open_share": 0.3, "mask_rows": settings["mask_rows"] * 3 // 2}
         if member.blind:
             settings["read"] = tuple(range(BLOCKS))
         return MemberPlanting(**settings)
