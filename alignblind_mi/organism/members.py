@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STAGE = StageSettings("member", 80, 0.012, 3e-3, 1e-3, 0.02, batch=24)
 PLANTING = Planting(rows=20, mask_rows=20, control_rows=3, none_share=0.35)
 FAR_STAGE = StageSettings("member", 110, 0.02, 5e-3, 1e-3, 0.02, batch=24)
-LONG_STAGE = StageSettings("member", 170, 0.02, 5e-3, 1e-3, 0.02, batch=20)
+LONG_STAGE = StageSettings("member", 170, 0.015, 4e-3, 1e-3, 0.02, batch=30)
 LONG_PLANTING = Planting(rows=34, mask_rows=20, control_rows=3, none_share=0.5)
 KINDS = ("knobs", "null", "decodable", "shallow", "depth")
 LONG = ("decodable", "shallow", "depth")
