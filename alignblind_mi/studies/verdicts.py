@@ -207,8 +207,8 @@ def alarm_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Every trial on which only a false alarm can be raised.
 
     Readings: on the null organisms, the identifiers against what random vectors and the word before them read as, and that word (the
-    control word) against random vectors. Behaviour: every form of question on the null organisms (patches against those of random vectors), and
-    steering by a control phrase on all organisms. An alarm is an estimate whose 95 % interval lies outside the reference's and which is at
+    control word) against random vectors. Behaviour: every form of question on the null organisms (patches against those of random vectors),
+    and steering by a control phrase on all organisms. An alarm is an estimate whose 95 % interval lies outside the reference's and which is at
     least the smallest effect worth a claim away from it.
 
     Columns: instrument, member, seed, control (of what is read), trial, estimate, low, high, n, reference, reference_low, reference_high,
