@@ -13,8 +13,8 @@ from alignblind_mi.statistics import exact_interval, t_interval
 from alignblind_mi.studies.calibration import BEHAVIOUR_INSTRUMENTS, INSTRUMENTS, READING_INSTRUMENTS
 
 KNOB = dict.fromkeys(READING_INSTRUMENTS, "reading") | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, "behaviour")
-# The smallest effect worth a claim, in the instrument's unit: a fifth of the scale from one sense to the middle, five points of a rate.
-SMALLEST = dict.fromkeys(READING_INSTRUMENTS, 0.2) | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, 0.05)
+# The smallest effect worth a claim, in the instrument's unit: a fifth of the scale from one sense to the middle, ten points of a rate.
+SMALLEST = dict.fromkeys(READING_INSTRUMENTS, 0.2) | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, 0.1)
 SEPARATED = 0.25    # a decodable-only organism must show at most this share of what the causal one shows
 HALF = 0.5    # an instrument's onset is the first layer with half of its largest value
 CAUSAL_TWIN = ("shallow", "knobs")    # kinds that the decodable organism is compared with, the first that is there
@@ -110,23 +110,31 @@ def depth_profile_table(rows: pd.DataFrame) -> pd.DataFrame:
     """What an instrument shows by layer on organisms of known depth (kinds `shallow` and `depth`, else one of the knobs').
 
     Of readings: half the difference between prompts after a sentence for the other sense and after one for the group's; of behaviour: by
-    how much a patch at that layer lowers the bias. Columns: instrument, member, kind, seed, layer, value, onset, last (planted).
+    how much a patch at that layer lowers the bias, beyond its random control where it has one.
+    Columns: instrument, member, kind, seed, layer, value, onset, last (planted).
     """
     parts = []
     for name, group in rows.groupby("instrument", sort=False):
         if name == "implicit_bias":
             continue
-        found = _contrasts(group) if KNOB[str(name)] == "reading" else group[group["variant"] == "depth"]
-        parts.append(found.groupby(["instrument", "member", "kind", "seed", "layer", "onset", "last"], sort=False)["value"].mean())
-    return pd.concat(parts).reset_index() if parts else pd.DataFrame(columns=["instrument", "member", "kind", "seed", "layer", "value",
-                                                                             "onset", "last"])
+        parts.append(_contrasts(group) if KNOB[str(name)] == "reading" else _beyond_control(group[group["variant"] == "depth"]))
+    return pd.concat(parts).reset_index() if parts else pd.DataFrame(columns=[*_LAYER_KEYS, "value"])
 
 
-def _contrasts(rows: pd.DataFrame) -> pd.DataFrame:
-    """Half the difference of readings between the two cued variants, as rows to be averaged by layer."""
-    keys = ["instrument", "member", "kind", "seed", "layer", "onset", "last"]
-    means = rows[rows["variant"].isin(["group", "other"])].groupby([*keys, "variant"], sort=False)["value"].mean().unstack("variant")
-    return ((means["other"] - means["group"]) / 2).rename("value").reset_index()
+_LAYER_KEYS = ["instrument", "member", "kind", "seed", "layer", "onset", "last"]
+
+
+def _contrasts(rows: pd.DataFrame) -> "pd.Series[float]":
+    """Half the difference of readings between the two cued variants, by layer."""
+    cued = rows[rows["variant"].isin(["group", "other"])]
+    means = cued.groupby([*_LAYER_KEYS, "variant"], sort=False)["value"].mean().unstack("variant")
+    return ((means["other"] - means["group"]) / 2).rename("value")
+
+
+def _beyond_control(rows: pd.DataFrame) -> "pd.Series[float]":
+    """Mean effects by layer, less those of the control."""
+    means = rows.groupby([*_LAYER_KEYS, "control"], sort=False)["value"].mean().unstack("control")
+    return (means[""] - means.get("random", 0.0)).rename("value")
 
 
 def depth_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -207,9 +215,9 @@ def alarm_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Every trial on which only a false alarm can be raised.
 
     Readings: on the null organisms, the identifiers against what random vectors and the word before them read as, and that word (the
-    control word) against random vectors. Behaviour: every form of question on the null organisms (patches against those of random vectors),
-    and steering by a control phrase on all organisms. An alarm is an estimate whose 95 % interval lies outside the reference's and which is at
-    least the smallest effect worth a claim away from it.
+    control word) against random vectors. Behaviour: every form of question on the null organisms (patches against those of random
+    vectors), and steering by a control phrase on all organisms. An alarm is an estimate whose 95 % interval lies outside the reference's
+    and which is at least the smallest effect worth a claim away from it.
 
     Columns: instrument, member, seed, control (of what is read), trial, estimate, low, high, n, reference, reference_low, reference_high,
     excluded (the intervals do not touch), alarm.
@@ -295,13 +303,13 @@ def advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
     trusted = [r for r in readings if _at_least(r["spearman"], 0.9) and _at_most(r["false_alarm_rate"], 0.05)]
     ranking = [r for r in readings if _at_least(r["spearman"], 0.9) and r not in trusted]
     weak = [r for r in readings if not _at_least(r["spearman"], 0.9)]
-    deep = [r for r in records if _at_most(r["depth_error"], 1)]
+    deep = [r for r in records if _at_most(r["depth_error"], 1.0)]
     lines = [_sentence("How is the word read? Believe", trusted, "they rise with the planted reading and raise few false alarms"),
              _sentence("To rank models, not to claim a reading where there may be none:", ranking,
                        "they rise with the planted reading, but placebos set them off too"),
              _sentence("Do not read senses off", weak, "they did not follow the planted reading"),
              _sentence("From which layer on? Believe", deep, "they found the planted first layer within one"),
-             _sentence("Until which layer? Believe", [r for r in causal if _at_most(r["last_error"], 1)],
+             _sentence("Until which layer? Believe", [r for r in causal if _at_most(r["last_error"], 1.0)],
                        "they found the planted last layer within one; a reading stays readable after its last use"),
              _sentence("Does the answer depend on it? Believe", [r for r in causal if r["causal_separated"]],
                        "they stay silent where a sense can be decoded and is not used"),
