@@ -284,7 +284,7 @@ def depth_figure(table: pd.DataFrame) -> Figure:
 def selfie_figure(layers: pd.DataFrame, controls: pd.DataFrame) -> Figure:
     """What open-ended readings speak of (SelfIE): stacked shares by source layer (left), and over layers beside the controls (right).
 
-    A row a panel. Both: panel, n and for each reading NAME_share, NAME_low, NAME_high, the group sense first and the texts of no sense last;
+    A row a panel. Both: panel, n and for each reading NAME_share, NAME_low, NAME_high, the group sense first, texts of no sense last;
     layers: layer; controls: control ("" for the identifiers). The whiskers are the group sense's exact intervals.
     """
     panels = list(layers["panel"].unique())

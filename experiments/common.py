@@ -67,7 +67,8 @@ def publish(out: Path, tables: dict[str, pd.DataFrame], *names: str) -> None:
 
 def show(title: str, table: pd.DataFrame, columns: Sequence[str] = ()) -> None:
     """Print a table, numbers with three decimals."""
-    print(f"\n{title.replace('_', ' ')}\n{(table[list(columns)] if columns else table).to_string(index=False, float_format='{:.3f}'.format)}")
+    shown = table[list(columns)] if columns else table
+    print(f"\n{title.replace('_', ' ')}\n{shown.to_string(index=False, float_format='{:.3f}'.format)}")
 
 
 def script(main: Callable[[Any], None], parser: argparse.ArgumentParser) -> None:

@@ -24,8 +24,8 @@ def main(given: argparse.Namespace) -> None:
         found.append({"question": question, **reading_reduction(aligned, base, seed=config.seed)})
     reduction = pd.DataFrame(found)
     save_shown(given.out, {"reduction": reduction}, {})
-    publish(given.out, tables, "awareness", "awareness_layers")
     show("P(group word), aligned against base: relative change (n contexts)", reduction)
+    publish(given.out, tables, "awareness", "awareness_layers")
 
 
 if __name__ == "__main__":

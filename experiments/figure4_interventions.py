@@ -10,9 +10,11 @@ import argparse
 
 from common import configured, options, publish, run_study_parts, script
 
+from alignblind_mi.report import QUESTION
+
 
 def main(given: argparse.Namespace) -> None:
-    tables = run_study_parts(configured(given), given.out, "behaviour_aligned", "awareness_aligned_paper", "steering_", "lora_")
+    tables = run_study_parts(configured(given), given.out, "behaviour_aligned", f"awareness_aligned_{QUESTION}", "steering_", "lora_")
     publish(given.out, tables, *(name for name in ("steering", "lora", "lora_training", "comparison") if name in tables))
 
 
