@@ -10,7 +10,7 @@ import argparse
 from functools import partial
 
 import pandas as pd
-from common import configured, options, rows_of, script, show
+from common import configured, options, quick_layers, rows_of, script, show
 
 from alignblind_mi import (
     HookedModel,
@@ -37,7 +37,8 @@ SAME_TEXT = ("template", "option_order", "word_order")    # what pairs must shar
 
 
 def grid(config: StudyConfig, model: HookedModel, advance: Advance) -> pd.DataFrame:
-    fewer = {"parts": ("residual", "heads", "screen"), "controls": CONTROLS[:2], "layers": range(0, model.n_layers, 2), "max_word_pairs": 1}
+    fewer = {"parts": ("residual", "heads", "screen"), "controls": CONTROLS[:2], "layers": quick_layers(model.n_layers),
+             "max_word_pairs": 1}
     some = fewer if config.quick else {"parts": PARTS, "max_word_pairs": WORD_PAIRS}
     return measure_patching(model, load_concept(config.concept), config.cue, seed=config.seed, progress=advance, **some)
 

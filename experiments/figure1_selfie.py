@@ -11,7 +11,7 @@ import argparse
 from functools import partial
 
 import pandas as pd
-from common import configured, options, rows_of, script, show
+from common import configured, options, quick_layers, rows_of, script, show
 
 from alignblind_mi import HookedModel, Part, StudyConfig, load_concept, measure_selfie, reading_reduction, run_parts, selfie_table
 from alignblind_mi.figures import CONTROL_NAMES, selfie_figure
@@ -22,11 +22,10 @@ from alignblind_mi.scoring import score_interpretations
 from alignblind_mi.studies.study import organism_record
 
 PARTS = {"base": "selfie_base", "aligned": "selfie_aligned"}
-QUICK_LAYERS = 3
 
 
 def readings(config: StudyConfig, model: HookedModel, advance: Advance) -> pd.DataFrame:
-    layers = range(0, model.n_layers, max(1, model.n_layers // QUICK_LAYERS)) if config.quick else None
+    layers = quick_layers(model.n_layers) if config.quick else None
     prompt = organism_record(config.aligned).get("selfie", "paper")
     return measure_selfie(model, load_concept(config.concept), config.cue, prompt=prompt, target_layer=config.target_layer, layers=layers,
                           temperature=config.decoding.temperature, seed=config.seed)
