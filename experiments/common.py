@@ -47,8 +47,8 @@ def run_study_parts(config: StudyConfig, out: Path, *beginnings: str) -> dict[st
 
 
 def quick_layers(n_layers: int) -> range:
-    """A few layers from the first to the last third: what --quick looks at."""
-    return range(0, n_layers, max(1, n_layers // 3))
+    """The first layer of each third: what --quick looks at."""
+    return range(0, n_layers, max(1, -(-n_layers // 3)))
 
 
 def rows_of(out: Path, names: Iterable[str]) -> pd.DataFrame:
