@@ -5,6 +5,7 @@ This module does NOT compute anything: it is given a model's cache, or values by
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from alignblind_mi.errors import AlignblindError
@@ -62,7 +63,8 @@ def token_view(rows: pd.DataFrame, *, value: str = "log_odds", layer: int | None
         raise ViewError("the rows are of several prompts or models: choose those of one.")
     table = shown.pivot(index="position", columns="layer", values=value)
     tokens = shown.drop_duplicates("position").set_index("position")["token"].loc[table.index]
-    limit = max(1e-6, float(table.abs().max(axis=None)))
+    values = table.to_numpy(float)
+    limit = max(1e-6, float(np.abs(values).max()))
     bounds = {"positiveBounds": [limit] * table.shape[1], "negativeBounds": [-limit] * table.shape[1]}
     labels = [f"layer {at}" for at in table.columns]
-    return View(render("ColoredTokensMulti", tokens=list(tokens), values=table.to_numpy(float), labels=labels, **bounds).local_src)
+    return View(render("ColoredTokensMulti", tokens=list(tokens), values=values, labels=labels, **bounds).local_src)

@@ -8,8 +8,6 @@ import pandas as pd
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-FIGURES = ("figure1_selfie", "figure2_behaviour", "figure3_patching", "figure4_interventions", "table_templates", "table_cues",
-           "activation_patching")
 
 
 def run(*arguments: object, script: str = "released_answers") -> subprocess.CompletedProcess:
@@ -67,7 +65,7 @@ def test_figure_1_counts_the_open_readings_of_either_model(shared):
     (reduction,) = table(shared, "selfie_reduction").to_dict("records")
     assert reduction["estimate"] == pytest.approx(read.loc["aligned", "race_share"] / read.loc["base", "race_share"] - 1)
     assert re.search(r"aligned +identifiers +36 ", said)
-    assert re.search(r"estimate +low +high +n\n +-1\.000", said)
+    assert re.search(rf"estimate +low +high +n\n +{reduction['estimate']:.3f} .* 12\n", said)
 
 
 @pytest.mark.slow
@@ -131,8 +129,8 @@ def test_activation_patching_finds_the_planted_layers_above_its_controls(shared)
     said, _ = quickly("activation_patching", shared)
     check_pictures(shared, "patching_places", "patching_tokens", "patching_heads_all_identifiers", "patching_heads_last_token",
                    "patching_depth")
-    assert "denoise: an effect after layers 0 to 4" in said
-    assert "noise: an effect after layers 0 to 2" in said
+    assert "denoise: an effect after layers 0 to 3" in said
+    assert "\nnoise: an effect after layers 0 to 3" in said
     heads = table(shared, "patching_heads_all_identifiers")
     assert heads.groupby("panel")["n"].sum().nunique() == 1
     screen = table(shared, "patching_screen")
@@ -144,7 +142,7 @@ def test_activation_patching_finds_the_planted_layers_above_its_controls(shared)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ("figure1_selfie", "table_cues", "activation_patching"))
+@pytest.mark.parametrize("script", ["figure1_selfie", "table_cues", "activation_patching"])
 def test_a_wrong_model_name_is_one_sentence(script, tmp_path):
     done = run("--out", tmp_path / "out", "--aligned", "no-such/model", script=script)
     assert done.returncode == 1
