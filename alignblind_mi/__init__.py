@@ -20,7 +20,7 @@ _WHERE = {
     "model": ("HookedModel", "load_model"),
     "organism": ("organism_info", "organism_path"),
     "patchscope": ("description_prompt", "fit_affine", "norm_matched", "patchscope_rows", "run_patchscope", "token_identity_prompt"),
-    "lens": ("logit_lens", "train_translators"),
+    "lens": ("lens_contrast", "logit_lens", "train_translators"),
     "probes": ("train_probes",),
     "readings": ("classify", "read_interpretations"),
     "steering": ("layer_windows", "sense_steering"),
@@ -34,7 +34,7 @@ _WHERE = {
                           "readings_of", "selfie_table", "summarise_readings"),
     "studies.mitigation": ("compare_treatments", "early_window", "late_window"),
     "studies.patching": ("depth_profile", "effect_span", "measure_patching"),
-    "studies.study": ("StudyConfig", "load_study", "run_study"),
+    "studies.study": ("Part", "StudyConfig", "load_study", "run_parts", "run_study", "study_parts"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE)
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from alignblind_mi.contrast import Pair, contrast_pairs
     from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment
     from alignblind_mi.errors import AlignblindError
-    from alignblind_mi.lens import logit_lens, train_translators
+    from alignblind_mi.lens import lens_contrast, logit_lens, train_translators
     from alignblind_mi.loading import ModelSpec
     from alignblind_mi.lora import LoraSettings, awareness_examples, layer_group, train_lora
     from alignblind_mi.model import HookedModel, load_model
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
     from alignblind_mi.studies.mitigation import compare_treatments, early_window, late_window
     from alignblind_mi.studies.patching import depth_profile, effect_span, measure_patching
-    from alignblind_mi.studies.study import StudyConfig, load_study, run_study
+    from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study, study_parts
 
 
 def __getattr__(name: str) -> Any:

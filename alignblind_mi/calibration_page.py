@@ -11,8 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from alignblind_mi import figures
-from alignblind_mi.report import Column, as_uri, environment, percent, plain, signed
-from alignblind_mi.results import ResultError, load_result, write_bytes, write_text
+from alignblind_mi.report import Column, as_uri, environment, percent, plain, save_shown, signed
+from alignblind_mi.results import ResultError, load_result, write_text
 from alignblind_mi.studies.calibration import CUE, QUESTION, SELFIE_PROMPT, STREAM, TARGET_LAYER
 from alignblind_mi.studies.verdicts import (
     KNOB,
@@ -45,13 +45,7 @@ def write_calibration(folder: Path) -> Path:
     rows, notes = read_calibration(folder)
     records = calibration_records(rows)
     tables = _tables(rows)
-    for name, table in tables.items():
-        write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
-    drawn = _draw(records, tables)
-    vectors = {name: figures.to_svg(figure) for name, figure in drawn.items()}
-    for name, figure in drawn.items():
-        write_bytes(folder / "figures" / f"{name}.png", figures.to_png(figure))
-        write_bytes(folder / "figures" / f"{name}.svg", vectors[name])
+    vectors = save_shown(folder, tables, _draw(records, tables))
     page = folder / "calibration.html"
     write_text(page, _render(records, tables, vectors, notes))
     write_text(folder / "calibration.json", json.dumps(records, indent=1, allow_nan=False) + "\n")
@@ -68,7 +62,7 @@ def _tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def _draw(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     profile = tables["depth_profile"]
     known = profile[profile["member"].isin(tables["depth"]["member"])]
-    return {"recovery": figures.recovery_figure(tables["recovery"]), "depth": figures.depth_figure(known),
+    return {"recovery": figures.recovery_figure(tables["recovery"]), "depth": figures.planted_depth_figure(known),
             "trust": figures.trust_figure(pd.DataFrame(records), tables["causal"]),
             "convergence": figures.convergence_figure(tables["convergence"])}
 

@@ -232,11 +232,12 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
 
 
 @_styled
-def patch_heatmap(table: pd.DataFrame, *, across: str = "patched tokens", effect: str = "effect (share of the difference moved)") -> Figure:
+def patch_heatmap(table: pd.DataFrame, *, across: str = "patched tokens", effect: str = "effect (share of the difference moved)",
+                  unit: str = "pairs") -> Figure:
     """Effects of patches by layer and place, a panel each; blue moves away from the source's answer, red towards it, white is nothing.
 
     Columns: panel, layer, place, mean, n; places stand in the order of the table, cells without a mean are hatched. The scale is symmetric
-    and reaches at least from -1 to 1. `across` and `effect` name the axis and the colour bar.
+    and reaches at least from -1 to 1. `across` and `effect` name the axis and the colour bar, `unit` what n counts.
     """
     panels, places = list(table["panel"].unique()), list(table["place"].unique())
     layers = sorted(int(layer) for layer in table["layer"].unique())
@@ -250,11 +251,79 @@ def patch_heatmap(table: pd.DataFrame, *, across: str = "patched tokens", effect
     for axis, panel in zip(axes, panels, strict=True):
         drawn = _heat(axis, table[table["panel"] == panel], layers, places, limit)
         axis.set_xlabel(across)
-        axis.set_title(f"{panel} ({_counts(table.assign(group=table['panel']), panel)} pairs)")
+        axis.set_title(f"{panel} ({_counts(table.assign(group=table['panel']), panel)} {unit})")
     for axis in axes[:1] if beside else axes:
         axis.set_ylabel("layer")
     figure.colorbar(drawn, ax=list(axes), label=effect, shrink=0.9, aspect=28, pad=0.015)
     return figure
+
+
+@_styled
+def depth_figure(table: pd.DataFrame) -> Figure:
+    """The effect of a patch by layer with its interval, a panel a direction; the pale band is from the lowest to the highest control.
+
+    Columns: direction, layer, n, mean, low, high, control_low, control_high (NaN without controls).
+    """
+    panels = list(table["direction"].unique())
+    figure = Figure(figsize=(4.6 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for j, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
+        rows = table[table["direction"] == panel]
+        axis.fill_between(rows["layer"], rows["control_low"], rows["control_high"], color=PALE, lw=0)
+        _band(axis, rows, _colour(j), _marker(j), panel)
+        axis.axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(f"{panel} ({_counts(rows.assign(group=panel), panel)} pairs)")
+        axis.set_xlabel("layer")
+    axes[0].set_ylabel("effect (share of the difference)")
+    _legend(figure, [*_marks(panels, [_colour(j) for j in range(len(panels))], line=True), _patch(PALE, "controls, 95 %")])
+    return figure
+
+
+@_styled
+def selfie_figure(layers: pd.DataFrame, controls: pd.DataFrame) -> Figure:
+    """What open-ended readings speak of (SelfIE): stacked shares by source layer (left), and over layers beside the controls (right).
+
+    A row a panel. Both: panel, n and for each reading NAME_share, NAME_low, NAME_high, the group sense first, texts of no sense last;
+    layers: layer; controls: control ("" for the identifiers). The whiskers are the group sense's exact intervals.
+    """
+    panels = list(layers["panel"].unique())
+    names = [str(name).removesuffix("_share") for name in layers if str(name).endswith("_share")]
+    colours = {name: _colour(j) for j, name in enumerate(names[:-1])} | {names[-1]: PALE}
+    figure = Figure(figsize=(9.5, 0.9 + 2.4 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 2, width_ratios=(1.3, 1), squeeze=False)
+    for (left, right), panel in zip(axes, panels, strict=True):
+        here, held = layers[layers["panel"] == panel], controls[controls["panel"] == panel].set_index("control")
+        _stacked(left, [float(layer) for layer in here["layer"]], here, colours, upright=True)
+        left.set_title(f"{panel}: readings by layer ({_counts(here.assign(group=panel), panel)} a layer)")
+        left.set_ylabel("share of readings, %")
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        shown = [name for name in CONTROL_NAMES if name in held.index]
+        _stacked(right, [float(i) for i in range(len(shown))], held.loc[shown], colours, upright=False)
+        right.set_yticks(range(len(shown)), [f"{CONTROL_NAMES[name]}\nn = {int(held.loc[name, 'n'])}" for name in shown], fontsize=7.5)
+        right.set_ylim(len(shown) - 0.4, -0.6)
+        right.set_title("over layers, and controls")
+    axes[-1][0].set_xlabel("source layer")
+    axes[-1][1].set_xlabel("share of readings, %")
+    keys = [_patch(colour, name) for name, colour in colours.items()]
+    _legend(figure, [*keys, _line(INK, f"95 % exact, {names[0]}", width=1.6)])
+    return figure
+
+
+def _stacked(axis: Axes, at: Sequence[float], table: pd.DataFrame, colours: dict[str, str], *, upright: bool) -> None:
+    """One stacked bar a row, with the first share's interval. Columns: NAME_share for each name of `colours`, FIRST_low, FIRST_high."""
+    reached = pd.Series(0.0, index=table.index)
+    for name, colour in colours.items():
+        if upright:
+            axis.bar(at, table[f"{name}_share"], 0.86, bottom=reached, color=colour, label=name)
+        else:
+            axis.barh(at, table[f"{name}_share"], 0.7, left=reached, color=colour, label=name)
+        reached = reached + table[f"{name}_share"]
+    first = next(iter(colours))
+    (axis.vlines if upright else axis.hlines)(at, table[f"{first}_low"], table[f"{first}_high"], color=INK, lw=1.6, zorder=4)
+    (axis.set_ylim if upright else axis.set_xlim)(0, 1)
+    (axis.yaxis if upright else axis.xaxis).set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axis.grid(visible=False)
 
 
 def _heat(axis: Axes, table: pd.DataFrame, layers: Sequence[int], places: Sequence[str], limit: float) -> Any:
@@ -493,7 +562,7 @@ def recovery_figure(recovery: pd.DataFrame) -> Figure:
 
 
 @_styled
-def depth_figure(profile: pd.DataFrame) -> Figure:
+def planted_depth_figure(profile: pd.DataFrame) -> Figure:
     """What every instrument shows by layer on organisms that differ in depth alone, a panel an instrument; planted blocks are shaded.
 
     Columns: instrument, kind, seed, layer, value, onset, last. Thin lines are seeds, the thick one their mean.

@@ -83,6 +83,20 @@ def _lens(model: HookedModel, prompt: Prompt, words: Sequence[str], layers: list
         for i, token in enumerate(tokens) for j, layer in enumerate(layers) for k, word in enumerate(words)])
 
 
+def lens_contrast(rows: pd.DataFrame, word: str, against: str) -> pd.DataFrame:
+    """log P(word) - log P(against) in nats, from rows of `logit_lens` that hold both words; one row per prompt, token and layer.
+
+    Columns: those of the rows without word, log_prob and prob, and log_odds. Errors: EditError for a word that the rows do not hold.
+    """
+    lacking = next((name for name in (word, against) if name not in set(rows["word"])), None)
+    if lacking is not None:
+        raise EditError(f"the lens has not read the word {lacking!r}; it has read {', '.join(map(repr, rows['word'].unique()))}.")
+    keys = ["model", "treatment", "prompt", "position", "layer"]
+    first, second = (rows[rows["word"] == name].drop_duplicates(keys) for name in (word, against))
+    both = first.merge(second[[*keys, "log_prob"]], on=keys, suffixes=("", "_against"), validate="one_to_one")
+    return both.assign(log_odds=both["log_prob"] - both["log_prob_against"]).drop(columns=["word", "log_prob", "prob", "log_prob_against"])
+
+
 def lens_readings(model: HookedModel, resid: Float[Tensor, "vector layer d_model"], layers: Sequence[int], words: Sequence[str],
                   translators: Translators | None = None) -> Float[Tensor, "vector layer word"]:
     """Log-probabilities (nats) of words after residual streams that were recorded after `layers`."""

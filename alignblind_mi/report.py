@@ -110,15 +110,21 @@ def write_report(folder: Path) -> Path:
     study = read_study(Path(folder))
     tables = summary_tables(study)
     drawn = draw(tables)
-    vectors = {name: figures.to_svg(figure) for name, figure in drawn.items()}
-    for name, table in tables.items():
-        write_text(study.folder / "tables" / f"{name}.csv", table.to_csv(index=False))
-    for name, figure in drawn.items():
-        write_bytes(study.folder / "figures" / f"{name}.png", figures.to_png(figure))
-        write_text(study.folder / "figures" / f"{name}.svg", vectors[name].decode("utf-8"))
+    vectors = save_shown(study.folder, tables, drawn)
     page = study.folder / "report.html"
     write_text(page, render(study, tables, vectors))
     return page
+
+
+def save_shown(folder: Path, tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> dict[str, bytes]:
+    """Write tables/NAME.csv, figures/NAME.png and figures/NAME.svg into a folder. Returns the figures as SVG, by name."""
+    vectors = {name: figures.to_svg(figure) for name, figure in drawn.items()}
+    for name, table in tables.items():
+        write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
+    for name, figure in drawn.items():
+        write_bytes(folder / "figures" / f"{name}.png", figures.to_png(figure))
+        write_text(folder / "figures" / f"{name}.svg", vectors[name].decode("utf-8"))
+    return vectors
 
 
 def read_study(folder: Path) -> Study:

@@ -181,11 +181,12 @@ def test_comparison_without_explicit_answers_and_readings(comparison):
 
 
 @pytest.fixture
-def all_figures(behaviour, log_odds, position, curves, scores, steering, lora, comparison, patched) -> list[Callable[[], Figure]]:
+def all_figures(behaviour, log_odds, position, curves, scores, steering, lora, comparison, patched, depth, selfie
+                ) -> list[Callable[[], Figure]]:
     return [lambda: figures.behaviour_figure(behaviour, log_odds), lambda: figures.position_figure(position),
             lambda: figures.awareness_figure(curves, scores), lambda: figures.steering_figure(steering),
             lambda: figures.lora_figure(lora), lambda: figures.comparison_figure(comparison),
-            lambda: figures.patch_heatmap(patched)]
+            lambda: figures.patch_heatmap(patched), lambda: figures.depth_figure(depth), lambda: figures.selfie_figure(*selfie)]
 
 
 def test_nothing_is_clipped_at_the_edge(all_figures):
@@ -248,3 +249,50 @@ def test_a_heat_map_of_many_tokens_has_a_panel_below_the_other(patched):
     assert not first.texts
     small = figures.patch_heatmap(patched.assign(mean=0.01)).axes[0].images[0]
     assert small.get_clim() == (-1, 1), "a small effect is not made to look large"
+
+
+@pytest.fixture
+def depth() -> pd.DataFrame:
+    return pd.DataFrame([{"direction": direction, "layer": layer, "n": 6, "mean": 0.9 - 0.2 * layer - 0.1 * i, "low": 0.1, "high": 0.95,
+                          "control_low": -0.1, "control_high": 0.3 - 0.1 * layer}
+                         for i, direction in enumerate(("denoise", "noise")) for layer in range(4)])
+
+
+def test_depth_has_a_panel_a_direction_and_the_controls_band(depth):
+    first, second = figures.depth_figure(depth).axes
+    assert line(first, "denoise")[:, 1] == pytest.approx([0.9, 0.7, 0.5, 0.3])
+    assert line(second, "noise")[:, 1] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert first.get_title(loc="left") == "denoise (n = 6 pairs)"
+    controls = first.collections[0].get_paths()[0].vertices[:, 1]
+    assert (controls.min(), controls.max()) == pytest.approx((-0.1, 0.3))
+
+
+def shares(one: float, two: float) -> dict[str, float]:
+    ends = {f"{name}_{end}": value for name, share in (("one", one), ("two", two), ("rest", 1 - one - two))
+            for end, value in (("share", share), ("low", max(0.0, share - 0.1)), ("high", min(1.0, share + 0.1)))}
+    return {"n": 12, **ends}
+
+
+@pytest.fixture
+def selfie() -> tuple[pd.DataFrame, pd.DataFrame]:
+    layers = [{"panel": role, "layer": layer, **shares(0.2 + 0.1 * layer, 0.5 - 0.2 * i)}
+              for i, role in enumerate(ROLES) for layer in range(3)]
+    controls = [{"panel": role, "control": control, **shares(0.3, 0.3 + 0.1 * i)}
+                for role in ROLES for i, control in enumerate(("", "anchor_group", "random"))]
+    return pd.DataFrame(layers), pd.DataFrame(controls)
+
+
+def test_open_readings_are_stacked_to_a_whole_by_layer_and_by_control(selfie):
+    figure = figures.selfie_figure(*selfie)
+    left, right, second, _ = figure.axes
+    assert heights(left, "one") == pytest.approx([0.2, 0.3, 0.4])
+    assert heights(second, "two") == pytest.approx([0.3, 0.3, 0.3])
+    tops = [bar.get_y() + bar.get_height() for bar in next(c for c in left.containers if c.get_label() == "rest")]
+    assert tops == pytest.approx([1, 1, 1])
+    widths = [bar.get_width() for bar in next(c for c in right.containers if c.get_label() == "two")]
+    assert widths == pytest.approx([0.3, 0.4, 0.5])
+    assert left.get_title(loc="left") == "base: readings by layer (n = 12 a layer)"
+    assert [label.get_text().split("\n")[0] for label in right.get_yticklabels()] == ["identifiers", "words of the group sense",
+                                                                                     "random vector"]
+    ends = {tuple(np.round(segment[:, 1], 6)) for lines in left.collections for segment in lines.get_segments()}
+    assert ends == {(0.1, 0.3), (0.2, 0.4), (0.3, 0.5)}

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from alignblind_mi.results import ResultError
-from alignblind_mi.studies.study import StudyConfig, load_study, run_study
+from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study
 
 SMALL = """
 import sys; from dataclasses import replace; from pathlib import Path; import torch; torch.set_num_threads(1)
@@ -146,3 +146,21 @@ def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, monkeypa
     assert max(parts["behaviour_base"].provenance["split_identifiers"].values()) > 1
     assert "this study has no steering parts" in report
     assert "Identifiers of several tokens" in report
+
+
+def test_parts_of_one_s_own_are_kept_and_resumed_like_those_of_a_study(tiny_folder, tmp_path):
+    asked = []
+
+    def compute(model, advance):
+        asked.append(model.spec.name)
+        return pd.DataFrame({"layers": [model.n_layers]})
+
+    config = StudyConfig.create(str(tiny_folder), str(tiny_folder), quick=True)
+    for _ in range(2):
+        assert run_parts(config, tmp_path / "out", [Part(f"depth_{role}", role, False, compute) for role in ("base", "aligned")]) == (
+            tmp_path / "out")
+    found = load_study(tmp_path / "out")
+    assert asked == [str(tiny_folder)] * 2, "computed once each"
+    assert {name: result.rows["role"].tolist() for name, result in found.items()} == {"depth_base": ["base"], "depth_aligned": ["aligned"]}
+    assert all({"model", "revision", "part", "config"} <= set(result.provenance) for result in found.values())
+    assert not (tmp_path / "out" / "adapters").exists(), "nothing is trained for parts that need no adapter"

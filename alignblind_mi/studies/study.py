@@ -104,13 +104,16 @@ class Load:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the study: its file name, the model it needs (with adapters or not), how its rows are computed, and what that asks."""
+    """A piece of the study: its file name, the model it needs (with adapters or not), how its rows are computed, and what that asks.
+
+    A part of one's own (see `run_parts`) need not say what it asks: `loads` is read by the forecast of a whole study.
+    """
 
     name: str
     role: str
     adapters: bool
     compute: Callable[[HookedModel, Advance], pd.DataFrame]
-    loads: Callable[[], list[Load]]
+    loads: Callable[[], list[Load]] = list
 
 
 Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]
@@ -150,19 +153,23 @@ def run_study(config: StudyConfig, out: Path) -> Path:
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
+    return run_parts(config, out, list(study_parts(config, load_concept(config.concept))))
+
+
+def run_parts(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
+    """Run or resume some parts of a study, or parts of one's own, in the folder `out`. Returns `out`. Errors: as `run_study`."""
     from alignblind_mi.organism.build import one_thread
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     with one_thread() if organism_record(config.aligned) else nullcontext():
-        return _run(config, out)
+        return _run(config, out, parts)
 
 
-def _run(config: StudyConfig, out: Path) -> Path:
+def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
     concept = load_concept(config.concept)
-    split = _check_vocabulary(config, concept)
+    split = check_vocabulary(config, concept)
     folder = StudyFolder.open(out, config.identity())
-    parts = list(study_parts(config, concept))
-    progress = Progress(len(parts) + len(lora_groups(config)))
+    progress = Progress(len(parts) + (len(lora_groups(config)) if any(part.adapters for part in parts) else 0))
     models = _Models(config, out, progress.note)
     for model, words in split.items():
         said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
@@ -187,10 +194,11 @@ def _result(config: StudyConfig, models: _Models, part: Part, advance: Advance, 
                          "made": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
-def _check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[str, int]]:
+def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[str, int]]:
     """Before any weights are loaded: does each tokenizer know every word that will be asked?
 
-    Returns, per model, the identifiers that are several tokens and how many (edits and readings use the last one).
+    Returns, per model, the identifiers that are several tokens and how many (edits and readings use the last one). Errors: ModelError
+    naming a word that a tokenizer does not know, or a sense of several tokens.
     """
     from transformers import AutoTokenizer
 
