@@ -26,13 +26,14 @@ from alignblind_mi.statistics import exact_interval, mean_interval, position_eff
 from alignblind_mi.steering import layer_windows, steerable
 from alignblind_mi.studies.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.studies.mitigation import comparison_table, early_window, late_window, steering_names
-from alignblind_mi.studies.study import instruments, load_study, organism_record
+from alignblind_mi.studies.study import VIEWS, instruments, load_study, organism_record
+from alignblind_mi.views import as_page, pattern_view, token_view
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 ROLES = ("base", "aligned")
-PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "steering_", "lora_")    # how the names of a study's parts begin
+PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "lora_")    # how the names of a study's parts begin
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 POOLED = "pooled"
 QUICK_GROUPS = ("early", "late")
@@ -112,8 +113,21 @@ def write_report(folder: Path) -> Path:
     drawn = draw(tables)
     vectors = save_shown(study.folder, tables, drawn)
     page = study.folder / "report.html"
-    write_text(page, render(study, tables, vectors))
+    write_text(page, render(study, tables, vectors, save_views(study)))
     return page
+
+
+def save_views(study: Study) -> dict[str, str]:
+    """Write views/NAME.html, interactive pages beside the report, from the parts `view_*`. Returns their titles by address."""
+    shown = {}
+    for role in ROLES:
+        for name, draw_view, title in (("attention", pattern_view, "attention"), ("tokens", token_view, "logit lens by token")):
+            part = study.parts.get(f"view_{name}_{role}")
+            if part is not None and len(part.rows):
+                address = f"views/{name}_{role}.html"
+                shown[address] = f"{title}, {study.config[role]['name']}"
+                write_text(study.folder / address, as_page(draw_view(part.rows.reset_index(drop=True)), shown[address]))
+    return shown
 
 
 def save_shown(folder: Path, tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> dict[str, bytes]:
@@ -138,7 +152,7 @@ def read_study(folder: Path) -> Study:
                           "its study.json first.")
     for name, part in known.items():
         _check_columns(folder / f"{name}.parquet", part)
-    n_layers = _n_layers(known.values())
+    n_layers = _n_layers(part for name, part in known.items() if not name.startswith("view_"))    # a view is of one layer
     missing = [name for name in expected_parts(config, concept, n_layers) if name not in known]
     return Study(folder, config, concept, known, n_layers, missing)
 
@@ -162,6 +176,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_columns(file: Path, part: Result) -> None:
     reading = file.stem.startswith("awareness") or file.stem.endswith("_awareness")
+    if file.stem.startswith("view"):
+        return    # `views` says what it cannot show
     wanted = INSTRUMENT_COLUMNS if file.stem.startswith("reading") else READING_COLUMNS if reading else ANSWER_COLUMNS
     lacking = sorted(wanted - set(part.rows.columns))
     if lacking:
@@ -180,7 +196,8 @@ def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | Non
     names = []
     for role in ROLES:
         names += [f"behaviour_{role}", f"balanced_{role}", *(f"awareness_{role}_{question}" for question in concept.interpretations),
-                  *(f"reading_{name}_{role}" for name in instruments(concept, config.get("selfie", "paper")))]
+                  *(f"reading_{name}_{role}" for name in instruments(concept, config.get("selfie", "paper"))),
+                  *(f"view_{name}_{role}" for name in VIEWS)]
     if steerable(concept.cue(config["cue"])) and n_layers:
         compared = [early_window(n_layers), late_window(n_layers)]
         for sense in steering_names(concept):
@@ -622,8 +639,8 @@ def _means(table: pd.DataFrame, name: str) -> pd.DataFrame:
     return table.drop(columns=["low", "high"]).rename(columns=columns)
 
 
-def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, bytes]) -> str:
-    """The page as HTML, with its figures as SVG: one file that refers to no other, apart from the link to the paper.
+def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, bytes], views: dict[str, str]) -> str:
+    """The page as HTML, with its figures as SVG: it refers to nothing but the interactive views beside it, and links to the paper.
 
     Its words are in the template.
     """
@@ -633,7 +650,7 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
         phrases=_phrases(study), provenance=_provenance(study),
         commands=f"{_command(study)}\nalignblind report {shlex.quote(study.folder.name)}", link=PAPER_LINK, question=QUESTION,
-        pooled=POOLED, roles=ROLES)
+        pooled=POOLED, roles=ROLES, views=views)
 
 
 def _sense_columns(concept: Concept) -> dict[str, tuple[Column, ...]]:

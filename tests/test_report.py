@@ -75,6 +75,14 @@ def instrument_readings(name: str, role: str, treatment: dict[str, str]) -> pd.D
                        selectivity=0.4) if name == "probes" else rows
 
 
+def view_rows(name: str) -> pd.DataFrame:
+    if name == "tokens":
+        return pd.DataFrame([{"position": i, "token": f"t{i}", "layer": layer, "log_odds": i - layer}
+                             for i in range(3) for layer in range(2)])
+    return pd.DataFrame([{"layer": 1, "head": head, "query": q, "key": k, "token": f"t{q}", "weight": 1 / (q + 1)}
+                         for head in range(2) for q in range(3) for k in range(q + 1)])
+
+
 def treatment_of(name: str, concept: Concept) -> dict[str, str]:
     if name.startswith("lora"):
         return {"treatment": name, "family": "lora", "sense": "", "layers": ""}
@@ -89,6 +97,8 @@ def treatment_of(name: str, concept: Concept) -> dict[str, str]:
 def make_part(name: str, concept: Concept) -> pd.DataFrame:
     role = "base" if "_base" in name else "aligned"
     treatment = treatment_of(name.removesuffix("_awareness"), concept)
+    if name.startswith("view"):
+        return view_rows(name.split("_")[1]).assign(model=f"some/{role}", role=role, **treatment)
     if name.startswith("reading"):
         return instrument_readings(name.split("_")[1], role, treatment)
     if name.startswith("awareness") or name.endswith("_awareness"):
@@ -179,8 +189,9 @@ def test_every_section_is_there_in_order(page):
 
 
 def test_the_page_refers_to_nothing_outside_itself(finished, page):
-    assert {link for link in page.links if not link.startswith(("#", "data:"))} == {PAPER_LINK}
-    assert not {"script", "link", "iframe"} & set(page.tags)
+    views = {f"views/{name}_{role}.html" for name in ("attention", "tokens") for role in ("base", "aligned")}
+    assert {link for link in page.links if not link.startswith(("#", "data:"))} == {PAPER_LINK, *views}
+    assert not {"script", "link"} & set(page.tags)
     text = (finished / "report.html").read_text("utf-8")
     assert "@import" not in text
     assert "url(" not in text
@@ -310,7 +321,7 @@ def test_a_study_that_has_only_begun(tmp_path):
     folder = make_study(tmp_path / "study", without=("balanced", "awareness", "reading", "steering", "lora", "behaviour_aligned"))
     page = Page(write_report(folder))
     assert "all steering parts" in read_study(folder).unfinished
-    assert "and 6 more" in page.words("summary")
+    assert f"and {len(read_study(folder).unfinished) - 12} more" in page.words("summary")
     assert "rate %" in page.cells["behaviour"][0]
     for section in ("position", "awareness", "steering", "lora", "comparison"):
         assert "not finished" in page.words(section)

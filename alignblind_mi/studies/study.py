@@ -6,6 +6,7 @@ part is the same whichever run computes it. This module does NOT know how result
 
 import gc
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -16,8 +17,10 @@ from typing import Any
 
 import pandas as pd
 
+from alignblind_mi.attention import attention_rows
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
+from alignblind_mi.lens import lens_contrast, logit_lens
 from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora
 from alignblind_mi.model import HookedModel, load_model
@@ -38,7 +41,9 @@ from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
 from alignblind_mi.studies.sources import CONTROLS, context_prompts, control_sources, reading_sources
 
+log = logging.getLogger(__name__)
 BOTH: tuple[Kind, ...] = ("implicit", "explicit")
+VIEWS = ("attention", "tokens")
 Treat = Callable[[HookedModel], Treatment]
 
 
@@ -246,6 +251,8 @@ def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[
         yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED), CONTROLS))
     for name in instruments(concept, config.selfie):
         yield Part(f"reading_{name}_{role}", role, False, *_instrument(config, concept, name))
+    for name in VIEWS:
+        yield Part(f"view_{name}_{role}", role, False, *_view(config, concept, name))
 
 
 def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[Part]:
@@ -323,6 +330,23 @@ def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
             found.append(Load(context_prompts(concept, config.cue, "train") + context_prompts(concept, config.cue, "test")))
         return found
     return compute, loads
+
+
+def _view(config: StudyConfig, concept: Concept, name: str) -> Work:
+    """What the report shows of one prompt: attention in the first layer of the early window, or the lens at every token and layer."""
+    prompt = implicit_prompts(concept, config.cue, design="published", seed=config.seed)[0]
+    words = [concept.senses[sense].word for sense in (concept.other_sense, concept.group_sense)]
+
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        if name == "tokens":
+            return lens_contrast(logit_lens(model, [prompt], words), *words)
+        try:
+            return attention_rows(model, prompt, early_window(model.n_layers)[0])
+        except ModelError as error:    # the study does not need transformer-lens for anything else
+            log.warning("no view of attention: %s", error)
+            return pd.DataFrame({"layer": pd.Series(dtype=int)})
+
+    return compute, lambda: [Load([prompt])]
 
 
 def _with_treatment(rows: pd.DataFrame, treatment: Treatment) -> pd.DataFrame:
