@@ -395,6 +395,7 @@ def _controls(axis: Axes, table: pd.DataFrame) -> None:
         _forest(axis, y, rows["mean"], rows["low"], rows["high"], ROLE_COLOURS.get(role, INK), _marker(j), role)
     axis.axvline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
     axis.grid(axis="x")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     named = table.rename(columns={"control": "group"})
     axis.set_yticks(range(len(shown)), [f"{CONTROL_NAMES[name]}\n{_counts(named, name)}" for name in shown], fontsize=7.5)
     axis.set_ylim(len(shown) - 0.4, -0.6)

@@ -11,6 +11,7 @@ what the measurements say is `verdicts.py`. Phrases, questions and places are ne
 * words are the concept's, held out from training.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -79,6 +80,11 @@ class CalibrationConfig:
         """What a results folder is checked against: the settings, the recipe of the family and the content of the concept."""
         return {"calibration": 1, "seeds": list(self.seeds), "quick": self.quick, "family": cache_folder().name,
                 "concept_digest": load_concept(CONCEPT).digest, "members": [member.name for member in self.members]}
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cache: Path | None = None) -> Path:
