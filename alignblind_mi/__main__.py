@@ -111,6 +111,25 @@ def report(folder: Annotated[Path, typer.Argument(help="Results folder of a stud
 
 
 @app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Results folder; a calibration that is in it already is resumed.")] = Path("calibration"),
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, fewer organisms, shorter training: to see that it works.")] = False,
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds of the organisms.")] = "0,1,2",
+    jobs: Annotated[int, typer.Option(min=1, help="Organisms that are built at the same time, one processor each.")] = 1,
+) -> None:
+    """Measure every instrument on organisms with known truth; write OUT/calibration.json and OUT/calibration.html.
+
+    The organisms are built once and kept in the user's cache folder ($ALIGNBLIND_CACHE). Example: alignblind calibrate --quick --out DIR
+    """
+    from alignblind_mi.calibration_page import write_calibration
+    from alignblind_mi.studies.calibration import CalibrationConfig, run_calibration
+
+    config = CalibrationConfig.create(seeds, quick=quick)
+    page = write_calibration(run_calibration(config, out, jobs=jobs))
+    typer.echo(f"The page is {page.resolve()}")
+
+
+@app.command()
 def score(
     paths: Annotated[list[Path], typer.Argument(help="Result files or folders: this project's, or released JSON and JSON lines.")],
     rule: Annotated[str, typer.Option(help="robust, or published (the paper's parser).")] = "robust",

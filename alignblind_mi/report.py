@@ -7,12 +7,11 @@ folder lies.
 import base64
 import json
 import math
-import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -21,19 +20,26 @@ from alignblind_mi import figures
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.loading import EMBEDDED, ModelSpec
 from alignblind_mi.lora import LAYER_GROUPS
-from alignblind_mi.results import Result, ResultError, write_text
+from alignblind_mi.readings import reading_names
+from alignblind_mi.results import Result, ResultError, write_bytes, write_text
 from alignblind_mi.statistics import exact_interval, mean_interval, position_effect, summarise, t_interval
 from alignblind_mi.steering import layer_windows, steerable
-from alignblind_mi.studies.awareness import n_readings, readings_of
+from alignblind_mi.studies.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.studies.mitigation import comparison_table, early_window, late_window, steering_names
-from alignblind_mi.studies.study import load_study, organism_record
+from alignblind_mi.studies.study import VIEWS, instruments, load_study, organism_record
+from alignblind_mi.views import as_page, pattern_view, token_view
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 ROLES = ("base", "aligned")
+PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "lora_")    # how the names of a study's parts begin
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 POOLED = "pooled"
 QUICK_GROUPS = ("early", "late")
 BOTH_COLUMNS = frozenset({"model", "treatment", "role"})
 ANSWER_COLUMNS = BOTH_COLUMNS | {"kind", "category", "template", "word_pair", "option_order", "word_order", "outcome", "log_odds"}
+INSTRUMENT_COLUMNS = BOTH_COLUMNS | {"instrument", "context", "control", "mark", "mention", "layer", "blind"}
 READING_COLUMNS = BOTH_COLUMNS | {"interpretation", "context", "control", "mark", "mention", "layer", "d_group", "d_other", "base_group",
                                   "base_other", "blind"}
 PAPER_LINK = "https://arxiv.org/abs/2506.00253"
@@ -54,9 +60,9 @@ class Study:
         """Whether all these parts are finished."""
         return all(name in self.parts for name in names)
 
-    def either(self, kind: str) -> bool:
-        """Whether the part of this kind is finished for one of the two models."""
-        return any(f"{kind}_{role}" in self.parts for role in ROLES)
+    def either(self, *kinds: str) -> bool:
+        """Whether a part of one of these kinds is finished for one of the two models."""
+        return any(f"{kind}_{role}" in self.parts for kind in kinds for role in ROLES)
 
     def rows(self, names: Iterable[str]) -> pd.DataFrame:
         """The rows of those of the named parts that are finished, one below the other."""
@@ -107,8 +113,21 @@ def write_report(folder: Path) -> Path:
     drawn = draw(tables)
     vectors = save_shown(study.folder, tables, drawn)
     page = study.folder / "report.html"
-    write_text(page, render(study, tables, vectors))
+    write_text(page, render(study, tables, vectors, save_views(study)))
     return page
+
+
+def save_views(study: Study) -> dict[str, str]:
+    """Write views/NAME.html, interactive pages beside the report, from the parts `view_*`. Returns their titles by address."""
+    shown = {}
+    for role in ROLES:
+        for name, draw_view, title in (("attention", pattern_view, "attention"), ("tokens", token_view, "logit lens by token")):
+            part = study.parts.get(f"view_{name}_{role}")
+            if part is not None and len(part.rows):
+                address = f"views/{name}_{role}.html"
+                shown[address] = f"{title}, {study.config[role]['name']}"
+                write_text(study.folder / address, as_page(draw_view(part.rows.reset_index(drop=True)), shown[address]))
+    return shown
 
 
 def save_shown(folder: Path, tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> dict[str, bytes]:
@@ -117,7 +136,7 @@ def save_shown(folder: Path, tables: dict[str, pd.DataFrame], drawn: dict[str, F
     for name, table in tables.items():
         write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
     for name, figure in drawn.items():
-        _write_bytes(folder / "figures" / f"{name}.png", figures.to_png(figure))
+        write_bytes(folder / "figures" / f"{name}.png", figures.to_png(figure))
         write_text(folder / "figures" / f"{name}.svg", vectors[name].decode("utf-8"))
     return vectors
 
@@ -127,13 +146,13 @@ def read_study(folder: Path) -> Study:
     config = _read_config(folder)
     concept = load_concept(config["concept"])
     parts = load_study(folder)
-    known = {name: part for name, part in parts.items() if name.startswith(("behaviour_", "balanced_", "awareness_", "steering_", "lora_"))}
+    known = {name: part for name, part in parts.items() if name.startswith(PARTS)}
     if not known:
         raise ResultError(f"{folder} is a study without a finished part: run `alignblind study --out {folder}` with the models of "
                           "its study.json first.")
     for name, part in known.items():
         _check_columns(folder / f"{name}.parquet", part)
-    n_layers = _n_layers(known.values())
+    n_layers = _n_layers(part for name, part in known.items() if not name.startswith("view_"))    # a view is of one layer
     missing = [name for name in expected_parts(config, concept, n_layers) if name not in known]
     return Study(folder, config, concept, known, n_layers, missing)
 
@@ -157,7 +176,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_columns(file: Path, part: Result) -> None:
     reading = file.stem.startswith("awareness") or file.stem.endswith("_awareness")
-    lacking = sorted((READING_COLUMNS if reading else ANSWER_COLUMNS) - set(part.rows.columns))
+    if file.stem.startswith("view"):
+        return    # `views` says what it cannot show
+    wanted = INSTRUMENT_COLUMNS if file.stem.startswith("reading") else READING_COLUMNS if reading else ANSWER_COLUMNS
+    lacking = sorted(wanted - set(part.rows.columns))
     if lacking:
         raise ResultError(f"{file} lacks the columns {', '.join(lacking)}: another version made it. Delete it and its .json to compute "
                           "it anew.")
@@ -173,7 +195,9 @@ def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | Non
     """Names of all parts of a study, in the order in which they are computed; without steering where the depth is not known yet."""
     names = []
     for role in ROLES:
-        names += [f"behaviour_{role}", f"balanced_{role}", *(f"awareness_{role}_{question}" for question in concept.interpretations)]
+        names += [f"behaviour_{role}", f"balanced_{role}", *(f"awareness_{role}_{question}" for question in concept.interpretations),
+                  *(f"reading_{name}_{role}" for name in instruments(concept, config.get("selfie", "paper"))),
+                  *(f"view_{name}_{role}" for name in VIEWS)]
     if steerable(concept.cue(config["cue"])) and n_layers:
         compared = [early_window(n_layers), late_window(n_layers)]
         for sense in steering_names(concept):
@@ -197,6 +221,10 @@ def summary_tables(study: Study) -> dict[str, pd.DataFrame]:
         ("position", study.either("balanced"), position_table),
         ("awareness", len(_readings(study)) > 0, scores_table),
         ("awareness_layers", len(_readings(study)) > 0, curves_table),
+        ("instruments", study.either("reading_selfie", "reading_lens", "reading_probes"), instruments_table),
+        ("instrument_layers", study.either("reading_selfie", "reading_lens", "reading_probes"), instrument_layers_table),
+        ("selfie", study.either("reading_selfie"), open_readings_table),
+        ("probes", study.either("reading_probes"), probes_table),
         ("steering", treated and bool(_steering_parts(study)), steering_table),
         ("lora", treated and bool(_lora_parts(study)), lora_table),
         ("lora_training", True, training_table),
@@ -245,6 +273,37 @@ def scores_table(study: Study) -> pd.DataFrame:
                         "r_blind": group["blind"].mean(), "low": low, "high": high, "d_group": group["d_group"].mean(),
                         **{name: group[name].mean() for name in ("d_other", "base_group", "base_other")}})
     return pd.DataFrame.from_records(records)
+
+
+def _instrument_rows(study: Study) -> pd.DataFrame:
+    """Readings by every instrument: the patchscope's first question and the parts `reading_*`, with a column `panel`."""
+    names = [f"awareness_{role}_{QUESTION}" for role in ROLES]
+    names += [f"reading_{name}_{role}" for name in ("selfie", "lens", "probes") for role in ROLES]
+    rows = study.rows(names)
+    return rows.assign(panel=rows["instrument"].str.replace("_", " "))
+
+
+def instruments_table(study: Study) -> pd.DataFrame:
+    """One row per instrument, role and control: mean reading (-1 the group sense, 1 the other) with its interval, n readings."""
+    return summarise_readings(_instrument_rows(study), by=("panel", "role", "control"))
+
+
+def instrument_layers_table(study: Study) -> pd.DataFrame:
+    """One row per instrument, role and layer: mean reading with its interval, n readings (no controls)."""
+    return summarise_readings(readings_of(_instrument_rows(study)), by=("panel", "role", "layer"))
+
+
+def open_readings_table(study: Study) -> pd.DataFrame:
+    """One row per role and control: how many open-ended readings were of each sense or none, with shares and exact intervals."""
+    return selfie_table(study.rows(f"reading_selfie_{role}" for role in ROLES), study.concept, by=("role", "control"))
+
+
+def probes_table(study: Study) -> pd.DataFrame:
+    """One row per role and layer: accuracy of the sense probe on sentences it was not trained on, beside its control probes."""
+    rows = readings_of(study.rows(f"reading_probes_{role}" for role in ROLES))
+    shown = [name for name in ("tested", "accuracy", "accuracy_low", "accuracy_high", "accuracy_shuffled", "accuracy_untrained",
+                               "selectivity") if name in rows]
+    return rows.drop_duplicates(["role", "layer"])[["role", "layer", *shown]].reset_index(drop=True)
 
 
 def steering_table(study: Study) -> pd.DataFrame:
@@ -497,6 +556,9 @@ def _layers(title: str) -> Column:
     return Column(title, lambda row: _range(row["layers"]) or "–", numeric=False)
 
 
+CONTROL = Column("what is read", lambda row: figures.CONTROL_NAMES[row["control"]], numeric=False)
+
+
 def _signed(title: str, name: str) -> Column:
     return Column(title, lambda row: signed(row[name]))
 
@@ -520,13 +582,19 @@ COLUMNS: dict[str, Sequence[Column]] = {
         _share("invalid %", "invalid_share"), _rate("association %", "rate", "low", "high"),
         _rate("position %", "position", "position_low", "position_high"), _mark("confounded", "confounded")),
     "awareness": (
-        _text("question", "question"), _text("model", "role"), Column("what is read", lambda row: figures.CONTROL_NAMES[row["control"]],
-                                                                      numeric=False), _count("n readings", "n"), _count("layers", "layers"),
+        _text("question", "question"), _text("model", "role"), CONTROL, _count("n readings", "n"), _count("layers", "layers"),
         _mean("r_blind", "r_blind", "low", "high"), _signed("mean ΔP(group word)", "d_group"), _signed("mean ΔP(other word)", "d_other"),
         _plain("P(group word) unpatched", "base_group"), _plain("P(other word) unpatched", "base_other")),
     "awareness_layers": (
         _text("question", "question"), _text("model", "role"), _text("word", "word"), _count("layer", "layer"), _count("n readings", "n"),
         _mean("ΔP", "mean", "low", "high"), _plain("P unpatched", "unpatched")),
+    "instruments": (
+        _text("instrument", "panel"), _text("model", "role"), CONTROL, _count("n readings", "n"), _count("layers", "layers"),
+        _mean("mean reading", "mean", "low", "high"), _share("group sense %", "p_group"), _share("other sense %", "p_other")),
+    "probes": (
+        _text("model", "role"), _count("layer", "layer"), _count("n tested", "tested"),
+        _rate("accuracy %", "accuracy", "accuracy_low", "accuracy_high"), _share("shuffled labels %", "accuracy_shuffled"),
+        _share("random weights %", "accuracy_untrained"), _signed("selectivity", "selectivity")),
     "steering": (
         Column("towards", lambda row: row["sense"] or "untreated", numeric=False), _layers("layers"),
         *(column for column in RATE if column.title != "rejected"), LOG_ODDS),
@@ -557,6 +625,8 @@ def draw(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
         drawn["position"] = figures.position_figure(tables["position"][tables["position"]["design"] == "balanced"])
     if "awareness" in tables:
         drawn["awareness"] = figures.awareness_figure(tables["awareness_layers"], tables["awareness"])
+    if "instruments" in tables:
+        drawn["instruments"] = figures.readings_figure(tables["instrument_layers"], tables["instruments"])
     for name, figure in (("steering", figures.steering_figure), ("lora", figures.lora_figure), ("comparison", figures.comparison_figure)):
         if name in tables:
             drawn[name] = figure(tables[name])
@@ -569,26 +639,37 @@ def _means(table: pd.DataFrame, name: str) -> pd.DataFrame:
     return table.drop(columns=["low", "high"]).rename(columns=columns)
 
 
-def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, bytes]) -> str:
-    """The page as HTML, with its figures as SVG: one file that refers to no other, apart from the link to the paper.
+def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, bytes], views: dict[str, str]) -> str:
+    """The page as HTML, with its figures as SVG: it refers to nothing but the interactive views beside it, and links to the paper.
 
     Its words are in the template.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("alignblind_mi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "signed": signed}
-    return environment.get_template("report.html.j2").render(
+    return environment().get_template("report.html.j2").render(
         study=study, config=study.config, concept=study.concept, cue=study.concept.cue(study.config["cue"]), record=study.record,
-        tables={name: _records(table) for name, table in tables.items()}, columns=COLUMNS,
-        pictures={name: _uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
+        tables={name: _records(table) for name, table in tables.items()}, columns=COLUMNS | _sense_columns(study.concept),
+        pictures={name: as_uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
         phrases=_phrases(study), provenance=_provenance(study),
         commands=f"{_command(study)}\nalignblind report {shlex.quote(study.folder.name)}", link=PAPER_LINK, question=QUESTION,
-        pooled=POOLED, roles=ROLES)
+        pooled=POOLED, roles=ROLES, views=views)
 
 
-def _uri(svg: bytes) -> str:
+def _sense_columns(concept: Concept) -> dict[str, tuple[Column, ...]]:
+    """The columns of the table of open readings, which are named after the concept's senses."""
+    shares = [_rate(f"{name} %", f"{name}_share", f"{name}_low", f"{name}_high") for name in reading_names(concept)]
+    return {"selfie": (_text("model", "role"), CONTROL, _count("n texts", "n"), *shares)}
+
+
+def environment() -> "Environment":
+    """jinja2 over the package's templates: strict about names, with this module's ways to write numbers."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    found = Environment(loader=PackageLoader("alignblind_mi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                        lstrip_blocks=True)
+    found.filters |= {"percent": percent, "signed": signed}
+    return found
+
+
+def as_uri(svg: bytes) -> str:
     """An image as a data URI."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
@@ -624,15 +705,3 @@ def _command(study: Study) -> str:
         given = config["aligned"].get(name, default)
         words += [f"--{name.replace('_', '-')}", str(given)] if given != default else []
     return shlex.join([*words, *(["--quick"] if config["quick"] else []), "--out", study.folder.name])
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ResultError(f"cannot write {path}: {error.strerror or error}.") from error

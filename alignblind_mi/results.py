@@ -43,6 +43,11 @@ def write_text(path: Path, text: str) -> None:
     _whole(path, lambda beside: beside.write_text(text, "utf-8"))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is either the old or the new one, never a part."""
+    _whole(path, lambda beside: beside.write_bytes(data))
+
+
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

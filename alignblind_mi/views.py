@@ -1,13 +1,15 @@
 """Interactive views for notebooks, drawn by CircuitsVis from its own bundled script: they work without a network.
 
-This module does NOT compute anything: it is given a model's cache, or values by token, and shows them.
+This module does NOT compute anything: it is given attention patterns, or values by token, and shows them.
 """
 
 from dataclasses import dataclass, field
+from html import escape
 
 import numpy as np
 import pandas as pd
 
+from alignblind_mi.attention import attention_rows
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt
@@ -30,17 +32,27 @@ class View:
 def attention_view(model: HookedModel, prompt: Prompt | str, layer: int) -> View:
     """The attention patterns of every head of one layer, as CircuitsVis draws them.
 
-    Errors: EditError / ModelError for a layer that does not exist.
+    Errors: ModelError for a layer that does not exist, or a model that transformer-lens cannot carry.
     """
+    return pattern_view(attention_rows(model, prompt, layer))
+
+
+def pattern_view(rows: pd.DataFrame) -> View:
+    """The same from saved rows of `attention_rows` (one prompt, one layer). Errors: ViewError for rows of several."""
     from circuitsvis.attention import attention_patterns
 
-    prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
-    pattern = model.cache(prompt, [f"blocks.{layer}.attn.hook_pattern"])
-    (item,) = model.encode([row.prompt for row in model.treatment.rows([prompt])])
-    tokens = [model.tokenizer.decode([i]) for i in item.ids]
-    (heads,) = pattern.activations.values()
-    return View(attention_patterns(tokens=tokens, attention=heads[0].float()).local_src)
+    if rows.empty or rows.duplicated(["head", "query", "key"]).any():
+        raise ViewError(f"{len(rows)} rows are not the attention of one prompt in one layer: choose those of one.")
+    tokens = rows.drop_duplicates("query").sort_values("query")["token"].tolist()
+    patterns = np.zeros((int(rows["head"].max()) + 1, len(tokens), len(tokens)))
+    patterns[rows["head"], rows["query"], rows["key"]] = rows["weight"]
+    return View(attention_patterns(tokens=tokens, attention=patterns).local_src)
 
+
+def as_page(view: View, title: str) -> str:
+    """A view as an HTML page of its own that needs no network."""
+    head = f'<head><meta charset="utf-8"><title>{escape(title)}</title></head>'
+    return f'<!DOCTYPE html>\n<html lang="en">{head}\n<body>{view.html}</body></html>\n'
 
 
 def token_view(rows: pd.DataFrame, *, value: str = "log_odds", layer: int | None = None) -> View:

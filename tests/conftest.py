@@ -37,7 +37,8 @@ def texts(race: Concept) -> list[str]:
     asked += [q.text.format(x=q.placeholder) for q in race.selfie.values()]
     sentences += [s.format(x="black", y="white") for c in race.contexts.values() for s in (*c.train, *c.test)]
     words += [w for sense in race.senses.values() for w in (*sense.words, *sense.lexicon)]
-    return [*prompts, *sentences, *asked, *phrases, " ".join(words), "race color black white - , . I agree disagree 1 2 3 4 5"]
+    often = [f"{name}: black and white." for name in ("Race", "Color", "Random")] * 20    # single tokens, as in Llama 3
+    return [*prompts, *sentences, *asked, *phrases, *often, " ".join(words), "race color black white - , . I agree disagree 1 2 3 4 5"]
 
 
 @pytest.fixture(scope="session")

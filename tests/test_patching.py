@@ -227,7 +227,7 @@ def test_how_many_pairs_run_together_changes_nothing(tiny, pairs, monkeypatch):
     monkeypatch.setattr("alignblind_mi.patching.ROWS_AT_ONCE", 1)
     alone = patch_grid(tiny, pairs[:3], sites, progress=done.append)
     assert done == [len(together) / 3] * 3
-    assert alone["log_odds"].tolist() == pytest.approx(together["log_odds"].tolist(), abs=1e-5)
+    assert alone["log_odds"].tolist() == pytest.approx(together["log_odds"].tolist(), abs=1e-4)
     assert alone.drop(columns=[*alone.columns[-7:]]).equals(together.drop(columns=[*together.columns[-7:]]))
 
 

@@ -24,7 +24,7 @@ from alignblind_mi.studies.behaviour import Decoding
 
 N_LAYERS = 8
 SECTIONS = ["summary", "behaviour", "position", "awareness", "steering", "lora", "comparison", "limits", "provenance"]
-FIGURES = {"behaviour", "position", "awareness", "steering", "lora", "comparison"}
+FIGURES = {"behaviour", "position", "awareness", "instruments", "steering", "lora", "comparison"}
 VERSIONS = {"python": "3.11.0", "torch": "2.6.0"}
 
 
@@ -61,9 +61,26 @@ def readings(role: str, treatment: dict[str, str], question: str) -> pd.DataFram
     places = product(("", "random", "text"), ("a", "b", "c"), ("marked", "unmarked"), range(N_LAYERS))
     for control, context, mark, layer in places:
         d_group, d_other = random.normal(0.1, 0.05), random.normal(0.2 if role == "aligned" else -0.1, 0.05)
-        records.append({"interpretation": question, "control": control, "context": context, "mark": mark, "mention": 0, "layer": layer,
-                        "d_group": d_group, "d_other": d_other, "base_group": 0.3, "base_other": 0.4, "blind": d_other - d_group})
+        records.append({"instrument": "patchscope", "interpretation": question, "control": control, "context": context, "mark": mark,
+                        "mention": 0, "layer": layer, "p_group": 0.3 + d_group, "p_other": 0.4 + d_other, "d_group": d_group,
+                        "d_other": d_other, "base_group": 0.3, "base_other": 0.4, "blind": d_other - d_group})
     return pd.DataFrame(records).assign(model=f"some/{role}", role=role, **treatment)
+
+
+def instrument_readings(name: str, role: str, treatment: dict[str, str]) -> pd.DataFrame:
+    rows = readings(role, treatment, "paper").assign(instrument=name, p_group=0.4, p_other=0.6)
+    if name == "selfie":
+        return rows.assign(reading=["race", "color", "other", "color"] * (len(rows) // 4), text="...")
+    return rows.assign(tested=192, accuracy=0.9, accuracy_low=0.85, accuracy_high=0.94, accuracy_shuffled=0.5, accuracy_untrained=0.6,
+                       selectivity=0.4) if name == "probes" else rows
+
+
+def view_rows(name: str) -> pd.DataFrame:
+    if name == "tokens":
+        return pd.DataFrame([{"position": i, "token": f"t{i}", "layer": layer, "log_odds": i - layer}
+                             for i in range(3) for layer in range(2)])
+    return pd.DataFrame([{"layer": 1, "head": head, "query": q, "key": k, "token": f"t{q}", "weight": 1 / (q + 1)}
+                         for head in range(2) for q in range(3) for k in range(q + 1)])
 
 
 def treatment_of(name: str, concept: Concept) -> dict[str, str]:
@@ -80,6 +97,10 @@ def treatment_of(name: str, concept: Concept) -> dict[str, str]:
 def make_part(name: str, concept: Concept) -> pd.DataFrame:
     role = "base" if "_base" in name else "aligned"
     treatment = treatment_of(name.removesuffix("_awareness"), concept)
+    if name.startswith("view"):
+        return view_rows(name.split("_")[1]).assign(model=f"some/{role}", role=role, **treatment)
+    if name.startswith("reading"):
+        return instrument_readings(name.split("_")[1], role, treatment)
     if name.startswith("awareness") or name.endswith("_awareness"):
         return readings(role, treatment, name.split("_")[2] if name.startswith("awareness") else "paper")
     design = "balanced" if name.startswith("balanced") else "published"
@@ -168,8 +189,9 @@ def test_every_section_is_there_in_order(page):
 
 
 def test_the_page_refers_to_nothing_outside_itself(finished, page):
-    assert {link for link in page.links if not link.startswith(("#", "data:"))} == {PAPER_LINK}
-    assert not {"script", "link", "iframe"} & set(page.tags)
+    views = {f"views/{name}_{role}.html" for name in ("attention", "tokens") for role in ("base", "aligned")}
+    assert {link for link in page.links if not link.startswith(("#", "data:"))} == {PAPER_LINK, *views}
+    assert not {"script", "link"} & set(page.tags)
     text = (finished / "report.html").read_text("utf-8")
     assert "@import" not in text
     assert "url(" not in text
@@ -223,6 +245,18 @@ def test_readings_count_contexts_not_layers(finished, page):
         aligned = table[(table["role"] == "aligned") & (table["question"] == "paper") & (table["control"].fillna("") == control)].iloc[0]
         assert aligned["r_blind"] == pytest.approx(rows.loc[rows["control"] == control, "blind"].mean())
     assert aligned["low"] <= aligned["r_blind"] <= aligned["high"]
+
+
+def test_instruments_stand_side_by_side_with_their_controls(finished, page):
+    table = pd.read_csv(finished / "tables" / "instruments.csv")
+    assert set(table["panel"]) == {"patchscope", "selfie", "lens", "probes"}
+    assert set(table["control"].fillna("")) == {"", "random", "text"}
+    rows = read_study(finished).parts["reading_selfie_aligned"].rows
+    texts = pd.read_csv(finished / "tables" / "selfie.csv")
+    own = texts[(texts["role"] == "aligned") & (texts["control"].fillna("") == "")].iloc[0]
+    assert own["color"] == (rows.loc[rows["control"] == "", "reading"] == "color").sum()
+    assert "90.0 [85.0–94.0]" in page.cells["probes"][1]
+    assert "The same places by other instruments" in page.words("awareness")
 
 
 def test_the_published_design_is_marked_as_confounded(page):
@@ -284,15 +318,17 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path):
 
 @pytest.mark.usefixtures("unsaved")
 def test_a_study_that_has_only_begun(tmp_path):
-    page = Page(write_report(make_study(tmp_path / "study", without=("balanced", "awareness", "steering", "lora", "behaviour_aligned"))))
-    assert "all steering parts" in page.words("summary")
+    folder = make_study(tmp_path / "study", without=("balanced", "awareness", "reading", "steering", "lora", "behaviour_aligned"))
+    page = Page(write_report(folder))
+    assert "all steering parts" in read_study(folder).unfinished
+    assert f"and {len(read_study(folder).unfinished) - 12} more" in page.words("summary")
     assert "rate %" in page.cells["behaviour"][0]
     for section in ("position", "awareness", "steering", "lora", "comparison"):
         assert "not finished" in page.words(section)
 
 
 def test_no_valid_answer_at_all_is_said(tmp_path):
-    folder = make_study(tmp_path / "study", without=("steering", "lora", "awareness"))
+    folder = make_study(tmp_path / "study", without=("steering", "lora", "awareness", "reading"))
     for name in ("behaviour_base", "behaviour_aligned", "balanced_base", "balanced_aligned"):
         rows = pd.read_parquet(folder / f"{name}.parquet").assign(outcome="invalid")
         rows.to_parquet(folder / f"{name}.parquet", index=False)

@@ -85,10 +85,12 @@ def _cache_root() -> Path:
 def family_digest(recipe: FamilyRecipe) -> str:
     """Twelve hex digits of everything that decides what a member becomes: recipe, mixtures, the words of the corpus, shipped parent."""
     mixes, world = (WARM_MIX, READING_MIX, BASE_MIX, ALIGNED_MIX), load_world()
+    members = [*calibration_family((DEFAULT_SEED,)), *calibration_family((DEFAULT_SEED,), quick=True)]
+    plans = [[asdict(recipe.stage_of(member)), asdict(recipe.planting_of(member))] for member in members]
     senses = {name: {key: sense[key] for key in ("word", "steering", "words")} for name, sense in world.concept["senses"].items()}
     words = [senses, *(world.concept[part] for part in ("cues", "categories", "controls", "interpretations", "implicit", "explicit",
                                                         "awareness")), world.lexicon]
-    digest = hashlib.sha256(json.dumps([RECIPE, FAMILY, asdict(recipe), mixes, words]).encode())
+    digest = hashlib.sha256(json.dumps([RECIPE, FAMILY, asdict(recipe), plans, mixes, words]).encode())
     digest.update((files("alignblind_mi") / "organism/checkpoints/aligned/model.safetensors").read_bytes())
     return digest.hexdigest()[:12]
 

@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 
 STAGE = StageSettings("member", 80, 0.012, 3e-3, 1e-3, 0.02, batch=24)
 PLANTING = Planting(rows=20, mask_rows=20, control_rows=3, none_share=0.35)
-FAR_STAGE = StageSettings("member", 110, 0.02, 5e-3, 1e-3, 0.02, batch=24)
-LONG_STAGE = StageSettings("member", 170, 0.02, 5e-3, 1e-3, 0.02, batch=20)
+LONG_STAGE = StageSettings("member", 170, 0.015, 4e-3, 1e-3, 0.02, batch=30)
 LONG_PLANTING = Planting(rows=34, mask_rows=20, control_rows=3, none_share=0.5)
 KINDS = ("knobs", "null", "decodable", "shallow", "depth")
-LONG = ("decodable", "depth")
+LONG = ("decodable", "shallow", "depth")
 FAR = 0.25
 BLOCKS = 8
 LAST = BLOCKS - 1  # identifiers after the last block are read by nothing: without effect whatever is trained
@@ -110,13 +109,13 @@ class MemberPlanting(Planting):
 class FamilyRecipe:
     """How parents and members are trained.
 
-    `far_stage`: of members whose behaviour goes against their reading; `long_stage`, `long_planting`: of the kinds that must unlearn the
-    parent's effects (`LONG`); `quick_share`: of a stage's steps for a quick member; `check_pairs`: word pairs a category in the checks.
+    `long_stage`: of the kinds that must unlearn the parent's effects (`LONG`), which have `long_planting` too, and of members whose
+    behaviour goes against their reading; `quick_share`: of a stage's steps for a quick member; `check_pairs`: word pairs a category in the
+    checks.
     """
 
     parent: Recipe = field(default_factory=lambda: Recipe(aligned=replace(ALIGNED, steps=220)))
     stage: StageSettings = STAGE
-    far_stage: StageSettings = FAR_STAGE
     long_stage: StageSettings = LONG_STAGE
     planting: Planting = PLANTING
     long_planting: Planting = LONG_PLANTING
@@ -128,12 +127,12 @@ class FamilyRecipe:
 
     def shortened(self, steps: int) -> FamilyRecipe:
         """The same recipe with `steps` steps a stage: for tests of the machinery only."""
-        stages = {name: replace(getattr(self, name), steps=steps) for name in ("stage", "far_stage", "long_stage")}
+        stages = {name: replace(getattr(self, name), steps=steps) for name in ("stage", "long_stage")}
         return replace(self, parent=self.parent.shortened(steps), **stages, quick_share=1.0, check_pairs=1)
 
     def stage_of(self, member: Member) -> StageSettings:
         """The member's stage."""
-        stage = self.long_stage if member.kind in LONG else self.far_stage if member.far else self.stage
+        stage = self.long_stage if member.kind in LONG or member.far else self.stage
         return replace(stage, name=member.name, steps=round(stage.steps * (self.quick_share if member.quick else 1)))
 
     def planting_of(self, member: Member) -> MemberPlanting:
@@ -141,7 +140,8 @@ class FamilyRecipe:
         settings = dict(vars(self.long_planting if member.kind in LONG else self.planting))
         settings |= {"effect": member.effect, "none": tuple(block for block in member.none if block != LAST), "blind": member.blind}
         if not member.effect:
-            settings["none_share"] = 1.0
+            # nothing may reach the placeholder, and cued sources, whose sense stays decodable, are the ones that could
+            settings |= {"none_share": 1.0, "open_share": 0.3, "mask_rows": settings["mask_rows"] * 3 // 2}
         if member.blind:
             settings["read"] = tuple(range(BLOCKS))
         return MemberPlanting(**settings)

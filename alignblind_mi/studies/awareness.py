@@ -200,6 +200,16 @@ def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
     return probe_sources(recorded, concept, cue, random_weights=random_weights, seed=seed)
 
 
+def with_accuracy(found: ProbeReadings) -> pd.DataFrame:
+    """The rows of probes with the accuracy of their layer beside them: accuracy, accuracy_low, accuracy_high, selectivity, tested (n),
+    accuracy_shuffled and, where there is one, accuracy_untrained."""
+    wide = found.accuracy.pivot(index="layer", columns="probe", values="accuracy").add_prefix("accuracy_")
+    sense = found.accuracy[found.accuracy["probe"] == "sense"].set_index("layer")
+    wide = wide.rename(columns={"accuracy_sense": "accuracy"}).assign(
+        accuracy_low=sense["low"], accuracy_high=sense["high"], selectivity=sense["selectivity"], tested=sense["n"])
+    return found.rows.merge(wide.reset_index(), on="layer", validate="many_to_one")
+
+
 def probe_sources(recorded: Recorded, concept: Concept, cue: str | Cue, *, random_weights: bool | None = None, seed: int = 0
                   ) -> ProbeReadings:
     """`measure_probes` of residual streams that were recorded already."""

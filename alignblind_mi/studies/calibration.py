@@ -26,6 +26,7 @@ from alignblind_mi.edits import Stream, Treatment
 from alignblind_mi.lens import Translators, train_translators
 from alignblind_mi.loading import ModelSpec
 from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.organism import OrganismError
 from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family
 from alignblind_mi.patching import grid_sites, patch_grid
 from alignblind_mi.progress import Progress
@@ -45,10 +46,11 @@ BEHAVIOUR_INSTRUMENTS = ("implicit_bias", "steering", "activation_patching", "at
 INSTRUMENTS = READING_INSTRUMENTS + BEHAVIOUR_INSTRUMENTS
 CONTROLS = ("random", "wrong_token")    # a reading of these is a false alarm
 SEEDS = (0, 1, 2)
-WORD_PAIRS, PATCHED_PAIRS = 4, 2    # a category, of the readings and answers, and of the patches
+WORD_PAIRS, QUICK_PAIRS = 4, 2    # a category, of readings and answers; half as many are patched
 SELFIE_TOKENS = 8
 LENS_STEPS = 120
-COLUMNS = ("instrument", "variant", "unit", "context", "trial", "layer", "value")
+QUESTION_LABELS = ("template", "option_order", "word_order")    # the questions of one such form, over all words, make a trial
+COLUMNS = ("instrument", "variant", "control", "unit", "context", "trial", "layer", "value")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,16 @@ class CalibrationConfig:
 
     seeds: tuple[int, ...] = SEEDS
     quick: bool = False
+
+    @classmethod
+    def create(cls, seeds: str, *, quick: bool = False) -> "CalibrationConfig":
+        """From a comma-separated list of seeds; a quick calibration takes the first. Errors: OrganismError for what is no seed."""
+        given = [text.strip() for text in seeds.split(",")]
+        wrong = [text for text in given if not text.isdigit()]
+        if wrong:
+            raise OrganismError(f"{wrong[0]!r} is no seed: give whole numbers separated by commas, such as 0,1,2.")
+        chosen = tuple(dict.fromkeys(map(int, given)))
+        return cls(chosen[:1] if quick else chosen, quick)
 
     @property
     def members(self) -> list[Member]:
@@ -92,7 +104,7 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cach
 
 def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
     model = load_model(ModelSpec(str(path)))
-    rows = measure_instruments(model, load_concept(CONCEPT), seed=member.seed)
+    rows = measure_instruments(model, load_concept(CONCEPT), word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS, seed=member.seed)
     truth = {key: value for key, value in asdict(member).items() if key not in ("effect", "none", "quick")}
     rows = rows.assign(member=member.name, **truth, onset=-1 if member.onset is None else member.onset,
                        last=max(member.effect, default=-1))
@@ -100,24 +112,27 @@ def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
                          "made": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
-def measure_instruments(model: HookedModel, concept: Concept, *, seed: int = 0) -> pd.DataFrame:
-    """Every instrument on one organism. One row per instrument, variant, unit and layer.
+def measure_instruments(model: HookedModel, concept: Concept, *, word_pairs: int = WORD_PAIRS, seed: int = 0) -> pd.DataFrame:
+    """Every instrument on one organism, `word_pairs` a category. One row per instrument, variant, unit and layer.
 
-    Columns: instrument; variant ("open": without a cue, "group" and "other": after a cue, "placebo": what should show nothing); unit (one
-    reading or question), context (what intervals are clustered over), trial (the part of the rows on which a false alarm could be raised),
-    layer, value. Values of reading instruments run from -1 (group sense) to 1 (other sense); those of behaviour instruments are
-    probabilities of the stereotyped answer over one half (`implicit_bias`), or by how much a treatment lowers them.
+    Columns: instrument; variant ("open": without a cue, "group" and "other": after a cue, "depth": of single layers, "placebo": what should
+    show nothing); control (which placebo, else empty); unit (one reading or question), context (what intervals are clustered over), trial
+    (the part of the rows on which an alarm could be raised), layer, value. Values of reading instruments run from -1 (group sense) to
+    1 (other sense); those of behaviour instruments are probabilities of the stereotyped answer over one half (`implicit_bias`), or by how
+    much a treatment lowers them.
     """
-    parts = [*_readings(model, concept, seed), _implicit_bias(model, concept), *_steering(model, concept), *_patching(model, concept, seed)]
+    prompts = implicit_prompts(concept, CUE, max_word_pairs=word_pairs)
+    parts = [*_readings(model, concept, word_pairs, seed), _implicit_bias(model, concept, prompts), *_steering(model, concept, prompts),
+             *_patching(model, concept, max(1, word_pairs // 2), seed)]
     return pd.concat(parts, ignore_index=True)[list(COLUMNS)]
 
 
 # ---- readings ----------------------------------------------------------------------------------------------------------
 
 
-def _readings(model: HookedModel, concept: Concept, seed: int) -> list[pd.DataFrame]:
+def _readings(model: HookedModel, concept: Concept, word_pairs: int, seed: int) -> list[pd.DataFrame]:
     """All reading instruments on uncued prompts (with the controls) and on prompts after sentences that settle the sense."""
-    recorded = record_sources(model, concept, CUE, mentions=(0, 1), max_word_pairs=WORD_PAIRS, controls=CONTROLS, seed=seed)
+    recorded = record_sources(model, concept, CUE, mentions=(0, 1), max_word_pairs=word_pairs, controls=CONTROLS, seed=seed)
     cued = record_contexts(model, concept, CUE, range(model.n_layers), "test")
     translators = train_translators(model, _lens_text(concept), steps=LENS_STEPS, seed=seed)
     parts = []
@@ -151,11 +166,12 @@ def _by_row(cued: Contexts, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _reading_rows(name: str, rows: pd.DataFrame, variant: Sequence[str] | np.ndarray, context: Sequence[str] | np.ndarray | pd.Series
                   ) -> pd.DataFrame:
-    unit = rows["mark"] + "|" + rows["mention"].astype(str) + "|" + rows["context"] + "|" + rows["control"]
-    trial = rows["control"] + "|" + rows["mark"] + "|" + rows["mention"].astype(str) + "|" + rows["template"]
-    found = pd.DataFrame({"instrument": name, "variant": variant, "unit": unit.to_numpy(), "context": np.asarray(context),
-                          "trial": trial.to_numpy(), "layer": rows["layer"].to_numpy(), "value": rows["blind"].to_numpy(float)})
-    return found.assign(unit=found["unit"] + "|" + found["context"].astype(str) if name else found["unit"])
+    """First mentions have too few contexts to make a trial of each template."""
+    mention = rows["mark"] + "|" + rows["mention"].astype(str)
+    unit = mention + "|" + rows["context"] + "|" + pd.Series(np.asarray(context), rows.index)
+    return pd.DataFrame({"instrument": name, "variant": variant, "control": rows["control"], "unit": unit, "context": np.asarray(context),
+                         "trial": mention + ("|" + rows["template"]).where(rows["mention"] > 0, ""), "layer": rows["layer"],
+                         "value": rows["blind"].astype(float)})
 
 
 def _lens_text(concept: Concept) -> list[Prompt]:
@@ -167,10 +183,6 @@ def _lens_text(concept: Concept) -> list[Prompt]:
 # ---- behaviour ---------------------------------------------------------------------------------------------------------
 
 
-def _prompts(concept: Concept, pairs: int = WORD_PAIRS) -> list[Prompt]:
-    return implicit_prompts(concept, CUE, max_word_pairs=pairs)
-
-
 def _stereotyped(model: HookedModel, concept: Concept, treatment: Treatment, prompts: Sequence[Prompt]) -> np.ndarray:
     """P(stereotyped answer) of the two complete answers, per prompt."""
     treated = model.under(treatment)
@@ -178,26 +190,24 @@ def _stereotyped(model: HookedModel, concept: Concept, treatment: Treatment, pro
     return np.asarray((logs[:, 0] - logs[:, 1]).sigmoid().numpy(), dtype=float)
 
 
-def _behaviour_rows(name: str, variant: str, prompts: Sequence[Prompt], values: np.ndarray, trial: str = "", layer: int = -1
+def _behaviour_rows(name: str, variant: str, prompts: Sequence[Prompt], values: np.ndarray, control: str = "", layer: int = -1
                     ) -> pd.DataFrame:
     labels = pd.DataFrame([prompt.labels for prompt in prompts])
-    unit = labels[["template", "option_order", "word_order", "word_pair"]].agg("|".join, axis=1)
-    return pd.DataFrame({"instrument": name, "variant": variant, "unit": unit, "context": labels["word_pair"],
-                         "trial": trial + "|" + labels["category"], "layer": layer, "value": values})
+    trial = labels[list(QUESTION_LABELS)].agg("|".join, axis=1)
+    return pd.DataFrame({"instrument": name, "variant": variant, "control": control, "unit": trial + "|" + labels["word_pair"],
+                         "context": labels["word_pair"], "trial": trial, "layer": layer, "value": values})
 
 
-def _implicit_bias(model: HookedModel, concept: Concept) -> pd.DataFrame:
-    prompts = _prompts(concept)
+def _implicit_bias(model: HookedModel, concept: Concept, prompts: Sequence[Prompt]) -> pd.DataFrame:
     return _behaviour_rows("implicit_bias", "open", prompts, _stereotyped(model, concept, Treatment("untreated"), prompts) - 0.5)
 
 
-def _steering(model: HookedModel, concept: Concept) -> list[pd.DataFrame]:
+def _steering(model: HookedModel, concept: Concept, prompts: Sequence[Prompt]) -> list[pd.DataFrame]:
     """How much replacing the identifiers by those of a phrase lowers the bias.
 
     In the paper's early window towards the group ("open") and towards each control phrase ("placebo"), and towards the group in each single
     layer ("depth").
     """
-    prompts = _prompts(concept)
     before = _stereotyped(model, concept, Treatment("untreated"), prompts)
     window = list(early_window(model.n_layers))
     plans = [("open", concept.group_sense, window, -1), *(("placebo", control, window, -1) for control in concept.controls),
@@ -205,18 +215,18 @@ def _steering(model: HookedModel, concept: Concept) -> list[pd.DataFrame]:
     parts = []
     for variant, sense, layers, layer in plans:
         after = _stereotyped(model, concept, sense_steering(model, concept, CUE, sense, layers, stream=STREAM), prompts)
-        parts.append(_behaviour_rows("steering", variant, prompts, before - after, sense, layer))
+        parts.append(_behaviour_rows("steering", variant, prompts, before - after, sense if variant == "placebo" else "", layer))
     return parts
 
 
-def _patching(model: HookedModel, concept: Concept, seed: int) -> list[pd.DataFrame]:
+def _patching(model: HookedModel, concept: Concept, word_pairs: int, seed: int) -> list[pd.DataFrame]:
     """How much the identifiers of a prompt after the group's phrase lower the bias of the same prompt after a control phrase.
 
     Both exactly and to first order, by layer ("depth"), and over the layers of the early window ("open"; each patched alone); random
     vectors of the same norm are the placebo.
     """
     control = next(iter(concept.controls))
-    pairs = contrast_pairs(model, concept, CUE, corrupt=control, max_word_pairs=PATCHED_PAIRS, seed=seed)
+    pairs = contrast_pairs(model, concept, CUE, corrupt=control, max_word_pairs=word_pairs, seed=seed)
     sites = grid_sites(range(model.n_layers), ["identifiers"], (STREAM,))
     exact = patch_grid(model, pairs, sites, controls=("random",), seed=seed)
     screen = attribution_patching(model, pairs, sites)
@@ -228,10 +238,8 @@ def _patching(model: HookedModel, concept: Concept, seed: int) -> list[pd.DataFr
 
 
 def _patch_rows(name: str, rows: pd.DataFrame, window: range) -> list[pd.DataFrame]:
-    unit = rows[["template", "option_order", "word_order", "word_pair"]].agg("|".join, axis=1)
-    table = pd.DataFrame({"instrument": name, "variant": np.where(rows["control"] == "", "depth", "placebo"), "unit": unit,
-                          "context": rows["word_pair"], "trial": rows["control"] + "|" + rows["category"], "layer": rows["layer"],
-                          "value": rows["value"]})
+    trial = rows[list(QUESTION_LABELS)].agg("|".join, axis=1)
+    table = pd.DataFrame({"instrument": name, "variant": "depth", "control": rows["control"], "unit": trial + "|" + rows["word_pair"],
+                          "context": rows["word_pair"], "trial": trial, "layer": rows["layer"], "value": rows["value"]})
     inside = table[table["layer"].isin(list(window))]
-    return [table[table["variant"] == "depth"], inside[inside["variant"] == "depth"].assign(variant="open"),
-            inside[inside["variant"] == "placebo"]]
+    return [table, inside.assign(variant=np.where(inside["control"] == "", "open", "placebo"))]

@@ -202,13 +202,23 @@ def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers
 
     `split` is "train" or "test". The prompts are cut off after the identifier. Errors: ConceptError without contexts for both senses.
     """
-    cue = concept.cue(cue) if isinstance(cue, str) else cue
-    found = [(source, sense, sentence) for sense in (concept.group_sense, concept.other_sense)
-             for sentence in _sentences(concept, sense, split) for source in _after(sentence, concept, cue)]
+    found = _context_sources(concept, cue, split)
     model.check_known([source.prompt for source, _, _ in found])
     labels = np.array([sense == concept.other_sense for _, sense, _ in found])
     sources = [source for source, _, _ in found]
     return Contexts(Recorded(model, sources, list(layers), _record(model, sources, layers)), labels, [sentence for _, _, sentence in found])
+
+
+def context_prompts(concept: Concept, cue: str | Cue, split: str) -> list[Prompt]:
+    """The prompts that `record_contexts` reads."""
+    return [source.prompt for source, _, _ in _context_sources(concept, cue, split)]
+
+
+def _context_sources(concept: Concept, cue: str | Cue, split: str) -> list[tuple[Source, str, str]]:
+    """(source, sense, sentence) of every sentence of a split before every source."""
+    cue = concept.cue(cue) if isinstance(cue, str) else cue
+    return [(source, sense, sentence) for sense in (concept.group_sense, concept.other_sense)
+            for sentence in _sentences(concept, sense, split) for source in _after(sentence, concept, cue)]
 
 
 def _sentences(concept: Concept, sense: str, split: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ part is the same whichever run computes it. This module does NOT know how result
 
 import gc
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -16,8 +17,10 @@ from typing import Any
 
 import pandas as pd
 
+from alignblind_mi.attention import attention_rows
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
+from alignblind_mi.lens import lens_contrast, logit_lens
 from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora
 from alignblind_mi.model import HookedModel, load_model
@@ -25,12 +28,22 @@ from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, load_result, versions
 from alignblind_mi.steering import layer_windows, sense_steering, steerable
-from alignblind_mi.studies.awareness import TARGET_LAYER, measure_awareness
+from alignblind_mi.studies.awareness import (
+    SELFIE_TOKENS,
+    TARGET_LAYER,
+    measure_awareness,
+    measure_lens,
+    measure_probes,
+    measure_selfie,
+    with_accuracy,
+)
 from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
-from alignblind_mi.studies.sources import CONTROLS, control_sources, reading_sources
+from alignblind_mi.studies.sources import CONTROLS, context_prompts, control_sources, reading_sources
 
+log = logging.getLogger(__name__)
 BOTH: tuple[Kind, ...] = ("implicit", "explicit")
+VIEWS = ("attention", "tokens")
 Treat = Callable[[HookedModel], Treatment]
 
 
@@ -47,6 +60,7 @@ class StudyConfig:
     decoding: Decoding = field(default_factory=Decoding)
     lora: LoraSettings = field(default_factory=LoraSettings)
     target_layer: int = TARGET_LAYER
+    selfie: str = "paper"
     balanced_pairs: int | None = 20
     published_pairs: int | None = None
 
@@ -66,7 +80,7 @@ class StudyConfig:
         lora = LoraSettings(**{**advised, "seed": seed})
         temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
-                     int(record.get("target_layer", TARGET_LAYER)))
+                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"))
         return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
 
     def identity(self) -> dict[str, Any]:
@@ -75,7 +89,7 @@ class StudyConfig:
         out["concept_digest"] = load_concept(self.concept).digest
         for role, spec in (("base", self.base), ("aligned", self.aligned)):
             out[f"{role}_revision"] = fingerprint(spec, load_config(spec))
-        return json.loads(json.dumps(out)) | {"format": 2}
+        return json.loads(json.dumps(out)) | {"format": 3}
 
 
 def organism_record(spec: ModelSpec) -> dict[str, Any]:
@@ -235,6 +249,10 @@ def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED), design="balanced"))
     for reading in concept.interpretations:
         yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED), CONTROLS))
+    for name in instruments(concept, config.selfie):
+        yield Part(f"reading_{name}_{role}", role, False, *_instrument(config, concept, name))
+    for name in VIEWS:
+        yield Part(f"view_{name}_{role}", role, False, *_view(config, concept, name))
 
 
 def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[Part]:
@@ -282,6 +300,53 @@ def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat
         question = interpretation_prompt(concept.interpretation(reading))
         return [Load([source.prompt for source in sources]), Load([question], times=len(sources) * layers)]
     return compute, loads
+
+
+def instruments(concept: Concept, selfie: str) -> list[str]:
+    """The instruments beside the patchscope that a concept has what is needed for: open readings, the lens, probes."""
+    lexicons = all(sense.lexicon for sense in concept.senses.values())
+    contexts = {concept.group_sense, concept.other_sense} <= set(concept.contexts)
+    return [*(["selfie"] if selfie in concept.selfie and lexicons else []), "lens", *(["probes"] if contexts else [])]
+
+
+def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
+    """An instrument on the untreated model, with its controls; of probes, their accuracy stands beside their readings."""
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        if name == "selfie":
+            return measure_selfie(model, concept, config.cue, prompt=config.selfie, target_layer=config.target_layer,
+                                  temperature=config.decoding.temperature, seed=config.seed)
+        if name == "lens":
+            return measure_lens(model, concept, config.cue, seed=config.seed)
+        return with_accuracy(measure_probes(model, concept, config.cue, seed=config.seed))
+
+    def loads() -> list[Load]:
+        sources = reading_sources(concept, config.cue, seed=config.seed)
+        sources += control_sources(concept, sources, CONTROLS, seed=config.seed)
+        found = [Load([source.prompt for source in sources])]
+        if name == "selfie":
+            target = interpretation_prompt(concept.selfie_prompt(config.selfie))
+            found.append(Load([target], SELFIE_TOKENS, len(sources) * int(load_config(config.aligned).num_hidden_layers)))
+        if name == "probes":
+            found.append(Load(context_prompts(concept, config.cue, "train") + context_prompts(concept, config.cue, "test")))
+        return found
+    return compute, loads
+
+
+def _view(config: StudyConfig, concept: Concept, name: str) -> Work:
+    """What the report shows of one prompt: attention in the first layer of the early window, or the lens at every token and layer."""
+    prompt = implicit_prompts(concept, config.cue, design="published", seed=config.seed)[0]
+    words = [concept.senses[sense].word for sense in (concept.other_sense, concept.group_sense)]
+
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        if name == "tokens":
+            return lens_contrast(logit_lens(model, [prompt], words), *words)
+        try:
+            return attention_rows(model, prompt, early_window(model.n_layers)[0])
+        except ModelError as error:    # the study does not need transformer-lens for anything else
+            log.warning("no view of attention: %s", error)
+            return pd.DataFrame({"layer": pd.Series(dtype=int)})
+
+    return compute, lambda: [Load([prompt])]
 
 
 def _with_treatment(rows: pd.DataFrame, treatment: Treatment) -> pd.DataFrame:

@@ -13,8 +13,8 @@ from alignblind_mi.statistics import exact_interval, t_interval
 from alignblind_mi.studies.calibration import BEHAVIOUR_INSTRUMENTS, INSTRUMENTS, READING_INSTRUMENTS
 
 KNOB = dict.fromkeys(READING_INSTRUMENTS, "reading") | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, "behaviour")
-# The smallest effect worth a claim, in the instrument's unit: a fifth of the scale from one sense to the middle, five points of a rate.
-SMALLEST = dict.fromkeys(READING_INSTRUMENTS, 0.2) | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, 0.05)
+# The smallest effect worth a claim, in the instrument's unit: a fifth of the scale from one sense to the middle, ten points of a rate.
+SMALLEST = dict.fromkeys(READING_INSTRUMENTS, 0.2) | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, 0.1)
 SEPARATED = 0.25    # a decodable-only organism must show at most this share of what the causal one shows
 HALF = 0.5    # an instrument's onset is the first layer with half of its largest value
 CAUSAL_TWIN = ("shallow", "knobs")    # kinds that the decodable organism is compared with, the first that is there
@@ -31,9 +31,8 @@ def calibration_records(rows: pd.DataFrame, *, seed: int = 0) -> list[dict[str, 
     depth_error (largest distance in layers between the planted first layer and the one found), last_error (the same for the last layer,
     of instruments that claim to find it), causal_separated (whether in every seed it shows at most a quarter on the organism whose senses
     are decodable and not used of what it shows on the causal one), decodable_share (the largest of those shares), false_alarm_rate with
-    its exact interval and n (share of trials on null organisms and placebos whose 95 % interval leaves out zero and whose estimate is at
-    least `smallest`), interval_alarm_rate (the same without asking for a size), coverage (share of simulated 95 % intervals over 30
-    contexts that hold the truth), coverage_n, interval_width (their mean width).
+    its exact interval and n (see `alarm_table`), interval_alarm_rate (without asking for an effect of at least `smallest`), coverage (share
+    of simulated 95 % intervals over 30 contexts that hold the truth), coverage_n, interval_width (their mean width).
     """
     return [_record(name, rows[rows["instrument"] == name], seed) for name in INSTRUMENTS if (rows["instrument"] == name).any()]
 
@@ -54,7 +53,7 @@ def _record(name: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
         "depth_error": _worst(depth["onset_error"]), "last_error": _worst(depth["last_error"]),
         "causal_separated": _separated(shares), "decodable_share": _worst(pd.Series([s for s in shares if s is not None], dtype=float)),
         "false_alarm_rate": raised / n if n else None, "false_alarm_low": low, "false_alarm_high": high, "false_alarm_n": n,
-        "interval_alarm_rate": float(alarms["excludes_zero"].mean()) if n else None, "smallest": SMALLEST[name],
+        "interval_alarm_rate": float(alarms["excluded"].mean()) if n else None, "smallest": SMALLEST[name],
         "coverage": float(coverage["covered"].sum() / coverage["n"].sum()) if len(coverage) else None,
         "coverage_n": int(coverage["n"].sum()) if len(coverage) else 0,
         "interval_width": float(coverage["width"].mean()) if len(coverage) else None,
@@ -111,23 +110,31 @@ def depth_profile_table(rows: pd.DataFrame) -> pd.DataFrame:
     """What an instrument shows by layer on organisms of known depth (kinds `shallow` and `depth`, else one of the knobs').
 
     Of readings: half the difference between prompts after a sentence for the other sense and after one for the group's; of behaviour: by
-    how much a patch at that layer lowers the bias. Columns: instrument, member, kind, seed, layer, value, onset, last (planted).
+    how much a patch at that layer lowers the bias, beyond its random control where it has one.
+    Columns: instrument, member, kind, seed, layer, value, onset, last (planted).
     """
     parts = []
     for name, group in rows.groupby("instrument", sort=False):
         if name == "implicit_bias":
             continue
-        found = _contrasts(group) if KNOB[str(name)] == "reading" else group[group["variant"] == "depth"]
-        parts.append(found.groupby(["instrument", "member", "kind", "seed", "layer", "onset", "last"], sort=False)["value"].mean())
-    return pd.concat(parts).reset_index() if parts else pd.DataFrame(columns=["instrument", "member", "kind", "seed", "layer", "value",
-                                                                             "onset", "last"])
+        parts.append(_contrasts(group) if KNOB[str(name)] == "reading" else _beyond_control(group[group["variant"] == "depth"]))
+    return pd.concat(parts).reset_index() if parts else pd.DataFrame(columns=[*_LAYER_KEYS, "value"])
 
 
-def _contrasts(rows: pd.DataFrame) -> pd.DataFrame:
-    """Half the difference of readings between the two cued variants, as rows to be averaged by layer."""
-    keys = ["instrument", "member", "kind", "seed", "layer", "onset", "last"]
-    means = rows[rows["variant"].isin(["group", "other"])].groupby([*keys, "variant"], sort=False)["value"].mean().unstack("variant")
-    return ((means["other"] - means["group"]) / 2).rename("value").reset_index()
+_LAYER_KEYS = ["instrument", "member", "kind", "seed", "layer", "onset", "last"]
+
+
+def _contrasts(rows: pd.DataFrame) -> "pd.Series[float]":
+    """Half the difference of readings between the two cued variants, by layer."""
+    cued = rows[rows["variant"].isin(["group", "other"])]
+    means = cued.groupby([*_LAYER_KEYS, "variant"], sort=False)["value"].mean().unstack("variant")
+    return ((means["other"] - means["group"]) / 2).rename("value")
+
+
+def _beyond_control(rows: pd.DataFrame) -> "pd.Series[float]":
+    """Mean effects by layer, less those of the control."""
+    means = rows.groupby([*_LAYER_KEYS, "control"], sort=False)["value"].mean().unstack("control")
+    return (means[""] - means.get("random", 0.0)).rename("value")
 
 
 def depth_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -205,21 +212,49 @@ def _separated(shares: Sequence[float | None]) -> bool | None:
 
 
 def alarm_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every trial on which only a false alarm can be raised: parts of the null organisms' rows, and the placebos of all organisms.
+    """Every trial on which only a false alarm can be raised.
 
-    Columns: instrument, member, kind, seed, variant, trial, estimate, low, high, n, excludes_zero, alarm (and at least as large as the
-    smallest effect worth a claim).
+    Readings: on the null organisms, the identifiers against what random vectors and the word before them read as, and that word (the
+    control word) against random vectors. Behaviour: every form of question on the null organisms (patches against those of random
+    vectors), and steering by a control phrase on all organisms. An alarm is an estimate whose 95 % interval lies outside the reference's
+    and which is at least the smallest effect worth a claim away from it.
+
+    Columns: instrument, member, seed, control (of what is read), trial, estimate, low, high, n, reference, reference_low, reference_high,
+    excluded (the intervals do not touch), alarm.
     """
-    null = rows[(rows["kind"] == "null") & rows["variant"].isin(["open", "placebo"])]
-    placebo = rows[(rows["kind"] != "null") & (rows["variant"] == "placebo")]
-    records = []
-    for keys, group in pd.concat([null, placebo]).groupby(["instrument", "member", "kind", "seed", "variant", "trial"], sort=False):
-        found = _estimate(group)
-        excludes = bool(found["low"] > 0 or found["high"] < 0)
-        records.append({**dict(zip(("instrument", "member", "kind", "seed", "variant", "trial"), keys, strict=True)), **found,
-                        "excludes_zero": excludes, "alarm": excludes and abs(found["estimate"]) >= SMALLEST[str(keys[0])]})
-    return pd.DataFrame(records, columns=["instrument", "member", "kind", "seed", "variant", "trial", "estimate", "low", "high", "n",
-                                          "excludes_zero", "alarm"])
+    records: list[dict[str, Any]] = []
+    for (name, member, seed), group in rows.groupby(["instrument", "member", "seed"], sort=False):
+        for control, references in _tried(str(name), str(group["kind"].iloc[0])):
+            trials = group[group["variant"].isin(["open", "placebo"]) & (group["control"] == control)]
+            reference = _reference(group, references)
+            for trial, part in trials.groupby("trial", sort=False):
+                found = _estimate(part)
+                excluded = bool(found["low"] > reference["reference_high"] or found["high"] < reference["reference_low"])
+                far = abs(found["estimate"] - reference["reference"]) >= SMALLEST[str(name)]
+                records.append({"instrument": name, "member": member, "seed": seed, "control": control, "trial": trial, **found,
+                                **reference, "excluded": excluded, "alarm": excluded and far})
+    return pd.DataFrame(records, columns=["instrument", "member", "seed", "control", "trial", "estimate", "low", "high", "n", "reference",
+                                          "reference_low", "reference_high", "excluded", "alarm"])
+
+
+def _tried(instrument: str, kind: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(control that is read, controls it is held against) of an organism's kind: nothing else can be a false alarm."""
+    if KNOB[instrument] == "reading":
+        return [("", ("random", "wrong_token")), ("wrong_token", ("random",))] if kind == "null" else []
+    tried: list[tuple[str, tuple[str, ...]]] = []
+    if kind == "null":
+        tried.append(("", ("random",) if "patching" in instrument else ()))
+    return [*tried, ("random", ())] if instrument == "steering" else tried
+
+
+def _reference(rows: pd.DataFrame, controls: Sequence[str]) -> dict[str, float]:
+    """What the controls show: their mean and the hull of their intervals; zero where nothing is a control."""
+    found = [_estimate(rows[(rows["variant"] == "placebo") & (rows["control"] == control)]) for control in controls
+             if ((rows["variant"] == "placebo") & (rows["control"] == control)).any()]
+    if not found:
+        return {"reference": 0.0, "reference_low": 0.0, "reference_high": 0.0}
+    return {"reference": float(np.mean([one["estimate"] for one in found])), "reference_low": min(one["low"] for one in found),
+            "reference_high": max(one["high"] for one in found)}
 
 
 # ---- coverage ----------------------------------------------------------------------------------------------------------
@@ -268,13 +303,13 @@ def advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
     trusted = [r for r in readings if _at_least(r["spearman"], 0.9) and _at_most(r["false_alarm_rate"], 0.05)]
     ranking = [r for r in readings if _at_least(r["spearman"], 0.9) and r not in trusted]
     weak = [r for r in readings if not _at_least(r["spearman"], 0.9)]
-    deep = [r for r in records if _at_most(r["depth_error"], 1)]
+    deep = [r for r in records if _at_most(r["depth_error"], 1.0)]
     lines = [_sentence("How is the word read? Believe", trusted, "they rise with the planted reading and raise few false alarms"),
              _sentence("To rank models, not to claim a reading where there may be none:", ranking,
                        "they rise with the planted reading, but placebos set them off too"),
              _sentence("Do not read senses off", weak, "they did not follow the planted reading"),
              _sentence("From which layer on? Believe", deep, "they found the planted first layer within one"),
-             _sentence("Until which layer? Believe", [r for r in causal if _at_most(r["last_error"], 1)],
+             _sentence("Until which layer? Believe", [r for r in causal if _at_most(r["last_error"], 1.0)],
                        "they found the planted last layer within one; a reading stays readable after its last use"),
              _sentence("Does the answer depend on it? Believe", [r for r in causal if r["causal_separated"]],
                        "they stay silent where a sense can be decoded and is not used"),

@@ -1,0 +1,101 @@
+"""The calibration page: records, tables and figures of a calibration folder, and what follows in plain words.
+
+Reads saved parts and computes nothing but `verdicts.py`. Writes calibration.json, calibration.html, tables/*.csv and figures/*.png, *.svg.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from alignblind_mi import figures
+from alignblind_mi.report import Column, as_uri, environment, percent, plain, save_shown, signed
+from alignblind_mi.results import ResultError, load_result, write_text
+from alignblind_mi.studies.calibration import CUE, QUESTION, SELFIE_PROMPT, STREAM, TARGET_LAYER
+from alignblind_mi.studies.verdicts import (
+    KNOB,
+    advice,
+    alarm_table,
+    calibration_records,
+    causal_table,
+    convergence_table,
+    coverage_table,
+    depth_profile_table,
+    depth_table,
+    recovery_table,
+)
+
+
+def read_calibration(folder: Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """All rows of a calibration folder and the provenance of each part. Errors: ResultError for a folder without finished parts."""
+    note = folder / "study.json"
+    config = json.loads(note.read_text("utf-8")) if note.is_file() else {}
+    if "calibration" not in config:
+        raise ResultError(f"{folder} holds no calibration: give the --out folder of `alignblind calibrate`.")
+    parts = [load_result(file) for file in sorted(folder.glob("*.parquet"))]
+    if not parts:
+        raise ResultError(f"{folder} is a calibration without a finished part: run `alignblind calibrate --out {folder}`.")
+    return pd.concat([part.rows for part in parts], ignore_index=True), [part.provenance for part in parts]
+
+
+def write_calibration(folder: Path) -> Path:
+    """Write records, tables, figures and the page of a calibration folder. Returns the page."""
+    rows, notes = read_calibration(folder)
+    records = calibration_records(rows)
+    tables = _tables(rows)
+    vectors = save_shown(folder, tables, _draw(records, tables))
+    page = folder / "calibration.html"
+    write_text(page, _render(records, tables, vectors, notes))
+    write_text(folder / "calibration.json", json.dumps(records, indent=1, allow_nan=False) + "\n")
+    return page
+
+
+def _tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    recovery = recovery_table(rows)
+    return {"recovery": recovery.assign(knob=recovery["instrument"].map(KNOB)), "depth": depth_table(rows), "causal": causal_table(rows),
+            "depth_profile": depth_profile_table(rows), "alarms": alarm_table(rows), "coverage": coverage_table(rows),
+            "convergence": convergence_table(rows)}
+
+
+def _draw(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
+    profile = tables["depth_profile"]
+    known = profile[profile["member"].isin(tables["depth"]["member"])]
+    return {"recovery": figures.recovery_figure(tables["recovery"]), "depth": figures.planted_depth_figure(known),
+            "trust": figures.trust_figure(pd.DataFrame(records), tables["causal"]),
+            "convergence": figures.convergence_figure(tables["convergence"])}
+
+
+def _number(title: str, name: str, write: Any) -> Column:
+    return Column(title, lambda row: write(row.get(name)))
+
+
+def _whole(value: Any) -> str:
+    return "–" if value is None else str(int(value))
+
+
+def _yes(value: Any) -> str:
+    return "–" if value is None else "yes" if value else "no"
+
+
+COLUMNS = {"records": (
+    Column("instrument", lambda row: str(row["instrument"]).replace("_", " "), numeric=False),
+    Column("follows", lambda row: row["measures"], numeric=False),
+    _number("rank correlation with its knob", "spearman", signed), _number("with the other knob", "spearman_other_knob", signed),
+    _number("first layer, error", "depth_error", _whole), _number("last layer, error", "last_error", _whole),
+    _number("causal told from decodable", "causal_separated", _yes), _number("share shown where not used", "decodable_share", plain),
+    Column("false alarms %", lambda row: f"{percent(row['false_alarm_rate'])} [{percent(row['false_alarm_low'])}–"
+                                         f"{percent(row['false_alarm_high'])}]"), _number("trials", "false_alarm_n", _whole),
+    _number("by intervals alone %", "interval_alarm_rate", percent), _number("smallest effect", "smallest", plain),
+    _number("coverage %", "coverage", percent), _number("width", "interval_width", plain), _number("organisms", "n", _whole))}
+
+
+def _render(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame], vectors: dict[str, bytes], notes: list[dict[str, Any]]) -> str:
+    made = sorted(note["made"] for note in notes)
+    versions = sorted({f"{name} {version}" for note in notes for name, version in note["versions"].items()})
+    return environment().get_template("calibration.html.j2").render(
+        tables={"records": records}, columns=COLUMNS, records=records, advice=advice(records),
+        pictures={name: as_uri(svg) for name, svg in vectors.items()}, members=[note["member"] for note in notes],
+        seeds=records[0]["seeds"], quick=notes[0]["config"]["quick"], versions=versions, made=made, cue=CUE, question=QUESTION,
+        selfie=SELFIE_PROMPT, stream=STREAM, target_layer=TARGET_LAYER, alarms=len(tables["alarms"]))
