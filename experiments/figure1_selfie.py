@@ -8,34 +8,24 @@ Usage: python experiments/figure1_selfie.py --out DIR [--base M --aligned M] [--
 """
 
 import argparse
-from functools import partial
 
 import pandas as pd
-from common import configured, options, quick_layers, rows_of, script, show
+from common import configured, options, rows_of, run_study_parts, script, show
 
-from alignblind_mi import HookedModel, Part, StudyConfig, load_concept, measure_selfie, reading_reduction, run_parts, selfie_table
+from alignblind_mi import load_concept, reading_reduction, selfie_table
 from alignblind_mi.figures import CONTROL_NAMES, selfie_figure
-from alignblind_mi.progress import Advance
 from alignblind_mi.readings import reading_names
 from alignblind_mi.report import save_shown
 from alignblind_mi.scoring import score_interpretations
-from alignblind_mi.studies.study import organism_record
 
-PARTS = {"base": "selfie_base", "aligned": "selfie_aligned"}
-
-
-def readings(config: StudyConfig, model: HookedModel, advance: Advance) -> pd.DataFrame:
-    layers = quick_layers(model.n_layers) if config.quick else None
-    prompt = organism_record(config.aligned).get("selfie", "paper")
-    return measure_selfie(model, load_concept(config.concept), config.cue, prompt=prompt, target_layer=config.target_layer, layers=layers,
-                          temperature=config.decoding.temperature, seed=config.seed)
+PARTS = ("reading_selfie_base", "reading_selfie_aligned")
 
 
 def main(given: argparse.Namespace) -> None:
     config = configured(given)
     concept = load_concept(config.concept)
-    run_parts(config, given.out, [Part(name, role, False, partial(readings, config)) for role, name in PARTS.items()])
-    rows = rows_of(given.out, PARTS.values())
+    run_study_parts(config, given.out, *PARTS)
+    rows = rows_of(given.out, PARTS)
     layers = selfie_table(rows, concept, by=("role", "control", "layer")).rename(columns={"role": "panel"})
     texts = rows.assign(interpretation=rows["text"], prompt=rows["context"])
     pooled = pd.DataFrame(score_interpretations(texts, concept, by=("role", "control"))).rename(columns={"role": "panel"})

@@ -6,10 +6,11 @@ import re
 import pandas as pd
 import pytest
 
+from alignblind_mi.attention import attention_rows
 from alignblind_mi.edits import EditError
 from alignblind_mi.lens import lens_contrast, logit_lens
 from alignblind_mi.prompts import mark
-from alignblind_mi.views import View, ViewError, attention_view, token_view
+from alignblind_mi.views import View, ViewError, as_page, attention_view, pattern_view, token_view
 
 
 def given(view: View, component: str) -> dict:
@@ -65,6 +66,22 @@ def test_what_cannot_be_shown_is_said(rows):
         token_view(lens_contrast(rows, "race", "color"), layer=99)
     with pytest.raises(ViewError, match="several prompts or models"):
         token_view(rows, value="prob")
+
+
+def test_attention_rows_are_the_patterns_of_the_bridge(tiny):
+    rows = attention_rows(tiny, "race : black and white", 1)
+    (pattern,) = tiny.cache("race : black and white", ["blocks.1.attn.hook_pattern"]).activations.values()
+    assert (rows["key"] <= rows["query"]).all()
+    sums = rows.groupby(["head", "query"])["weight"].sum()
+    assert sums.to_numpy() == pytest.approx(1.0, abs=1e-5)
+    row = rows[(rows["head"] == 2) & (rows["query"] == 3) & (rows["key"] == 1)].iloc[0]
+    assert row["weight"] == pytest.approx(float(pattern[0, 2, 3, 1]))
+    assert row["token"].strip() == "black"
+    with pytest.raises(ViewError, match="of one prompt in one layer"):
+        pattern_view(pd.concat([rows, attention_rows(tiny, "race : black and white", 2)]))
+    page = as_page(pattern_view(rows), "a <b>")
+    assert page.startswith("<!DOCTYPE html>")
+    assert "a &lt;b&gt;" in page
 
 
 def test_the_attention_view_has_every_head_and_needs_no_network(tiny):

@@ -201,8 +201,10 @@ def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
 
 
 def with_accuracy(found: ProbeReadings) -> pd.DataFrame:
-    """The rows of probes with the accuracy of their layer beside them: accuracy, accuracy_low, accuracy_high, selectivity, tested (n),
-    accuracy_shuffled and, where there is one, accuracy_untrained."""
+    """The rows of probes with the accuracy of their layer beside them.
+
+    Columns added: accuracy, accuracy_low, accuracy_high, selectivity, tested (n), accuracy_shuffled and, if there is one, accuracy_untrained.
+    """
     wide = found.accuracy.pivot(index="layer", columns="probe", values="accuracy").add_prefix("accuracy_")
     sense = found.accuracy[found.accuracy["probe"] == "sense"].set_index("layer")
     wide = wide.rename(columns={"accuracy_sense": "accuracy"}).assign(
@@ -270,12 +272,13 @@ def blind_score(readings: pd.DataFrame) -> float:
 def summarise_readings(rows: pd.DataFrame, by: Sequence[str] = ("model", "treatment", "instrument", "control")) -> pd.DataFrame:
     """One row per group: n (different readings), layers, mean of `blind`, low, high (95 %, contexts as the unit), p_group, p_other.
 
-    An interval needs two contexts and is NaN without; it ends where the instrument's scale does. Add "layer" to `by` for a profile over depth.
+    An interval needs two contexts and is NaN without; it ends where the instrument's scale does. Add "layer" to `by` for a
+    profile over depth.
     """
     records = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
         low, high = t_interval(group["blind"].to_numpy(float), group["context"].to_numpy())
-        bound = 2.0 if (group["instrument"] == "patchscope").any() else 1.0    # a difference of two changes; the others are on one scale
+        bound = 2.0 if (group["instrument"] == "patchscope").any() else 1.0    # a difference of two changes; others are one scale
         records.append({**dict(zip(by, key, strict=True)), "n": n_readings(group), "layers": group["layer"].nunique(),
                         "mean": float(group["blind"].mean()), "low": max(low, -bound), "high": min(high, bound),
                         "p_group": float(group["p_group"].mean()), "p_other": float(group["p_other"].mean())})

@@ -77,8 +77,11 @@ class Recorded:
 
 def reading_sources(concept: Concept, cue: str | Cue, *, mentions: Sequence[int] = (0,), max_word_pairs: int | None = 20, seed: int = 0
                     ) -> list[Source]:
-    """One source per distinct context: at the first mention a causal model has seen the question's beginning only, so prompts that share
-    it are one source. Later mentions follow the words; `max_word_pairs` per category bounds them (balanced design)."""
+    """One source per distinct context, of the balanced design.
+
+    At the first mention a causal model has seen the question's beginning only, so prompts that share it are one source. Later mentions
+    follow the words; `max_word_pairs` per category bounds them.
+    """
     return _distinct(Source(prompt, role, mention)
                      for prompt in implicit_prompts(concept, cue, design="balanced", seed=seed, max_word_pairs=max_word_pairs)
                      for role in ("marked", "unmarked") for mention in mentions)
