@@ -203,7 +203,8 @@ def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
 def with_accuracy(found: ProbeReadings) -> pd.DataFrame:
     """The rows of probes with the accuracy of their layer beside them.
 
-    Columns added: accuracy, accuracy_low, accuracy_high, selectivity, tested (n), accuracy_shuffled and, if there is one, accuracy_untrained.
+    Columns added: accuracy, accuracy_low, accuracy_high, selectivity, tested (n), accuracy_shuffled and, if there is one,
+    accuracy_untrained.
     """
     wide = found.accuracy.pivot(index="layer", columns="probe", values="accuracy").add_prefix("accuracy_")
     sense = found.accuracy[found.accuracy["probe"] == "sense"].set_index("layer")
