@@ -289,5 +289,6 @@ def _context_problems(contexts: Contexts, concept: Concept) -> list[str]:
     found = [] if contexts.name in concept.senses else [f"contexts {contexts.name!r} are of no sense; senses: {', '.join(concept.senses)}"]
     wrong = [text for text in (*contexts.train, *contexts.test) if template_fields(text) != {"x", "y"}]
     found += [f"context sentence {text!r} must have the fields {{x}} and {{y}}" for text in wrong]
+    found += [f"contexts {contexts.name!r} have no {split} sentences" for split in ("train", "test") if not getattr(contexts, split)]
     shared = sorted(set(contexts.train) & set(contexts.test))
     return found + [f"context sentence {text!r} is in both train and test" for text in shared]

@@ -7,6 +7,7 @@ al. 2023) first moves it by an affine translator of its layer, trained to give t
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -45,7 +46,7 @@ class Translators:
 
 @dataclass(frozen=True, eq=False)
 class _Streams:
-    """Residual streams at all tokens of some prompts, and the final answers there."""
+    """Residual streams at all tokens of some prompts, what they have in common once, and the last layer's there."""
 
     resid: Float[Tensor, "position layer d_model"]
     final: Float[Tensor, "position d_model"]
@@ -69,6 +70,8 @@ def logit_lens(model: HookedModel, prompts: Sequence[Prompt], words: Sequence[st
     Errors: EditError for a layer that does not exist or has no translator; ModelError for a word of several tokens, or a model whose answer
     is not its final norm and head alone.
     """
+    if not prompts:
+        raise EditError("a lens needs at least one prompt.")
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     frames = [_lens(model, prompt, words, layers, translators) for prompt in prompts]
     return pd.concat(frames, ignore_index=True)
@@ -121,7 +124,7 @@ def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: 
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     model.residual_log_probs(torch.zeros(1, model.d_model), [])    # refuses models whose answer is not norm and head alone
     streams = _streams(model, prompts, layers)
-    held = torch.arange(len(streams.resid)) % HELD_OUT == 0
+    held = torch.arange(len(streams.final)) % HELD_OUT == 0
     if int(held.sum()) < 2:
         raise EditError(f"{len(prompts)} prompts with {len(held)} tokens are too few to train translators on: give more text.")
     order = torch.Generator().manual_seed(seed)
@@ -132,19 +135,28 @@ def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: 
     for _ in range(steps):
         index = train[torch.randint(len(train), (min(batch, len(train)),), generator=order)]
         optimiser.zero_grad()
-        _divergence(model, streams, index, weight, bias).mean().backward()
+        for j in range(len(layers)):    # layer by layer: the vocabulary exists for one of them at a time
+            (_divergence(model, streams, index, j, weight[j], bias[j]).mean() / len(layers)).backward()
         optimiser.step()
     chosen = torch.nonzero(held)[:, 0]
     with torch.no_grad():
-        before = _divergence(model, streams, chosen, torch.zeros_like(weight), torch.zeros_like(bias))
-        after = _divergence(model, streams, chosen, weight, bias)
-    return Translators(tuple(layers), weight.detach(), bias.detach(), before.mean(0), after.mean(0))
+        before, after = (torch.stack([_held_out(model, streams, chosen, j, scale * weight[j], scale * bias[j], batch)
+                                      for j in range(len(layers))]) for scale in (0.0, 1.0))
+    return Translators(tuple(layers), weight.detach(), bias.detach(), before, after)
+
+
+def _held_out(model: HookedModel, streams: _Streams, chosen: Int[Tensor, " position"], j: int, weight: Tensor, bias: Tensor, batch: int
+              ) -> Float[Tensor, ""]:
+    """Mean divergence on held-out positions, some of them at a time."""
+    return torch.cat([_divergence(model, streams, part, j, weight, bias) for part in chosen.split(batch)]).mean()
 
 
 def _streams(model: HookedModel, prompts: Sequence[Prompt], layers: list[int]) -> _Streams:
     every = [*layers, model.n_layers - 1]
     parts = [_record(model, *_marked(model, prompt, every)) for prompt in prompts]
     resid = torch.cat(parts)
+    _, first = np.unique(resid[:, -1].numpy(), axis=0, return_index=True)    # prompts that begin alike have the same streams there
+    resid = resid[np.sort(first)]
     return _Streams(resid[:, :-1], resid[:, -1])
 
 
@@ -153,11 +165,11 @@ def _marked(model: HookedModel, prompt: Prompt, layers: list[int]) -> tuple[Prom
     return marked, layers, len(tokens)
 
 
-def _divergence(model: HookedModel, streams: _Streams, index: Int[Tensor, " position"], weight: Tensor, bias: Tensor
-                ) -> Float[Tensor, "position layer"]:
-    """KL(final answer || translated answer) in nats."""
-    plain, resid = model.engine.model, streams.resid[index]
-    translated = resid + torch.einsum("vld,led->vle", resid, weight) + bias
+def _divergence(model: HookedModel, streams: _Streams, index: Int[Tensor, " position"], j: int, weight: Float[Tensor, "d_model d_model"],
+                bias: Float[Tensor, " d_model"]) -> Float[Tensor, " position"]:
+    """KL(final answer || translated answer) in nats, of the j-th layer."""
+    plain, resid = model.engine.model, streams.resid[index, j]
+    translated = resid + resid @ weight.T + bias
     logs = unembed(plain, translated.to(plain.dtype).to(model.engine.device)).log_softmax(-1)
-    final = unembed(plain, streams.final[index].to(plain.dtype).to(model.engine.device)).log_softmax(-1)[:, None]
+    final = unembed(plain, streams.final[index].to(plain.dtype).to(model.engine.device)).log_softmax(-1)
     return (final.exp() * (final - logs)).sum(-1).cpu()

@@ -80,7 +80,7 @@ def fit_affine(source: Float[Tensor, "pair from"], target: Float[Tensor, "pair t
     """The affine map that carries `source` vectors to their `target` vectors with the least squared error.
 
     `ridge` times the mean squared size of the centred sources is added to the diagonal: with fewer pairs than dimensions the rest of the
-    space is left at the mean. Errors: EditError for fewer than two pairs, or as many of one as of the other is not given.
+    space is left at the mean. Errors: EditError for fewer than two pairs, or unequal numbers of vectors.
     """
     if len(source) != len(target) or len(source) < 2:
         raise EditError(f"an affine map is fitted on pairs, two or more: got {len(source)} source and {len(target)} target vectors.")
@@ -88,7 +88,7 @@ def fit_affine(source: Float[Tensor, "pair from"], target: Float[Tensor, "pair t
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
     scale = ridge * float(x.square().sum(0).mean())
-    weight = torch.linalg.solve(x.T @ x + scale * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y).T
+    weight = torch.linalg.solve(x.T @ x + scale * torch.eye(x.shape[1], dtype=x.dtype, device=x.device), x.T @ y).T
     return Affine(weight.float(), (mean_y - weight @ mean_x).float())
 
 
@@ -105,6 +105,7 @@ def run_patchscope(model: HookedModel, prompts: Sequence[Prompt], sites: Sequenc
     Errors: EditError if the two models differ in width and no mapping fits.
     """
     into = into or model
+    into.check_known([target])
     resid = model.record(model.treatment.rows(prompts), sites)
     rows = patchscope_rows(resid.flatten(0, 1), target, layer, mapping=mapping)
     table = pd.DataFrame.from_records([

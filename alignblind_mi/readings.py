@@ -26,6 +26,9 @@ def classify(text: str, concept: Concept) -> str:
     Words are matched whole and in any case; the longest phrase wins where several begin at the same place, and nothing is counted twice
     ("people of color" is one mention of race, not one of colour). Of equally many, the sense that is named first decides.
     """
+    bare = next((name for name in (concept.group_sense, concept.other_sense) if not concept.senses[name].lexicon), None)
+    if bare is not None:
+        raise ConceptError(f"the sense {bare!r} of {concept.name!r} has no lexicon: free texts cannot be classified. Give it a `lexicon`.")
     pattern, sense_of = _lexicon(tuple((sense.name, sense.lexicon) for sense in concept.senses.values()))
     found = [sense_of[" ".join(match.group().lower().split())] for match in pattern.finditer(text)]
     return max(dict.fromkeys(found), key=found.count, default=OTHER)
@@ -34,8 +37,6 @@ def classify(text: str, concept: Concept) -> str:
 @lru_cache
 def _lexicon(entries: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[re.Pattern[str], dict[str, str]]:
     sense_of = {" ".join(phrase.lower().split()): name for name, phrases in entries for phrase in phrases}
-    if not sense_of:
-        raise ConceptError("the senses of this concept have no lexicon: free texts cannot be classified. Give each sense a `lexicon`.")
     longest_first = sorted(sense_of, key=len, reverse=True)
     words = "|".join(r"\s+".join(map(re.escape, phrase.split())) for phrase in longest_first)
     return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE), sense_of
@@ -48,10 +49,8 @@ def reading_names(concept: Concept) -> list[str]:
 
 
 def is_interpretations(path: Path) -> bool:
-    """Whether a file holds interpretations, one JSON object a line: by its ending, or by its first line."""
-    if path.suffix.lower() == ".jsonl":
-        return True
-    if path.suffix.lower() != ".json":
+    """Whether a .json or .jsonl file holds interpretations, one JSON object a line, by its first line."""
+    if path.suffix.lower() not in (".json", ".jsonl"):
         return False
     with path.open("r", encoding="utf-8-sig", errors="replace") as file:
         first = next((line for line in file if line.strip()), "")
@@ -65,7 +64,9 @@ def is_interpretations(path: Path) -> bool:
 def read_interpretations(path: Path) -> pd.DataFrame:
     """Rows of a released interpretation file: model (the file's stem), prompt, interpretation, layer, token, token_decoded.
 
-    A line whose `interpretation` is a list of texts gives one row each. Errors: ScoreError naming the file, the line and what was expected.
+    A line whose `interpretation` is a list of texts gives one row each; null is an empty text.
+
+    Errors: ScoreError naming the file, the line and what was expected.
     """
     rows = [row for number, line in _lines(path) for row in _rows(path, number, line)]
     if not rows:
@@ -91,6 +92,7 @@ def _rows(path: Path, number: int, line: str) -> Iterator[dict[str, Any]]:
         raise ScoreError(f"{where} has no field 'interpretation'. Expected one object a line with {', '.join(FIELDS)}.")
     texts = entry["interpretation"] if isinstance(entry["interpretation"], list) else [entry["interpretation"]]
     for text in texts:
+        text = "" if text is None else text
         if not isinstance(text, str):
             raise ScoreError(f"{where}: the interpretation is not a text but {json.dumps(text)[:60]}.")
         yield {**{name: entry.get(name) for name in FIELDS}, "interpretation": text}

@@ -39,7 +39,7 @@ POOLED = "pooled"
 QUICK_GROUPS = ("early", "late")
 BOTH_COLUMNS = frozenset({"model", "treatment", "role"})
 ANSWER_COLUMNS = BOTH_COLUMNS | {"kind", "category", "template", "word_pair", "option_order", "word_order", "outcome", "log_odds"}
-INSTRUMENT_COLUMNS = BOTH_COLUMNS | {"instrument", "context", "control", "mark", "mention", "layer", "blind"}
+INSTRUMENT_COLUMNS = BOTH_COLUMNS | {"instrument", "identifier", "context", "control", "mark", "mention", "layer", "blind"}
 READING_COLUMNS = BOTH_COLUMNS | {"interpretation", "context", "control", "mark", "mention", "layer", "d_group", "d_other", "base_group",
                                   "base_other", "blind"}
 PAPER_LINK = "https://arxiv.org/abs/2506.00253"
@@ -592,7 +592,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
         _text("instrument", "panel"), _text("model", "role"), CONTROL, _count("n readings", "n"), _count("layers", "layers"),
         _mean("mean reading", "mean", "low", "high"), _share("group sense %", "p_group"), _share("other sense %", "p_other")),
     "probes": (
-        _text("model", "role"), _count("layer", "layer"), _count("n tested", "tested"),
+        _text("model", "role"), _count("layer", "layer"), _count("n sentences", "tested"),
         _rate("accuracy %", "accuracy", "accuracy_low", "accuracy_high"), _share("shuffled labels %", "accuracy_shuffled"),
         _share("random weights %", "accuracy_untrained"), _signed("selectivity", "selectivity")),
     "steering": (

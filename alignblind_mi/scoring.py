@@ -28,7 +28,7 @@ _ALWAYS = ("model", "cue", "category", "kind")
 _NEEDED = ("answer", "kind", "marked", "unmarked", "positive", "negative", "statement", "template", "word_pair", "model", "cue", "category")
 _NOT_KEYS = {"answer", "prompt", "outcome", "reason", "log_odds", "n_tokens", "finished", "interpretation", "text"}
 # Records that this project keeps beside its results; other JSON is taken for answers.
-_RECORDS = {"provenance", "config", "report", "organism", "study", "settings", "training"}
+_RECORDS = {"calibration", "provenance", "config", "report", "organism", "study", "settings", "training"}
 _READ_BY = ("model", "treatment", "control")    # how interpretations are grouped where nothing else is asked for
 _NUMBERS = ("n", "stereotyped", "reversed", "rejected", "invalid", "invalid_share", "rate", "low", "high", "cluster_low", "cluster_high",
             "worst", "best")
@@ -45,6 +45,10 @@ def score(paths: Sequence[Path], *, rule: str = "robust", by: Sequence[str] = ()
     if rule not in RULES:
         raise ScoreError(f"unknown rule {rule!r}. Known: {', '.join(RULES)}.")
     answers, interpretations = _read_all(paths)
+    kinds = [rows for rows in (answers, interpretations) if rows is not None]
+    if len(kinds) > 1 and any(set(by) <= set(rows.columns) for rows in kinds):    # keys of one kind score that kind
+        answers, interpretations = (rows if rows is not None and set(by) <= set(rows.columns) else None
+                                    for rows in (answers, interpretations))
     records = [] if answers is None else score_answers(answers, rule=rule, by=by)
     return records + ([] if interpretations is None else score_interpretations(interpretations, concept or load_concept("race"), by=by))
 
@@ -62,8 +66,8 @@ def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Sequence[
     read = rows.assign(reading=[classify(str(text), concept) for text in rows["interpretation"]])
     records = []
     for key, group in read.groupby(keys, sort=False, dropna=False):
-        record = {"model": _common(group["model"]), "kind": "interpretation"} | dict(zip(keys, map(_plain, key), strict=True))
-        records.append(record | {"rule": "lexicon", "n": len(group)} | _shares(group, concept))
+        record = {"model": _common(group["model"])} | dict(zip(keys, map(_plain, key), strict=True))
+        records.append(record | {"kind": "interpretation", "rule": "lexicon", "n": len(group)} | _shares(group, concept))
     return records
 
 
@@ -191,7 +195,7 @@ def _may_hold_answers(file: Path, root: Path) -> bool:
         return False
     if file.suffix.lower() == ".json":
         return file.stem not in _RECORDS and not file.with_suffix(".parquet").is_file() and not _saved_model(file.parent)
-    return file.suffix.lower() in (".jsonl", ".parquet")
+    return file.suffix.lower() == ".parquet" or is_interpretations(file)
 
 
 def _saved_model(folder: Path) -> bool:
@@ -202,7 +206,8 @@ def _read(file: Path) -> pd.DataFrame | None:
     """Rows of a file; None for results of this project that hold neither answers nor interpretations."""
     if file.suffix.lower() == ".parquet":
         return _read_result(file)
-    return read_interpretations(file) if is_interpretations(file) else read_released(file)
+    named = file.suffix.lower() == ".jsonl"    # given by name: an error says what is wrong in it
+    return read_interpretations(file) if named or is_interpretations(file) else read_released(file)
 
 
 def _read_result(file: Path) -> pd.DataFrame | None:

@@ -90,12 +90,15 @@ def t_interval(values: np.ndarray, clusters: np.ndarray, *, level: float = LEVEL
     """Student's interval of a mean, with the cluster as the unit: for continuous readings of few contexts.
 
     values: [n]; clusters: [n] labels. A cluster counts by its number of values; the interval is that of a ratio of two sums over clusters
-    (linearised; Cochran 1977, section 3.12), with as many degrees of freedom as clusters less one. (NaN, NaN) for fewer than two clusters.
+    (linearised; Cochran 1977, section 3.12), with as many degrees of freedom as clusters less one. NaN values are left out; (NaN, NaN) for
+    fewer than two clusters.
     """
     from scipy.special import stdtrit
 
-    codes = pd.factorize(np.asarray(clusters))[0]
-    values, k = np.asarray(values, dtype=float), int(codes.max()) + 1 if len(codes) else 0
+    values = np.asarray(values, dtype=float)
+    known = ~np.isnan(values)
+    values, codes = values[known], pd.factorize(np.asarray(clusters)[known])[0]
+    k = int(codes.max()) + 1 if len(codes) else 0
     if k < 2:
         return Interval(float("nan"), float("nan"))
     mean = float(values.mean())

@@ -48,7 +48,7 @@ def tokens(config: StudyConfig, model: HookedModel, advance: Advance) -> pd.Data
                            seed=config.seed)
     same = [pair for pair in pairs if all(pair.labels[name] == pairs[0].labels[name] for name in SAME_TEXT)]
     sites = grid_sites(range(model.n_layers), [EVERY_TOKEN])
-    return pd.concat([patch_grid(model, same, sites, direction=direction, controls=(), seed=config.seed, progress=advance)
+    return pd.concat([patch_grid(model, same, sites, direction=direction, controls=("random",), seed=config.seed, progress=advance)
                       for direction in DIRECTIONS], ignore_index=True)
 
 
@@ -75,7 +75,8 @@ def tell(maps: dict[str, pd.DataFrame], depth: pd.DataFrame, screen: pd.DataFram
         print(f"{direction}: " + (f"an effect after layers {span.first} to {span.last}" if span else "no layer above its controls"))
     for name, table in maps.items():
         if "heads" in name:
-            largest = table.reindex(table["mean"].abs().sort_values(ascending=False).index).head(STRONGEST)
+            real = table[table["panel"].isin(DIRECTIONS)]
+            largest = real.reindex(real["mean"].abs().sort_values(ascending=False).index).head(STRONGEST)
             show(f"{name}: the {STRONGEST} largest effects", largest.rename(columns={"panel": "direction", "place": "head"}))
     show("Screen (attribution patching) against the exact grid, nats moved", screen)
 

@@ -312,7 +312,7 @@ def test_a_reduction_is_the_ratio_of_means_with_contexts_drawn_together(race, ti
     rows = measure_awareness(tiny, race, "default")
     half = rows.assign(p_group=rows["p_group"] / 2)
     found = reading_reduction(half, rows)
-    assert found["n"] == 12
+    assert found["n"] == 6    # contexts: both identifiers of a question belong together
     assert (found["estimate"], found["low"], found["high"]) == pytest.approx((-0.5, -0.5, -0.5))
     with pytest.raises(Exception, match="share no value of 'unit'"):
         relative_change(rows.assign(unit="a"), rows.assign(unit="b"), "p_group", "unit")

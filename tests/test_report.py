@@ -62,8 +62,8 @@ def readings(role: str, treatment: dict[str, str], question: str) -> pd.DataFram
     for control, context, mark, layer in places:
         d_group, d_other = random.normal(0.1, 0.05), random.normal(0.2 if role == "aligned" else -0.1, 0.05)
         records.append({"instrument": "patchscope", "interpretation": question, "control": control, "context": context, "mark": mark,
-                        "mention": 0, "layer": layer, "p_group": 0.3 + d_group, "p_other": 0.4 + d_other, "d_group": d_group,
-                        "d_other": d_other, "base_group": 0.3, "base_other": 0.4, "blind": d_other - d_group})
+                        "identifier": mark, "mention": 0, "layer": layer, "p_group": 0.3 + d_group, "p_other": 0.4 + d_other,
+                        "d_group": d_group, "d_other": d_other, "base_group": 0.3, "base_other": 0.4, "blind": d_other - d_group})
     return pd.DataFrame(records).assign(model=f"some/{role}", role=role, **treatment)
 
 

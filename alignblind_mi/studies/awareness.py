@@ -2,11 +2,12 @@
 
 Four instruments read the same residual streams (`sources.py`): a patchscope that asks a question (the race-blind score of "Aligned but
 Blind"), open-ended interpretation (SelfIE), the logit or tuned lens, and linear probes. One row per reading and layer; `blind` is each
-instrument's own scale from the group sense to the other sense, at most -1 to 1, so that instruments can be laid side by side.
+instrument's own scale from the group sense to the other sense (-1 to 1; of the patchscope, a difference of two changes, at most -2 to 2),
+so that instruments can be laid side by side.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from torch import Tensor
 from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.edits import Row
 from alignblind_mi.lens import Translators, lens_readings
+from alignblind_mi.loading import ModelError
 from alignblind_mi.model import HookedModel, untrained
 from alignblind_mi.patchscope import Mapping, patchscope_rows
 from alignblind_mi.probes import shuffled, train_probes
@@ -27,7 +29,7 @@ from alignblind_mi.studies.sources import CONTROLS, TEXT_LAYER, Contexts, Record
 TARGET_LAYER = 2    # where the paper injects, on Llama 3
 SELFIE_TOKENS = 20
 VECTOR_CONTROLS = tuple(name for name in CONTROLS if name != "text")    # instruments that only read have nothing to ask of a text
-SHUFFLES = 3
+SHUFFLES, UNTRAINED = 10, 3    # control probes, whose accuracies are averaged
 UNTRAINED_UP_TO = 2_000_000_000    # parameters up to which a model of random weights is made beside the model
 
 
@@ -125,7 +127,7 @@ def interpret_sources(recorded: Recorded, concept: Concept, *, prompt: str = "pa
     model, asked = recorded.model, concept.selfie_prompt(prompt)
     target = interpretation_prompt(asked)
     classify("", concept)    # a concept without lexicons is refused before anything is run
-    model.check_known([target])
+    _check_prompt(model, concept, prompt, target)
     rows = [row for at in recorded.resid for row in patchscope_rows(at, target, target_layer)]
     names = [f"{source.control}|{source.role}|{source.mention}|{source.seen()}|{layer}" for source in recorded.sources
              for layer in recorded.layers]
@@ -138,6 +140,15 @@ def interpret_sources(recorded: Recorded, concept: Concept, *, prompt: str = "pa
     plain = [{"model": model.spec.name, "treatment": model.treatment.name, **source.labels(), "instrument": "selfie", "layer": TEXT_LAYER,
               **reading} for source, reading in zip(written, said[len(said) - len(written):], strict=True)]
     return pd.concat([table, pd.DataFrame.from_records(plain)], ignore_index=True).assign(interpretation=prompt)
+
+
+def _check_prompt(model: HookedModel, concept: Concept, name: str, target: Prompt) -> None:
+    try:
+        model.check_known([target])
+    except ModelError as error:
+        others = ", ".join(other for other in concept.selfie if other != name) or "none"
+        raise ModelError(f"{model.spec.name} does not know the words of the SelfIE prompt {name!r} ({target.text!r}); other prompts of the "
+                         f"concept {concept.name!r}: {others}.") from error
 
 
 def _reading(text: str, concept: Concept) -> dict[str, object]:
@@ -176,8 +187,9 @@ def lens_sources(recorded: Recorded, concept: Concept, *, translators: Translato
 class ProbeReadings:
     """What probes say of the ambiguous prompts (`rows`), and how good they are (`accuracy`).
 
-    accuracy: probe ("sense", "shuffled" or "untrained"), layer, n (vectors tested), accuracy, low, high (exact interval), and for the sense
-    probe selectivity = accuracy - accuracy of the probes of shuffled labels (Hewitt and Liang 2019).
+    accuracy: probe ("sense", "shuffled" or "untrained"), layer, n (sentences tested, each at several places), accuracy (of all places),
+    low, high (exact interval as if n sentences had been judged once each: places of one sentence are not independent), and for the sense
+    probe selectivity = accuracy - accuracy of probes of a control task, sentences with drawn labels (after Hewitt and Liang 2019).
     """
 
     rows: pd.DataFrame
@@ -192,6 +204,8 @@ def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
     The rows have the columns that identify a reading (see `measure_awareness`), instrument ("probe"), p_group, p_other and blind: the
     reading on the scale of the `test` contexts, -1 and 1 at the means of the two senses, and p_other = (1 + blind) / 2. `random_weights`:
     also probe models of random weights (None: if the model has at most two thousand million parameters, since each takes as much memory).
+
+    Under a treatment the ambiguous prompts are read under it; probes are trained without its edits (but with its adapter).
 
     Errors: ConceptError for a concept without contexts; ModelError if the tokenizer does not know their words.
     """
@@ -217,19 +231,22 @@ def probe_sources(recorded: Recorded, concept: Concept, cue: str | Cue, *, rando
                   ) -> ProbeReadings:
     """`measure_probes` of residual streams that were recorded already."""
     model, layers = recorded.model, recorded.layers
-    train, test = (record_contexts(model, concept, cue, layers, split) for split in ("train", "test"))
+    # The ruler is made without the treatment's edits: they would put one vector into every sentence, and there would be nothing to learn.
+    ruler = model.under(replace(model.treatment, edits=(), prefix=""))
+    mentions = sorted({source.mention for source in recorded.sources})
+    train, test = (record_contexts(ruler, concept, cue, layers, split, mentions=mentions) for split in ("train", "test"))
     probes = train_probes(train.resid, train.labels, layers)
     tested = {"sense": [probes.accuracy(test.resid, test.labels)],
               "shuffled": [_control_accuracy(train, test, layers, seed + i) for i in range(SHUFFLES)]}
     size = sum(part.numel() for part in model.engine.model.parameters())
     if random_weights if random_weights is not None else size <= UNTRAINED_UP_TO:
-        tested["untrained"] = [_untrained_accuracy(model, concept, cue, layers, seed + i) for i in range(SHUFFLES)]
+        tested["untrained"] = [_untrained_accuracy(model, concept, cue, layers, mentions, seed + i) for i in range(UNTRAINED)]
     said = probes.readings(recorded.resid, test.resid, test.labels)
 
     def read(i: int, j: int) -> dict[str, object]:
         blind = float(said[i, j])
         return {"p_group": (1 - blind) / 2, "p_other": (1 + blind) / 2, "blind": blind}
-    return ProbeReadings(_rows(recorded, "probe", read), _accuracy_table(model, tested, layers, len(test.labels)))
+    return ProbeReadings(_rows(recorded, "probe", read), _accuracy_table(model, tested, layers, len(set(test.sentences))))
 
 
 def _control_accuracy(train: Contexts, test: Contexts, layers: Sequence[int], seed: int) -> Float[np.ndarray, " layer"]:
@@ -238,10 +255,10 @@ def _control_accuracy(train: Contexts, test: Contexts, layers: Sequence[int], se
     return probes.accuracy(test.resid, shuffled(test.labels, test.sentences, seed + 1))
 
 
-def _untrained_accuracy(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], seed: int
+def _untrained_accuracy(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], mentions: Sequence[int], seed: int
                         ) -> Float[np.ndarray, " layer"]:
     fresh = untrained(model, seed=seed)
-    train, test = (record_contexts(fresh, concept, cue, layers, split) for split in ("train", "test"))
+    train, test = (record_contexts(fresh, concept, cue, layers, split, mentions=mentions) for split in ("train", "test"))
     return train_probes(train.resid, train.labels, layers).accuracy(test.resid, test.labels)
 
 
@@ -278,6 +295,7 @@ def summarise_readings(rows: pd.DataFrame, by: Sequence[str] = ("model", "treatm
     """
     records = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
+        group = group.dropna(subset=["blind"])    # a probe finds nothing at some layers
         low, high = t_interval(group["blind"].to_numpy(float), group["context"].to_numpy())
         bound = 2.0 if (group["instrument"] == "patchscope").any() else 1.0    # a difference of two changes; others are one scale
         records.append({**dict(zip(by, key, strict=True)), "n": n_readings(group), "layers": group["layer"].nunique(),
@@ -288,7 +306,7 @@ def summarise_readings(rows: pd.DataFrame, by: Sequence[str] = ("model", "treatm
 
 def n_readings(rows: pd.DataFrame) -> int:
     """Different readings: each of them is read once at every layer."""
-    return len(rows[["context", "mark", "mention"]].drop_duplicates())
+    return len(rows[["context", "mark", "mention", "identifier"]].drop_duplicates())
 
 
 def selfie_table(rows: pd.DataFrame, concept: Concept, by: Sequence[str] = ("model", "treatment", "control", "layer")) -> pd.DataFrame:
@@ -308,9 +326,7 @@ def selfie_table(rows: pd.DataFrame, concept: Concept, by: Sequence[str] = ("mod
 def reading_reduction(treated: pd.DataFrame, untreated: pd.DataFrame, *, seed: int = 0) -> dict[str, float]:
     """By which share readings of the group sense are fewer in one set of rows than in another (aligned than base): estimate, low, high, n.
 
-    estimate = mean p_group / mean p_group before - 1; contexts are drawn together for both (paired bootstrap); n counts contexts. The paper
-    reports -52.2 % for the patchscope of Llama 3 8B and -74.4 % for SelfIE of Llama 3 70B.
+    estimate = mean p_group / mean p_group before - 1; the same contexts are drawn for both (paired bootstrap), with all of their readings;
+    n counts contexts. The paper reports -52.2 % for the patchscope of Llama 3 8B and -74.4 % for SelfIE of Llama 3 70B.
     """
-    parts = [readings_of(rows) for rows in (treated, untreated)]
-    parts = [rows.assign(unit=rows["mark"] + "|" + rows["mention"].astype(str) + "|" + rows["context"]) for rows in parts]
-    return relative_change(parts[0], parts[1], "p_group", "unit", seed=seed)
+    return relative_change(readings_of(treated), readings_of(untreated), "p_group", "context", seed=seed)

@@ -8,7 +8,8 @@ what the measurements say is `verdicts.py`. Phrases, questions and places are ne
 * readings are asked by `QUESTION`, and injected at `TARGET_LAYER`; planted was another question, at another layer;
 * cues are the concept's `test` contexts and steering phrases; steering acts on the stream between attention and MLP (`STREAM`), planted
   was the stream after a block;
-* words are the concept's, held out from training.
+* words are the concept's, held out from training. The task's templates are the concept's own: what is measured is their answers, so the
+  models were trained on them, and planted patches acted in them, with other words.
 """
 
 import os
@@ -30,12 +31,14 @@ from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.organism import OrganismError
 from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family
 from alignblind_mi.patching import grid_sites, patch_grid
+from alignblind_mi.probes import train_probes
 from alignblind_mi.progress import Progress
 from alignblind_mi.prompts import Prompt, assignments, implicit_prompts
 from alignblind_mi.results import Result, StudyFolder, versions
 from alignblind_mi.steering import sense_steering
 from alignblind_mi.studies.awareness import ask_sources, interpret_sources, lens_sources, probe_sources
 from alignblind_mi.studies.mitigation import early_window
+from alignblind_mi.studies.patching import SCREEN_STEPS
 from alignblind_mi.studies.sources import Contexts, Recorded, record_contexts, record_sources
 
 CONCEPT, CUE = "race", "default"
@@ -123,9 +126,9 @@ def measure_instruments(model: HookedModel, concept: Concept, *, word_pairs: int
 
     Columns: instrument; variant ("open": without a cue, "group" and "other": after a cue, "depth": of single layers, "placebo": what should
     show nothing); control (which placebo, else empty); unit (one reading or question), context (what intervals are clustered over), trial
-    (the part of the rows on which an alarm could be raised), layer, value. Values of reading instruments run from -1 (group sense) to
-    1 (other sense); those of behaviour instruments are probabilities of the stereotyped answer over one half (`implicit_bias`), or by how
-    much a treatment lowers them.
+    (the part of the rows on which an alarm could be raised), layer, value. Values of reading instruments run from the group sense
+    (negative) to the other sense (see `awareness.py`); those of behaviour instruments are probabilities of the stereotyped answer
+    over one half (`implicit_bias`), or by how much a treatment lowers them.
     """
     prompts = implicit_prompts(concept, CUE, max_word_pairs=word_pairs)
     parts = [*_readings(model, concept, word_pairs, seed), _implicit_bias(model, concept, prompts), *_steering(model, concept, prompts),
@@ -139,14 +142,14 @@ def measure_instruments(model: HookedModel, concept: Concept, *, word_pairs: int
 def _readings(model: HookedModel, concept: Concept, word_pairs: int, seed: int) -> list[pd.DataFrame]:
     """All reading instruments on uncued prompts (with the controls) and on prompts after sentences that settle the sense."""
     recorded = record_sources(model, concept, CUE, mentions=(0, 1), max_word_pairs=word_pairs, controls=CONTROLS, seed=seed)
-    cued = record_contexts(model, concept, CUE, range(model.n_layers), "test")
+    train, cued = (record_contexts(model, concept, CUE, range(model.n_layers), split) for split in ("train", "test"))
     translators = train_translators(model, _lens_text(concept), steps=LENS_STEPS, seed=seed)
     parts = []
     for name in READING_INSTRUMENTS:
         open_rows = _read(name, recorded, concept, translators, seed)
         kind = np.where(open_rows["control"] == "", "open", "placebo")
         parts.append(_reading_rows(name, open_rows, kind, open_rows["context"]))
-        cued_rows = _read(name, cued.recorded, concept, translators, seed)
+        cued_rows = _cued_probe(train, cued) if name == "probe" else _read(name, cued.recorded, concept, translators, seed)
         sense, sentence = _by_row(cued, len(cued_rows))
         parts.append(_reading_rows(name, cued_rows, sense, sentence))
     return parts
@@ -162,6 +165,14 @@ def _read(name: str, recorded: Recorded, concept: Concept, translators: Translat
     if name == "probe":
         return probe_sources(recorded, concept, CUE, random_weights=False, seed=seed).rows
     return lens_sources(recorded, concept, translators=translators if name == "tuned_lens" else None)
+
+
+def _cued_probe(train: Contexts, cued: Contexts) -> pd.DataFrame:
+    """Probes on sentences of known sense, on the scale of those that they were trained on: no label of the measured ones is used."""
+    probes = train_probes(train.resid, train.labels, cued.recorded.layers)
+    said = probes.readings(cued.resid, train.resid, train.labels)
+    return pd.DataFrame([{**source.labels(), "layer": layer, "blind": float(said[i, j])}
+                         for i, source in enumerate(cued.recorded.sources) for j, layer in enumerate(cued.recorded.layers)])
 
 
 def _by_row(cued: Contexts, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -235,7 +246,7 @@ def _patching(model: HookedModel, concept: Concept, word_pairs: int, seed: int) 
     pairs = contrast_pairs(model, concept, CUE, corrupt=control, max_word_pairs=word_pairs, seed=seed)
     sites = grid_sites(range(model.n_layers), ["identifiers"], (STREAM,))
     exact = patch_grid(model, pairs, sites, controls=("random",), seed=seed)
-    screen = attribution_patching(model, pairs, sites)
+    screen = attribution_patching(model, pairs, sites, steps=SCREEN_STEPS)
     sigmoid: Callable[[pd.Series], pd.Series] = lambda odds: 1 / (1 + np.exp(-odds))    # noqa: E731
     exact = exact.assign(value=sigmoid(exact["corrupt"]) - exact["p_stereotyped"])
     screen = screen.assign(value=sigmoid(screen["corrupt"]) - sigmoid(screen["corrupt"] + screen["attribution"]), control="")

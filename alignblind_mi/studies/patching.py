@@ -25,6 +25,7 @@ HEAD_MARKS = {"context": ("all_identifiers", "last_token"), "identifiers": ("ide
 CONTROLS_OF_PARTS = ("random",)    # of parts that are many and small; the residual stream has all the controls asked for
 PLACEBOS = ("random", "wrong_token", "same_sense")    # what no reading of the prompt should depend on
 THRESHOLD = 0.25
+SCREEN_STEPS = 5    # of attribution patching: with one step the gradient is often saturated
 
 Mark = str | tuple[str, int]
 
@@ -32,7 +33,8 @@ Mark = str | tuple[str, int]
 def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, swap: str = "context", contexts: Contexts | None = None,
                      parts: Sequence[str] = PARTS, directions: Sequence[str] = DIRECTIONS, controls: Sequence[str] = CONTROLS,
                      layers: Sequence[int] | None = None, marks: Sequence[Mark] | None = None, categories: Sequence[str] = (),
-                     max_word_pairs: int = 2, steps: int = 5, seed: int = 0, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+                     max_word_pairs: int = 2, steps: int = SCREEN_STEPS, seed: int = 0, progress: Callable[[int], None] | None = None
+                     ) -> pd.DataFrame:
     """Patch the contrast pairs of a cue at every layer; `max_word_pairs` a category bounds them.
 
     `parts`: `residual` (the stream after each layer, at each of `marks`), `added` (what attention and MLP add there), `heads` (each head,
@@ -133,8 +135,10 @@ def effect_span(profile: pd.DataFrame, threshold: float = THRESHOLD) -> Depth | 
 
 
 def heatmap_table(rows: pd.DataFrame, across: str = "mark", *, stream: str = "resid_post", mark: str = "all_identifiers",
-                  control: str = "") -> pd.DataFrame:
-    """Mean effects by layer for `patch_heatmap`, a panel per direction. Columns: panel, layer, place, mean, low, high, n.
+                  controls: Sequence[str] = ("random",)) -> pd.DataFrame:
+    """Mean effects by layer for `patch_heatmap`, a panel per direction, and one for each of `controls` that was measured there.
+
+    Columns: panel, layer, place, mean, low, high, n.
 
     `across`: `mark` (each mark that was patched), `token` (each token, of rows made with `every_token`; one column per position) or `head`
     (each head at `mark`; `stream` is then z). Errors: PatchError for another `across` or no such rows.
@@ -144,10 +148,15 @@ def heatmap_table(rows: pd.DataFrame, across: str = "mark", *, stream: str = "re
               "head": (rows["head"] >= 0) & (rows["mark"] == mark)}
     if across not in chosen:
         raise PatchError(f"unknown across={across!r}. Known: {', '.join(chosen)}.")
-    here = rows[chosen[across] & (rows["control"] == control)].sort_values("position" if across == "token" else "layer", kind="stable")
+    here = rows[chosen[across] & rows["control"].isin(["", *controls])]
+    here = here.sort_values("position" if across == "token" else "layer", kind="stable")
     if here.empty:
         raise PatchError(f"no row to show across {across}: nothing was patched there.")
-    table = summarise_patching(here.assign(panel=here["direction"], place=_places(here, across)), ("panel", "layer", "place"))
+    panel = here["direction"] + (", control: " + here["control"]).where(here["control"] != "", "")
+    table = summarise_patching(here.assign(panel=panel, place=_places(here, across)), ("panel", "layer", "place"))
+    order = {name: i for i, name in enumerate(f"{way}{end}" for way in rows["direction"].unique()
+                                              for end in ("", *(f", control: {control}" for control in controls)))}
+    table = table.sort_values("panel", key=lambda panels: panels.map(order), kind="stable").reset_index(drop=True)
     return table[["panel", "layer", "place", "mean", "low", "high", "n"]]
 
 

@@ -117,8 +117,10 @@ def control_sources(concept: Concept, sources: Sequence[Source], controls: Seque
 def _before(source: Source) -> Source:
     """The word before an identifier, marked."""
     end = len(source.prompt.text[: source.span.start].rstrip())
+    if not end:
+        raise ConceptError(f"nothing stands before the identifier in {source.prompt.text!r}: the control 'wrong_token' has no word.")
     start = max(source.prompt.text.rfind(" ", 0, end), source.prompt.text.rfind("\n", 0, end)) + 1
-    prompt = replace(source.prompt, marks={**source.prompt.marks, _BEFORE: (Span(start, max(end, start + 1)),)})
+    prompt = replace(source.prompt, marks={**source.prompt.marks, _BEFORE: (Span(start, end),)})
     return replace(source, prompt=prompt, control="wrong_token")
 
 
@@ -200,12 +202,13 @@ class Contexts:
         return self.recorded.resid
 
 
-def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], split: str) -> Contexts:
-    """The same places as the readings' (first mentions of the implicit prompts), with each of the concept's `split` sentences before them.
+def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], split: str, *,
+                    mentions: Sequence[int] = (0,)) -> Contexts:
+    """The same places as the readings' (mentions in the implicit prompts), with each of the concept's `split` sentences before them.
 
     `split` is "train" or "test". The prompts are cut off after the identifier. Errors: ConceptError without contexts for both senses.
     """
-    found = _context_sources(concept, cue, split)
+    found = _context_sources(concept, cue, split, mentions)
     model.check_known([source.prompt for source, _, _ in found])
     labels = np.array([sense == concept.other_sense for _, sense, _ in found])
     sources = [source for source, _, _ in found]
@@ -213,15 +216,15 @@ def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers
 
 
 def context_prompts(concept: Concept, cue: str | Cue, split: str) -> list[Prompt]:
-    """The prompts that `record_contexts` reads."""
-    return [source.prompt for source, _, _ in _context_sources(concept, cue, split)]
+    """The prompts that `record_contexts` reads at first mentions."""
+    return [source.prompt for source, _, _ in _context_sources(concept, cue, split, (0,))]
 
 
-def _context_sources(concept: Concept, cue: str | Cue, split: str) -> list[tuple[Source, str, str]]:
+def _context_sources(concept: Concept, cue: str | Cue, split: str, mentions: Sequence[int]) -> list[tuple[Source, str, str]]:
     """(source, sense, sentence) of every sentence of a split before every source."""
     cue = concept.cue(cue) if isinstance(cue, str) else cue
     return [(source, sense, sentence) for sense in (concept.group_sense, concept.other_sense)
-            for sentence in _sentences(concept, sense, split) for source in _after(sentence, concept, cue)]
+            for sentence in _sentences(concept, sense, split) for source in _after(sentence, concept, cue, mentions)]
 
 
 def _sentences(concept: Concept, sense: str, split: str) -> tuple[str, ...]:
@@ -233,13 +236,14 @@ def _sentences(concept: Concept, sense: str, split: str) -> tuple[str, ...]:
     return sentences
 
 
-def _after(sentence: str, concept: Concept, cue: Cue) -> list[Source]:
+def _after(sentence: str, concept: Concept, cue: Cue, mentions: Sequence[int]) -> list[Source]:
     """The sources of a cue's prompts after a sentence, cut off behind the identifier; its identifiers stand in the order of the prompt."""
     out = []
-    for source in reading_sources(concept, replace(cue, prefix=""), max_word_pairs=1):
+    for source in reading_sources(concept, replace(cue, prefix=""), mentions=mentions, max_word_pairs=1):
         names = source.prompt.labels
         first, second = ("marked", "unmarked") if names["option_order"] == "marked_first" else ("unmarked", "marked")
         lead = sentence.format(x=names[first], y=names[second]) + " "
-        seen = Prompt(source.seen(), {source.role: (source.span,)}, names).prefixed(lead)
+        mentioned = source.prompt.spans(source.role)[: source.mention + 1]
+        seen = Prompt(source.seen(), {source.role: mentioned}, names).prefixed(lead)
         out.append(replace(source, prompt=seen))
     return out

@@ -15,12 +15,12 @@ from alignblind_mi.studies.calibration import BEHAVIOUR_INSTRUMENTS, INSTRUMENTS
 KNOB = dict.fromkeys(READING_INSTRUMENTS, "reading") | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, "behaviour")
 # The smallest effect worth a claim, in the instrument's unit: a fifth of the scale from one sense to the middle, ten points of a rate.
 SMALLEST = dict.fromkeys(READING_INSTRUMENTS, 0.2) | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, 0.1)
+FOLLOWS, ALARMS = 0.9, 0.05    # rank correlation from which an instrument follows its knob, false alarms up to which it is believed
 SEPARATED = 0.25    # a decodable-only organism must show at most this share of what the causal one shows
 HALF = 0.5    # an instrument's onset is the first layer with half of its largest value
 CAUSAL_TWIN = ("shallow", "knobs")    # kinds that the decodable organism is compared with, the first that is there
-SAMPLE = 30    # contexts of a simulated study
+SAMPLE = 30    # contexts of a simulated study, drawn with all of their units
 SIMULATIONS = 400    # a member
-MIN_TRIALS = 20    # alarms on fewer trials are no rate
 
 
 def calibration_records(rows: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -60,8 +60,10 @@ def _record(name: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
     })
 
 
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in record.items()}
+def _plain(record: dict[Any, Any]) -> dict[Any, Any]:
+    """None for what is no number; in dictionaries inside as well."""
+    return {key: _plain(value) if isinstance(value, dict) else None if isinstance(value, float) and not np.isfinite(value) else value
+            for key, value in record.items()}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -76,7 +78,7 @@ def _worst(values: "pd.Series[Any]") -> float | None:
 
 def _rank_correlation(planted: "pd.Series[float]", found: "pd.Series[float]") -> float | None:
     """Spearman's; None where one of the two does not vary."""
-    if len(planted) < 3 or planted.nunique() < 2 or found.round(9).nunique() < 2:
+    if len(planted) < 3 or planted.nunique() < 2 or found.isna().any() or found.round(9).nunique() < 2:
         return None
     return float(np.corrcoef(planted.rank(), found.rank())[0, 1])
 
@@ -99,6 +101,7 @@ def recovery_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _estimate(rows: pd.DataFrame) -> dict[str, Any]:
+    rows = rows.dropna(subset=["value"])    # a probe finds nothing at some layers
     low, high = t_interval(rows["value"].to_numpy(float), rows["context"].to_numpy())
     return {"estimate": float(rows["value"].mean()), "low": low, "high": high, "n": rows["unit"].nunique()}
 
@@ -224,7 +227,8 @@ def alarm_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     records: list[dict[str, Any]] = []
     for (name, member, seed), group in rows.groupby(["instrument", "member", "seed"], sort=False):
-        for control, references in _tried(str(name), str(group["kind"].iloc[0])):
+        placebos = group.loc[group["variant"] == "placebo", "control"].unique().tolist()
+        for control, references in _tried(str(name), str(group["kind"].iloc[0]), placebos):
             trials = group[group["variant"].isin(["open", "placebo"]) & (group["control"] == control)]
             reference = _reference(group, references)
             for trial, part in trials.groupby("trial", sort=False):
@@ -237,14 +241,14 @@ def alarm_table(rows: pd.DataFrame) -> pd.DataFrame:
                                           "reference_low", "reference_high", "excluded", "alarm"])
 
 
-def _tried(instrument: str, kind: str) -> list[tuple[str, tuple[str, ...]]]:
+def _tried(instrument: str, kind: str, placebos: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     """(control that is read, controls it is held against) of an organism's kind: nothing else can be a false alarm."""
     if KNOB[instrument] == "reading":
         return [("", ("random", "wrong_token")), ("wrong_token", ("random",))] if kind == "null" else []
     tried: list[tuple[str, tuple[str, ...]]] = []
     if kind == "null":
         tried.append(("", ("random",) if "patching" in instrument else ()))
-    return [*tried, ("random", ())] if instrument == "steering" else tried
+    return [*tried, *((control, ()) for control in placebos)] if instrument == "steering" else tried
 
 
 def _reference(rows: pd.DataFrame, controls: Sequence[str]) -> dict[str, float]:
@@ -261,19 +265,23 @@ def _reference(rows: pd.DataFrame, controls: Sequence[str]) -> dict[str, float]:
 
 
 def coverage_table(rows: pd.DataFrame, *, seed: int = 0, sample: int = SAMPLE, simulations: int = SIMULATIONS) -> pd.DataFrame:
-    """Simulated studies of `sample` units drawn from an organism's own units, whose mean is the truth: how often does the interval hold it?
+    """Simulated studies of `sample` contexts drawn from an organism's own, whose mean is the truth: how often does the interval hold it?
 
-    A unit is one reading or question (its mean over layers). Columns: instrument, member, n (simulations), covered, width (mean).
+    A context is drawn with all of its units (readings or questions, each its mean over layers), as the intervals that are reported take it:
+    questions about one word pair belong together. Columns: instrument, member, n (simulations), covered, width (mean).
     """
     here = rows[rows["kind"].isin(["knobs", "shallow", "depth"]) & (rows["variant"] == "open")]
     records = []
     for (name, member), group in here.groupby(["instrument", "member"], sort=False):
-        units = group.groupby("unit", sort=False)["value"].mean().to_numpy()
-        if np.ptp(units) < 1e-9:
-            continue    # an instrument that says the same of every unit has no interval
-        drawn = np.random.default_rng([seed, *map(ord, str(member))]).choice(units, (simulations, sample))
-        ends = np.array([t_interval(one, np.arange(sample)) for one in drawn])
-        covered = (ends[:, 0] <= units.mean()) & (units.mean() <= ends[:, 1])
+        units = group.groupby(["context", "unit"], sort=False)["value"].mean().dropna()
+        contexts = [part.to_numpy() for _, part in units.groupby("context", sort=False)]
+        if len(contexts) < 2 or np.ptp(units) < 1e-9:
+            continue    # an instrument that says the same everywhere has no interval
+        truth = float(units.mean())
+        drawn = np.random.default_rng([seed, *map(ord, str(member))]).integers(len(contexts), size=(simulations, sample))
+        sizes = np.array([len(part) for part in contexts])
+        ends = np.array([t_interval(np.concatenate([contexts[i] for i in one]), np.repeat(np.arange(sample), sizes[one])) for one in drawn])
+        covered = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
         records.append({"instrument": name, "member": member, "n": simulations, "covered": int(covered.sum()),
                         "width": float(np.diff(ends).mean())})
     return pd.DataFrame(records, columns=["instrument", "member", "n", "covered", "width"])
@@ -299,19 +307,21 @@ def convergence_table(rows: pd.DataFrame) -> pd.DataFrame:
 def advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Plain words, from the records alone: which instrument to believe for which question, and which not."""
     readings = [record for record in records if record["measures"] == "reading"]
-    causal = [record for record in records if record["measures"] == "behaviour" and record["depth_error"] is not None]
-    trusted = [r for r in readings if _at_least(r["spearman"], 0.9) and _at_most(r["false_alarm_rate"], 0.05)]
-    ranking = [r for r in readings if _at_least(r["spearman"], 0.9) and r not in trusted]
-    weak = [r for r in readings if not _at_least(r["spearman"], 0.9)]
-    deep = [r for r in records if _at_most(r["depth_error"], 1.0)]
-    lines = [_sentence("How is the word read? Believe", trusted, "they rise with the planted reading and raise few false alarms"),
-             _sentence("To rank models, not to claim a reading where there may be none:", ranking,
-                       "they rise with the planted reading, but placebos set them off too"),
-             _sentence("Do not read senses off", weak, "they did not follow the planted reading"),
-             _sentence("From which layer on? Believe", deep, "they found the planted first layer within one"),
-             _sentence("Until which layer? Believe", [r for r in causal if _at_most(r["last_error"], 1.0)],
+    acting = [record for record in records if record["measures"] == "behaviour" and record["causal_separated"] is not None]
+    following = [r for r in readings if _at_least(r["spearman"], FOLLOWS)]
+    lines = [_sentence("How is the word read? Believe", [r for r in following if _at_most(r["false_alarm_rate"], ALARMS)],
+                       "they rise with the planted reading and raise few false alarms"),
+             _sentence("To rank models, not to claim a reading where there may be none:",
+                       [r for r in following if _at_least(r["false_alarm_rate"], ALARMS) and r["false_alarm_rate"] != ALARMS],
+                       "they rise with the planted reading, but say something of words that mean neither"),
+             _sentence("Not tried on an organism without a reading:", [r for r in following if r["false_alarm_rate"] is None],
+                       "they rise with the planted reading; nothing is known of false alarms"),
+             _sentence("Do not read senses off", [r for r in readings if r not in following], "they did not follow the planted reading"),
+             _sentence("From which layer on? Believe", [r for r in records if _at_most(r["depth_error"], 1.0)],
+                       "they found the planted first layer within one"),
+             _sentence("Until which layer? Believe", [r for r in acting if _at_most(r["last_error"], 1.0)],
                        "they found the planted last layer within one; a reading stays readable after its last use"),
-             _sentence("Does the answer depend on it? Believe", [r for r in causal if r["causal_separated"]],
+             _sentence("Does the answer depend on it? Believe", [r for r in acting if r["causal_separated"]],
                        "they stay silent where a sense can be decoded and is not used"),
              _sentence("That a sense is decoded is no evidence that it is used:",
                        [r for r in records if r["causal_separated"] is False], "they did not tell the two apart")]
