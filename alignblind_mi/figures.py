@@ -243,16 +243,20 @@ def patch_heatmap(table: pd.DataFrame, *, across: str = "patched tokens", effect
     layers = sorted(int(layer) for layer in table["layer"].unique())
     width, height = 0.75 + 0.42 * len(places) if len(places) < 16 else 0.75 + 0.24 * len(places), 1.6 + 0.3 * len(layers)
     beside = len(places) <= 12
-    grid = (1, len(panels)) if beside else (len(panels), 1)
+    across_page = min(2, len(panels)) if beside else 1
+    grid = (math.ceil(len(panels) / across_page), across_page)
     longest = max(len(str(place)) for place in places)
     figure = Figure(figsize=(max(4.2, grid[1] * width + 1.1), grid[0] * (height + 0.06 * longest)), layout="constrained")
     axes = figure.subplots(*grid, sharey=beside, squeeze=False).flatten()
+    for unused in axes[len(panels):]:
+        unused.set_visible(False)
+    axes = axes[: len(panels)]
     limit = max(1.0, float(table["mean"].abs().max(skipna=True)))
     for axis, panel in zip(axes, panels, strict=True):
         drawn = _heat(axis, table[table["panel"] == panel], layers, places, limit)
         axis.set_xlabel(across)
         axis.set_title(f"{panel} ({_counts(table.assign(group=table['panel']), panel)} {unit})")
-    for axis in axes[:1] if beside else axes:
+    for axis in axes[::across_page]:
         axis.set_ylabel("layer")
     figure.colorbar(drawn, ax=list(axes), label=effect, shrink=0.9, aspect=28, pad=0.015)
     return figure
