@@ -18,7 +18,6 @@ SMALLEST = dict.fromkeys(READING_INSTRUMENTS, 0.2) | dict.fromkeys(BEHAVIOUR_INS
 FOLLOWS, ALARMS = 0.9, 0.05    # rank correlation from which an instrument follows its knob, false alarms up to which it is believed
 SEPARATED = 0.25    # a decodable-only organism must show at most this share of what the causal one shows
 HALF = 0.5    # an instrument's onset is the first layer with half of its largest value
-CAUSAL_TWIN = ("shallow", "knobs")    # kinds that the decodable organism is compared with, the first that is there
 SAMPLE = 30    # contexts of a simulated study, drawn with all of their units
 SIMULATIONS = 400    # a member
 
@@ -179,17 +178,22 @@ def _span(profile: pd.DataFrame, smallest: float) -> tuple[float, float]:
 
 
 def causal_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """What an instrument shows on the causal and on the decodable-only organism of each seed: instrument, seed, kind, value.
+    """What an instrument shows where the sense is used and where it can only be decoded, by seed: instrument, seed, kind, value.
 
-    Readings: the mean over layers of their answer to cues (see `depth_profile_table`); behaviour: the largest single layer.
+    Readings: the mean over layers of their answer to cues (see `depth_profile_table`), which acts alike in all causal organisms (kind
+    `causal`: the mean over `knobs` and `shallow`). Behaviour: the largest single layer, of the causal organism with the behaviour of the
+    decodable one (`shallow`; else the most biased of the `knobs`).
     """
     profile = depth_profile_table(rows)
-    grouped = profile.groupby(["instrument", "seed", "kind", "member"], sort=False)["value"]
-    found = grouped.agg(["mean", "max"]).reset_index()
-    found["value"] = np.where(found["instrument"].map(KNOB) == "reading", found["mean"], found["max"])
-    twin = next((kind for kind in CAUSAL_TWIN if (found["kind"] == kind).any()), "")
-    shown = found[found["kind"].isin(["decodable", twin])]
-    return shown.groupby(["instrument", "seed", "kind"], sort=False)["value"].max().reset_index()
+    found = profile.groupby(["instrument", "seed", "kind", "member"], sort=False)["value"].agg(["mean", "max"]).reset_index()
+    reading = found["instrument"].map(KNOB) == "reading"
+    found["value"] = np.where(reading, found["mean"], found["max"])
+    matched = "shallow" if (found["kind"] == "shallow").any() else "knobs"
+    causal = found[found["kind"].isin(["knobs", "shallow"]) & (reading | (found["kind"] == matched))].assign(kind="causal")
+    shown = pd.concat([causal, found[found["kind"] == "decodable"]]).groupby(["instrument", "seed", "kind"], sort=False)["value"]
+    both = shown.agg(["mean", "max"]).reset_index()
+    both["value"] = np.where(both["instrument"].map(KNOB) == "reading", both["mean"], both["max"])
+    return both[["instrument", "seed", "kind", "value"]]
 
 
 def _share_of_twin(rows: pd.DataFrame) -> float | None:
