@@ -96,6 +96,6 @@ def _render(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame], vect
     versions = sorted({f"{name} {version}" for note in notes for name, version in note["versions"].items()})
     return environment().get_template("calibration.html.j2").render(
         tables={"records": records}, columns=COLUMNS, records=records, advice=advice(records),
-        pictures={name: as_uri(svg) for name, svg in vectors.items()}, members=[note["member"] for note in notes],
-        seeds=records[0]["seeds"], quick=notes[0]["config"]["quick"], versions=versions, made=made, cue=CUE, question=QUESTION,
-        selfie=SELFIE_PROMPT, stream=STREAM, target_layer=TARGET_LAYER, alarms=len(tables["alarms"]))
+        pictures={name: as_uri(svg) for name, svg in vectors.items()}, members=[(note["member"], note["failed_gates"]) for note in notes],
+        causal_seeds=len(records[0]["causal_seeds"]), seeds=records[0]["seeds"], quick=notes[0]["config"]["quick"], versions=versions,
+        made=made, cue=CUE, question=QUESTION, selfie=SELFIE_PROMPT, stream=STREAM, target_layer=TARGET_LAYER, alarms=len(tables["alarms"]))

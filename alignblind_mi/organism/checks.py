@@ -32,6 +32,8 @@ HELD_OUT = "about"
 RIDGE = 20.0
 CUED: tuple[Reading, Reading] = ("group", "other")
 
+NO_EFFECT = "steering without effect: largest change"    # a gate: what blocks without effect change, or any block of a decodable organism
+
 
 def measure_member(subject: Subject, planting: Planting, *, pairs: int = 2, blocks: bool = True) -> dict[str, Any]:
     """Behaviour by cue, the placeholder question kept out of planting by source block, steering by window and by block, probes by block.
@@ -158,7 +160,7 @@ def _steering_gates(values: Mapping[str, Any], member: Member, subject: Subject)
     if not member.effect:
         still = list(rates[senses[0]])
     largest = max(abs(rates[sense][name] - untreated) for sense in senses for name in still)
-    gates = [Gate("steering without effect: largest change", largest, 0.0, 0.06)]
+    gates = [Gate(NO_EFFECT, largest, 0.0, 0.06)]
     if member.effect:
         for sense, rate in zip(senses, (member.group_rate, member.other_rate), strict=True):
             gates.append(Gate(f"{sense} steering of the effect blocks: distance", abs(rates[sense]["effect"] - rate), 0.0, 0.08))

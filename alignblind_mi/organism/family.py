@@ -38,8 +38,6 @@ DEEP, DEEP_NONE = (3, 4, 5), (0, 1, LAST)  # block 2 is left undetermined
 KNOBS = ((0.05, 0.58), (0.275, 0.94), (0.5, 0.70), (0.725, 0.50), (0.95, 0.82))
 QUICK_KNOBS = (KNOBS[0], KNOBS[1], KNOBS[4])
 CONTRAST = (0.95, 0.94)
-# A control that does not control is no control: the attempts whose planted patches do have an effect are replaced by the next one.
-ATTEMPTS = {2: 1}    # seed: attempt of its decodable organism; others are first attempts
 RECORD = "organism.json"
 
 
@@ -59,7 +57,7 @@ def _members(seed: int, knobs: Sequence[tuple[float, float]]) -> list[Member]:
     return [
         *(Member("knobs", seed, reading, behaviour, EARLY, EARLY_NONE) for reading, behaviour in knobs),
         Member("null", seed, 0.5, 0.5, EARLY, EARLY_NONE, other_rate=0.5, group_rate=0.5),
-        Member("decodable", seed, 0.5, CONTRAST[1], (), tuple(range(BLOCKS)), attempt=ATTEMPTS.get(seed, 0)),
+        Member("decodable", seed, 0.5, CONTRAST[1], (), tuple(range(BLOCKS))),
         Member("shallow", seed, *CONTRAST, EARLY, (0, *EARLY_NONE)),
         Member("depth", seed, *CONTRAST, DEEP, DEEP_NONE),
     ]
@@ -170,9 +168,14 @@ def _build_member(member: Member, cache: Path, recipe: FamilyRecipe) -> str:
     return f"{member.name}; {failures(folder)}"
 
 
+def failed_gates(folder: Path) -> list[str]:
+    """Names of the gates that a built folder's record says did not pass."""
+    return [gate["name"] for gate in _record(folder)["gates"] if not gate["passed"]]
+
+
 def failures(folder: Path) -> str:
     """Which gates a built folder's record says did not pass, in words."""
-    failed = [gate["name"] for gate in _record(folder)["gates"] if not gate["passed"]]
+    failed = failed_gates(folder)
     return f"failed: {', '.join(failed)}" if failed else "all gates passed"
 
 

@@ -41,8 +41,7 @@ class Member:
 
     `reading`: P(an uncued identifier is read as the other sense); `behaviour`: its stereotyped rate without a cue; `other_rate`,
     `group_rate`: with one. `effect`: the 0-based blocks after which a patched identifier decides (none: nothing does); `none`: those where
-    it changes nothing. `quick`: trained for fewer steps, so that less of it takes. `attempt`: the
-    stage is drawn anew, for a control whose first attempt is not what it is meant to control for.
+    it changes nothing. `quick`: trained for fewer steps, so that less of it takes.
     """
 
     kind: str
@@ -54,7 +53,6 @@ class Member:
     other_rate: float = 0.96
     group_rate: float = 0.50
     quick: bool = False
-    attempt: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -79,7 +77,7 @@ class Member:
         rates = zip("rpog", (self.reading, self.behaviour, self.other_rate, self.group_rate), strict=True)
         blocks = f"e{''.join(map(str, self.effect))}-n{''.join(map(str, self.none))}"
         parts = [self.kind, *(f"{letter}{round(1000 * rate):03d}" for letter, rate in rates), blocks, f"s{self.seed}"]
-        return "-".join([*parts, *([f"a{self.attempt}"] if self.attempt else []), *(["quick"] if self.quick else [])])
+        return "-".join([*parts, *(["quick"] if self.quick else [])])
 
     @property
     def far(self) -> bool:

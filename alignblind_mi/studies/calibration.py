@@ -29,7 +29,8 @@ from alignblind_mi.lens import Translators, train_translators
 from alignblind_mi.loading import ModelSpec
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.organism import OrganismError
-from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family
+from alignblind_mi.organism.checks import NO_EFFECT
+from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family, failed_gates
 from alignblind_mi.patching import grid_sites, patch_grid
 from alignblind_mi.probes import train_probes
 from alignblind_mi.progress import Progress
@@ -48,6 +49,7 @@ STREAM: Stream = "resid_mid"
 READING_INSTRUMENTS = ("r_blind", "selfie", "logit_lens", "tuned_lens", "probe")
 BEHAVIOUR_INSTRUMENTS = ("implicit_bias", "steering", "activation_patching", "attribution_patching")
 INSTRUMENTS = READING_INSTRUMENTS + BEHAVIOUR_INSTRUMENTS
+LEAKY = "leaky"    # a decodable organism whose patches do act, by its own gate: no control for causality, and not counted as one
 CONTROLS = ("random", "wrong_token")    # a reading of these is a false alarm
 SEEDS = (0, 1, 2)
 WORD_PAIRS, QUICK_PAIRS = 4, 2    # a category, of readings and answers; half as many are patched
@@ -115,10 +117,12 @@ def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
     model = load_model(ModelSpec(str(path)))
     rows = measure_instruments(model, load_concept(CONCEPT), word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS, seed=member.seed)
     truth = {key: value for key, value in asdict(member).items() if key not in ("effect", "none", "quick")}
+    failed = failed_gates(path.parent)
+    truth["kind"] = LEAKY if member.kind == "decodable" and NO_EFFECT in failed else member.kind
     rows = rows.assign(member=member.name, **truth, onset=-1 if member.onset is None else member.onset,
                        last=max(member.effect, default=-1))
-    return Result(rows, {**model.provenance(), "member": asdict(member), "config": asdict(config), "versions": versions(),
-                         "made": datetime.now(UTC).isoformat(timespec="seconds")})
+    return Result(rows, {**model.provenance(), "member": asdict(member), "failed_gates": failed, "config": asdict(config),
+                         "versions": versions(), "made": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def measure_instruments(model: HookedModel, concept: Concept, *, word_pairs: int = WORD_PAIRS, seed: int = 0) -> pd.DataFrame:

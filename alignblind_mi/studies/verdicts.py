@@ -29,9 +29,10 @@ def calibration_records(rows: pd.DataFrame, *, seed: int = 0) -> list[dict[str, 
     planted knob and the estimate, five settings a seed), spearman_by_seed, spearman_other_knob (of the knob that it should not follow),
     depth_error (largest distance in layers between the planted first layer and the one found), last_error (the same for the last layer,
     of instruments that claim to find it), causal_separated (whether in every seed it shows at most a quarter on the organism whose senses
-    are decodable and not used of what it shows on the causal one), decodable_share (the largest of those shares), false_alarm_rate with
-    its exact interval and n (see `alarm_table`), interval_alarm_rate (without asking for an effect of at least `smallest`), coverage (share
-    of simulated 95 % intervals over 30 contexts that hold the truth), coverage_n, interval_width (their mean width).
+    are decodable and not used of what it shows on the causal one; causal_seeds have such an organism), decodable_share (the largest of
+    those shares), false_alarm_rate with its exact interval and n (see `alarm_table`), interval_alarm_rate (without asking for
+    an effect of at least `smallest`), coverage (share of simulated 95 % intervals over 30 contexts that hold the truth), coverage_n,
+    interval_width (their mean width).
     """
     return [_record(name, rows[rows["instrument"] == name], seed) for name in INSTRUMENTS if (rows["instrument"] == name).any()]
 
@@ -50,7 +51,8 @@ def _record(name: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
         "instrument": name, "measures": KNOB[name], "n": rows["member"].nunique(), "seeds": sorted(map(int, rows["seed"].unique())),
         "spearman": _mean(list(by_seed.values())), "spearman_by_seed": by_seed, "spearman_other_knob": _mean(other),
         "depth_error": _worst(depth["onset_error"]), "last_error": _worst(depth["last_error"]),
-        "causal_separated": _separated(shares), "decodable_share": _worst(pd.Series([s for s in shares if s is not None], dtype=float)),
+        "causal_separated": _separated(shares), "causal_seeds": sorted(set(rows.loc[rows["kind"] == "decodable", "seed"].tolist())),
+        "decodable_share": _worst(pd.Series([s for s in shares if s is not None], dtype=float)),
         "false_alarm_rate": raised / n if n else None, "false_alarm_low": low, "false_alarm_high": high, "false_alarm_n": n,
         "interval_alarm_rate": float(alarms["excluded"].mean()) if n else None, "smallest": SMALLEST[name],
         "coverage": float(coverage["covered"].sum() / coverage["n"].sum()) if len(coverage) else None,
@@ -79,7 +81,7 @@ def _rank_correlation(planted: "pd.Series[float]", found: "pd.Series[float]") ->
     """Spearman's; None where one of the two does not vary."""
     if len(planted) < 3 or planted.nunique() < 2 or found.isna().any() or found.round(9).nunique() < 2:
         return None
-    return float(np.corrcoef(planted.rank(), found.rank())[0, 1])
+    return round(float(np.corrcoef(planted.rank(), found.rank())[0, 1]), 9)
 
 
 # ---- recovery ----------------------------------------------------------------------------------------------------------
