@@ -551,7 +551,7 @@ def recovery_figure(recovery: pd.DataFrame) -> Figure:
     names, seeds = list(recovery["instrument"].unique()), sorted(recovery["seed"].unique())
     columns = min(5, len(names))
     figure = Figure(figsize=(2.5 * columns, 0.8 + 2.4 * math.ceil(len(names) / columns)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False).flat
+    axes = list(figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False).flat)
     for axis, name in zip(axes, names, strict=False):
         for j, seed in enumerate(seeds):
             rows = recovery[(recovery["instrument"] == name) & (recovery["seed"] == seed)].sort_values("planted")
@@ -560,7 +560,7 @@ def recovery_figure(recovery: pd.DataFrame) -> Figure:
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel(f"planted {recovery.loc[recovery['instrument'] == name, 'knob'].iloc[0]}", fontsize=8)
         axis.set_xlim(0, 1)
-    for axis in list(axes)[len(names):]:
+    for axis in axes[len(names):]:
         axis.set_visible(False)
     _legend(figure, _marks([f"seed {seed}" for seed in seeds], [_colour(j) for j in range(len(seeds))], line=True))
     return figure
@@ -575,7 +575,7 @@ def planted_depth_figure(profile: pd.DataFrame) -> Figure:
     names, kinds = list(profile["instrument"].unique()), list(profile["kind"].unique())
     columns = min(4, len(names))
     figure = Figure(figsize=(2.9 * columns, 0.8 + 2.3 * math.ceil(len(names) / columns)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False, sharex=True).flat
+    axes = list(figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False, sharex=True).flat)
     for axis, name in zip(axes, names, strict=False):
         for j, kind in enumerate(kinds):
             rows = profile[(profile["instrument"] == name) & (profile["kind"] == kind)]
@@ -589,7 +589,7 @@ def planted_depth_figure(profile: pd.DataFrame) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.tick_params(labelbottom=True)
         axis.set_xlabel("layer", fontsize=8)
-    for axis in list(axes)[len(names):]:
+    for axis in axes[len(names):]:
         axis.set_visible(False)
     spans = {kind: profile[profile["kind"] == kind].iloc[0] for kind in kinds}
     labels = [f"planted in {int(row['onset'])}–{int(row['last'])} (shaded)" for row in spans.values()]
@@ -650,7 +650,7 @@ def convergence_figure(table: pd.DataFrame) -> Figure:
     for i in range(len(names)):
         for j in range(len(names)):
             value = float(grid[i, j])
-            axis.text(j, i, "–" if math.isnan(value) else f"{value:.1f}", ha="center", va="center", fontsize=7.5,
+            axis.text(j, i, "–" if math.isnan(value) else f"{round(value, 1) + 0.0:.1f}", ha="center", va="center", fontsize=7.5,
                       color="#FFFFFF" if abs(value) > 0.6 else INK)
     shown = [name.replace("_", " ") for name in names]
     axis.set_xticks(range(len(names)), shown, rotation=40, ha="right")
