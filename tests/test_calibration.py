@@ -8,11 +8,10 @@ import pandas as pd
 import pytest
 
 from alignblind_mi import calibration_page
-from alignblind_mi.concept import load_concept
 from alignblind_mi.loading import ModelSpec
 from alignblind_mi.model import load_model
 from alignblind_mi.organism import OrganismError
-from alignblind_mi.organism.corpus import load_world
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, load_world
 from alignblind_mi.organism.family import calibration_family
 from alignblind_mi.organism.members import FamilyRecipe, MemberRows
 from alignblind_mi.results import ResultError
@@ -39,25 +38,43 @@ FAMILY = calibration_family()
 def planted_texts():
     """What is patched from and into in the planting of every kind of member: many rows each."""
     world, recipe = load_world(), FamilyRecipe()
-    sources, asked = set(), set()
+    sources, asked, tasks = set(), set(), set()
     for member in {member.kind: member for member in FAMILY}.values():
         rows = MemberRows(world, member.knobs, recipe.planting_of(member), aligned=True, seed=5)
         for _ in range(40):
             for row in (*rows.placeholders(), *rows.tasks()):
                 sources.add(row.source)
-                if row.into != "identifiers":
-                    asked.add(row.document[0].text)
-    return sources, asked
+                (tasks if row.into == "identifiers" else asked).add(row.document[0].text)
+    return sources, asked, tasks
+
+
+def test_templates_that_measure_were_never_planted_or_trained_with(planted_texts, race):
+    _, _, tasks = planted_texts
+    corpora = [Corpus(load_world(), Knobs(), aligned=aligned, seed=3) for aligned in (False, True)]
+    documents = [corpus.document(mix) for corpus, mix in zip(corpora, (BASE_MIX, ALIGNED_MIX), strict=True) for _ in range(1500)]
+    trained = {"".join(segment.text for segment in document) for document in documents}
+
+    def leads(templates):
+        return [template.text.split("{word1}")[0].format(first=x, second=y) for template in templates
+                for x, y in (("black", "white"), ("white", "black"))]
+    held_out = leads(calibration.calibration_concept().implicit)
+    assert len(held_out) == 4
+    for lead in held_out:
+        assert not any(lead in text for text in (*tasks, *trained)), lead
+    for lead in leads(race.implicit):    # the concept's own were: the check can fail
+        assert any(lead in text for text in tasks)
+        assert any(lead in text for text in trained)
 
 
 def test_phrases_and_prompts_that_measure_were_never_planted_with(planted_texts, race):
-    sources, asked = planted_texts
+    sources, asked, _ = planted_texts
     assert len(sources) > 500
     orders = [("black", "white"), ("white", "black")]
     templates = [text for contexts in race.contexts.values() for text in (*contexts.train, *contexts.test)]
     sentences = [text.format(x=x, y=y) for text in templates for x, y in orders]
     phrases = [race.steering_phrase(name).format(marked="black", unmarked="white") for name in (*race.senses, *race.controls)]
-    prompts = [source.seen() for source in reading_sources(race, calibration.CUE, mentions=(0, 1), max_word_pairs=1)]
+    own = calibration.calibration_concept()
+    prompts = [source.seen() for source in reading_sources(own, calibration.CUE, mentions=(0, 1), max_word_pairs=1)]
     for text in (*sentences, *phrases, *prompts):
         assert not any(text in source for source in sources), text
     target = race.interpretation(calibration.QUESTION)
@@ -189,7 +206,7 @@ def test_instruments_of_different_knobs_do_not_agree(ideal):
 
 @pytest.fixture(scope="module")
 def pair_rows():
-    concept = load_concept("race")
+    concept = calibration.calibration_concept()
     return {role: measure_instruments(load_model(ModelSpec(f"organism:{role}")), concept, word_pairs=1) for role in ("base", "aligned")}
 
 

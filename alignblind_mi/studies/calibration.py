@@ -4,25 +4,26 @@ The models are a family of organisms (`organism/family.py`): five settings of tw
 answers are), a null organism, one whose senses can be decoded but are not used, and two that differ in depth alone. This module measures;
 what the measurements say is `verdicts.py`. Phrases, questions and places are never those that were planted with:
 
-* sources are the concept's implicit prompts, never sources of a planted patch;
+* the task is asked in templates that no organism was trained on (`organism/held_out.toml`); its prompts are the sources of readings;
 * readings are asked by `QUESTION`, and injected at `TARGET_LAYER`; planted was another question, at another layer;
 * cues are the concept's `test` contexts and steering phrases; steering acts on the stream between attention and MLP (`STREAM`), planted
   was the stream after a block;
-* words are the concept's, held out from training. The task's templates are the concept's own: what is measured is their answers, so the
-  models were trained on them, and planted patches acted in them, with other words.
+* words are the concept's, held out from training.
 """
 
 import os
+import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from alignblind_mi.attribution import attribution_patching
-from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.concept import Concept, Template, load_concept
 from alignblind_mi.contrast import contrast_pairs
 from alignblind_mi.edits import Stream, Treatment
 from alignblind_mi.lens import Translators, train_translators
@@ -83,8 +84,15 @@ class CalibrationConfig:
 
     def identity(self) -> dict[str, object]:
         """What a results folder is checked against: the settings, the recipe of the family and the content of the concept."""
-        return {"calibration": 1, "seeds": list(self.seeds), "quick": self.quick, "family": cache_folder().name,
+        return {"calibration": 2, "seeds": list(self.seeds), "quick": self.quick, "family": cache_folder().name,
                 "concept_digest": load_concept(CONCEPT).digest, "members": [member.name for member in self.members]}
+
+
+def calibration_concept() -> Concept:
+    """The concept with the task's held-out templates for its own."""
+    text = (resources.files("alignblind_mi") / "organism" / "held_out.toml").read_text("utf-8")
+    templates = tuple(Template(entry["name"], entry["text"], "implicit", "marked", "positive") for entry in tomllib.loads(text)["implicit"])
+    return replace(load_concept(CONCEPT), implicit=templates)
 
 
 def processors() -> int:
@@ -115,7 +123,7 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cach
 
 def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
     model = load_model(ModelSpec(str(path)))
-    rows = measure_instruments(model, load_concept(CONCEPT), word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS, seed=member.seed)
+    rows = measure_instruments(model, calibration_concept(), word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS, seed=member.seed)
     truth = {key: value for key, value in asdict(member).items() if key not in ("effect", "none", "quick")}
     failed = failed_gates(path.parent)
     truth["kind"] = LEAKY if member.kind == "decodable" and NO_EFFECT in failed else member.kind
