@@ -607,7 +607,7 @@ def trust_figure(records: pd.DataFrame, causal: pd.DataFrame) -> Figure:
     names = list(records["instrument"])
     figure = Figure(figsize=(10.5, 1.2 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True, width_ratios=(1.3, 1, 1), squeeze=False)[0]
-    y = list(range(len(names)))
+    y = [float(i) for i in range(len(names))]
     kinds = [kind for kind in causal["kind"].unique() if kind != "decodable"] + ["decodable"]
     for j, kind in enumerate(kinds):
         rows = causal[causal["kind"] == kind]

@@ -135,8 +135,9 @@ def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: 
     for _ in range(steps):
         index = train[torch.randint(len(train), (min(batch, len(train)),), generator=order)]
         optimiser.zero_grad()
+        final = _answers(model, streams.final[index])
         for j in range(len(layers)):    # layer by layer: the vocabulary exists for one of them at a time
-            (_divergence(model, streams, index, j, weight[j], bias[j]).mean() / len(layers)).backward()
+            (_divergence(model, streams.resid[index, j], final, weight[j], bias[j]).mean() / len(layers)).backward()
         optimiser.step()
     chosen = torch.nonzero(held)[:, 0]
     with torch.no_grad():
@@ -148,7 +149,8 @@ def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: 
 def _held_out(model: HookedModel, streams: _Streams, chosen: Int[Tensor, " position"], j: int, weight: Tensor, bias: Tensor, batch: int
               ) -> Float[Tensor, ""]:
     """Mean divergence on held-out positions, some of them at a time."""
-    return torch.cat([_divergence(model, streams, part, j, weight, bias) for part in chosen.split(batch)]).mean()
+    return torch.cat([_divergence(model, streams.resid[part, j], _answers(model, streams.final[part]), weight, bias)
+                      for part in chosen.split(batch)]).mean()
 
 
 def _streams(model: HookedModel, prompts: Sequence[Prompt], layers: list[int]) -> _Streams:
@@ -165,11 +167,13 @@ def _marked(model: HookedModel, prompt: Prompt, layers: list[int]) -> tuple[Prom
     return marked, layers, len(tokens)
 
 
-def _divergence(model: HookedModel, streams: _Streams, index: Int[Tensor, " position"], j: int, weight: Float[Tensor, "d_model d_model"],
-                bias: Float[Tensor, " d_model"]) -> Float[Tensor, " position"]:
-    """KL(final answer || translated answer) in nats, of the j-th layer."""
-    plain, resid = model.engine.model, streams.resid[index, j]
-    translated = resid + resid @ weight.T + bias
-    logs = unembed(plain, translated.to(plain.dtype).to(model.engine.device)).log_softmax(-1)
-    final = unembed(plain, streams.final[index].to(plain.dtype).to(model.engine.device)).log_softmax(-1)
-    return (final.exp() * (final - logs)).sum(-1).cpu()
+def _answers(model: HookedModel, resid: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
+    """Log-probabilities of the next token after residual streams."""
+    plain = model.engine.model
+    return unembed(plain, resid.to(plain.dtype).to(model.engine.device)).log_softmax(-1)
+
+
+def _divergence(model: HookedModel, resid: Float[Tensor, "position d_model"], final: Float[Tensor, "position vocabulary"],
+                weight: Float[Tensor, "d_model d_model"], bias: Float[Tensor, " d_model"]) -> Float[Tensor, " position"]:
+    """KL(final answer || translated answer) in nats, of residual streams of one layer; `final` are log-probabilities."""
+    return (final.exp() * (final - _answers(model, resid + resid @ weight.T + bias))).sum(-1).cpu()

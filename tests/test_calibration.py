@@ -57,7 +57,7 @@ def test_templates_that_measure_were_never_planted_or_trained_with(planted_texts
     def leads(templates):
         return [template.text.split("{word1}")[0].format(first=x, second=y) for template in templates
                 for x, y in (("black", "white"), ("white", "black"))]
-    held_out = leads(calibration.calibration_concept().implicit)
+    held_out = leads(calibration.calibration_concept(True).implicit)
     assert len(held_out) == 4
     for lead in held_out:
         assert not any(lead in text for text in (*tasks, *trained)), lead
@@ -73,8 +73,8 @@ def test_phrases_and_prompts_that_measure_were_never_planted_with(planted_texts,
     templates = [text for contexts in race.contexts.values() for text in (*contexts.train, *contexts.test)]
     sentences = [text.format(x=x, y=y) for text in templates for x, y in orders]
     phrases = [race.steering_phrase(name).format(marked="black", unmarked="white") for name in (*race.senses, *race.controls)]
-    own = calibration.calibration_concept()
-    prompts = [source.seen() for source in reading_sources(own, calibration.CUE, mentions=(0, 1), max_word_pairs=1)]
+    prompts = [source.seen() for held_out in (False, True) for source in reading_sources(
+        calibration.calibration_concept(held_out), calibration.CUE, mentions=(0, 1), max_word_pairs=1)]
     for text in (*sentences, *phrases, *prompts):
         assert not any(text in source for source in sources), text
     target = race.interpretation(calibration.QUESTION)
@@ -206,7 +206,7 @@ def test_instruments_of_different_knobs_do_not_agree(ideal):
 
 @pytest.fixture(scope="module")
 def pair_rows():
-    concept = calibration.calibration_concept()
+    concept = calibration.calibration_concept(False)
     return {role: measure_instruments(load_model(ModelSpec(f"organism:{role}")), concept, word_pairs=1) for role in ("base", "aligned")}
 
 
@@ -214,8 +214,8 @@ def pair_rows():
 def test_every_instrument_measures_the_shipped_pair(pair_rows):
     means = {role: rows[rows["variant"] == "open"].groupby("instrument")["value"].mean() for role, rows in pair_rows.items()}
     for name in ("r_blind", "selfie", "probe"):    # planted: base 0, aligned .9
-        assert means["aligned"][name] > means["base"][name] + 0.15, name
-    assert means["aligned"]["r_blind"] == pytest.approx(0.9, abs=0.15)
+        assert means["aligned"][name] > means["base"][name] + 0.1, name
+    assert means["aligned"]["r_blind"] == pytest.approx(0.9, abs=0.2)
     for name in ("implicit_bias", "steering", "activation_patching"):    # planted: base .14, aligned .44 above one half
         assert means["aligned"][name] > means["base"][name] + 0.1, name
     for rows in pair_rows.values():
@@ -226,8 +226,9 @@ def test_every_instrument_measures_the_shipped_pair(pair_rows):
 
 @pytest.mark.slow
 def test_a_calibration_is_built_measured_resumed_and_shown(tmp_path, monkeypatch):
-    few = [member for member in calibration_family((0,)) if member.kind in ("knobs", "null", "decodable", "depth")][1:]
+    few = [member for member in calibration_family((0,)) if member.kind in ("null", "decodable", "depth") or member.reading == 0.95][:3]
     tiny = FamilyRecipe().shortened(1)
+    monkeypatch.setattr(calibration, "QUICK_PAIRS", 1)
     monkeypatch.setattr(calibration, "calibration_family", lambda seeds, quick: few)
     monkeypatch.setattr(calibration, "build_family", lambda members, cache, jobs, progress: [
         build_with(member, cache, tiny) for member in members])

@@ -4,11 +4,13 @@ The models are a family of organisms (`organism/family.py`): five settings of tw
 answers are), a null organism, one whose senses can be decoded but are not used, and two that differ in depth alone. This module measures;
 what the measurements say is `verdicts.py`. Phrases, questions and places are never those that were planted with:
 
-* the task is asked in templates that no organism was trained on (`organism/held_out.toml`); its prompts are the sources of readings;
+* sources are the concept's implicit prompts, never sources of a planted patch;
 * readings are asked by `QUESTION`, and injected at `TARGET_LAYER`; planted was another question, at another layer;
 * cues are the concept's `test` contexts and steering phrases; steering acts on the stream between attention and MLP (`STREAM`), planted
   was the stream after a block;
-* words are the concept's, held out from training.
+* words are the concept's, held out from training. The task's templates are the concept's own: their answers are what was planted, so the
+  models were trained on them, and planted patches acted in them, with other words. `held_out` asks in templates that no organism was
+  trained on (`organism/held_out.toml`); how far the planted truth holds there is then part of what is measured.
 """
 
 import os
@@ -66,16 +68,17 @@ class CalibrationConfig:
 
     seeds: tuple[int, ...] = SEEDS
     quick: bool = False
+    held_out: bool = False
 
     @classmethod
-    def create(cls, seeds: str, *, quick: bool = False) -> "CalibrationConfig":
+    def create(cls, seeds: str, *, quick: bool = False, held_out: bool = False) -> "CalibrationConfig":
         """From a comma-separated list of seeds; a quick calibration takes the first. Errors: OrganismError for what is no seed."""
         given = [text.strip() for text in seeds.split(",")]
         wrong = [text for text in given if not text.isdigit()]
         if wrong:
             raise OrganismError(f"{wrong[0]!r} is no seed: give whole numbers separated by commas, such as 0,1,2.")
         chosen = tuple(dict.fromkeys(map(int, given)))
-        return cls(chosen[:1] if quick else chosen, quick)
+        return cls(chosen[:1] if quick else chosen, quick, held_out)
 
     @property
     def members(self) -> list[Member]:
@@ -84,12 +87,14 @@ class CalibrationConfig:
 
     def identity(self) -> dict[str, object]:
         """What a results folder is checked against: the settings, the recipe of the family and the content of the concept."""
-        return {"calibration": 2, "seeds": list(self.seeds), "quick": self.quick, "family": cache_folder().name,
+        return {"calibration": 2, "seeds": list(self.seeds), "quick": self.quick, "held_out": self.held_out, "family": cache_folder().name,
                 "concept_digest": load_concept(CONCEPT).digest, "members": [member.name for member in self.members]}
 
 
-def calibration_concept() -> Concept:
-    """The concept with the task's held-out templates for its own."""
+def calibration_concept(held_out: bool) -> Concept:
+    """The concept that is asked; `held_out`: with templates that no organism was trained on for its own."""
+    if not held_out:
+        return load_concept(CONCEPT)
     text = (resources.files("alignblind_mi") / "organism" / "held_out.toml").read_text("utf-8")
     templates = tuple(Template(entry["name"], entry["text"], "implicit", "marked", "positive") for entry in tomllib.loads(text)["implicit"])
     return replace(load_concept(CONCEPT), implicit=templates)
@@ -123,7 +128,8 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cach
 
 def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
     model = load_model(ModelSpec(str(path)))
-    rows = measure_instruments(model, calibration_concept(), word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS, seed=member.seed)
+    rows = measure_instruments(model, calibration_concept(config.held_out), seed=member.seed,
+                               word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS)
     truth = {key: value for key, value in asdict(member).items() if key not in ("effect", "none", "quick")}
     failed = failed_gates(path.parent)
     truth["kind"] = LEAKY if member.kind == "decodable" and NO_EFFECT in failed else member.kind
