@@ -65,7 +65,7 @@ def test_figure_1_counts_the_open_readings_of_either_model(shared):
     (reduction,) = table(shared, "selfie_reduction").to_dict("records")
     assert reduction["estimate"] == pytest.approx(read.loc["aligned", "race_share"] / read.loc["base", "race_share"] - 1)
     assert re.search(r"aligned +identifiers +96 ", said)
-    assert re.search(rf"estimate +low +high +n\n +{reduction["estimate"]:.3f} .* 6\n", said)
+    assert re.search(rf"estimate +low +high +n\n +{reduction['estimate']:.3f} .* 6\n", said)
 
 
 @pytest.mark.slow
