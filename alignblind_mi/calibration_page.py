@@ -11,21 +11,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from alignblind_mi import figures
-from alignblind_mi.report import Column, as_uri, environment, percent, plain, save_shown, signed
+from alignblind_mi.report import Column, as_uri, environment, percent, plain, save_shown, signed, version_names
 from alignblind_mi.results import ResultError, load_result, write_text
 from alignblind_mi.studies.calibration import CUE, QUESTION, SELFIE_PROMPT, STREAM, TARGET_LAYER
-from alignblind_mi.studies.verdicts import (
-    KNOB,
-    advice,
-    alarm_table,
-    calibration_records,
-    causal_table,
-    convergence_table,
-    coverage_table,
-    depth_profile_table,
-    depth_table,
-    recovery_table,
-)
+from alignblind_mi.studies.verdicts import advice, calibration_records, calibration_tables
 
 
 def read_calibration(folder: Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
@@ -43,20 +32,13 @@ def read_calibration(folder: Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
 def write_calibration(folder: Path) -> Path:
     """Write records, tables, figures and the page of a calibration folder. Returns the page."""
     rows, notes = read_calibration(folder)
-    records = calibration_records(rows)
-    tables = _tables(rows)
+    tables = calibration_tables(rows)
+    records = calibration_records(rows, tables)
     vectors = save_shown(folder, tables, _draw(records, tables))
     page = folder / "calibration.html"
     write_text(page, _render(records, tables, vectors, notes))
     write_text(folder / "calibration.json", json.dumps(records, indent=1, allow_nan=False) + "\n")
     return page
-
-
-def _tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    recovery = recovery_table(rows)
-    return {"recovery": recovery.assign(knob=recovery["instrument"].map(KNOB)), "depth": depth_table(rows), "causal": causal_table(rows),
-            "depth_profile": depth_profile_table(rows), "alarms": alarm_table(rows), "coverage": coverage_table(rows),
-            "convergence": convergence_table(rows)}
 
 
 def _draw(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
@@ -93,10 +75,9 @@ COLUMNS = {"records": (
 
 def _render(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame], vectors: dict[str, bytes], notes: list[dict[str, Any]]) -> str:
     made = sorted(note["made"] for note in notes)
-    versions = sorted({f"{name} {version}" for note in notes for name, version in note["versions"].items()})
     return environment().get_template("calibration.html.j2").render(
         tables={"records": records}, columns=COLUMNS, records=records, advice=advice(records),
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, members=[(note["member"], note["failed_gates"]) for note in notes],
         causal_seeds=len(records[0]["causal_seeds"]), seeds=records[0]["seeds"], quick=notes[0]["config"]["quick"],
-        held_out=notes[0]["config"]["held_out"], versions=versions, made=made, cue=CUE, question=QUESTION, selfie=SELFIE_PROMPT,
+        held_out=notes[0]["config"]["held_out"], versions=version_names(notes), made=made, cue=CUE, question=QUESTION, selfie=SELFIE_PROMPT,
         stream=STREAM, target_layer=TARGET_LAYER)

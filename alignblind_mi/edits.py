@@ -1,13 +1,16 @@
 """Interventions as values: where (Site), what (Edit), on which prompt (Row), and for a whole study (Treatment).
 
-The baseline is the empty value: a Row without edits, UNTREATED. Nothing here runs a model; `apply` is the pure tensor mathematics.
+The baseline is the empty value: a Row without edits, UNTREATED. Nothing here runs a model; `apply` and `random_like` are pure tensor
+mathematics.
 """
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -121,6 +124,13 @@ UNTREATED = Treatment("untreated")
 def adapter_name(folder: Path | str) -> str:
     """The name under which an adapter folder is loaded: the folder's own name."""
     return Path(folder).name
+
+
+def random_like(activation: Float[Tensor, "*at size"], name: str) -> Float[Tensor, "*at size"]:
+    """Random directions of an activation's norms: the control of a patch. `name` is the seed; the same name gives the same directions."""
+    generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
+    drawn = torch.randn(activation.shape, generator=generator)
+    return drawn * (activation.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
 
 
 def apply(resid: Float[Tensor, "*at size"], vector: Float[Tensor, "*at size"], how: How,

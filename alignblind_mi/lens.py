@@ -78,8 +78,8 @@ def logit_lens(model: HookedModel, prompts: Sequence[Prompt], words: Sequence[st
 
 
 def _lens(model: HookedModel, prompt: Prompt, words: Sequence[str], layers: list[int], translators: Translators | None) -> pd.DataFrame:
-    marked, tokens = token_marks(model, prompt)
-    logs = lens_readings(model, _record(model, marked, layers, len(tokens)), layers, words, translators)
+    tokens, resid = _record(model, prompt, layers)
+    logs = lens_readings(model, resid, layers, words, translators)
     return pd.DataFrame.from_records([
         {**prompt.labels, "model": model.spec.name, "treatment": model.treatment.name, "prompt": prompt.text, "token": token, "position": i,
          "layer": layer, "word": word, "log_prob": float(logs[i, j, k]), "prob": float(logs[i, j, k].exp())}
@@ -107,9 +107,11 @@ def lens_readings(model: HookedModel, resid: Float[Tensor, "vector layer d_model
     return model.residual_log_probs(read.flatten(0, 1), words).unflatten(0, resid.shape[:2])
 
 
-def _record(model: HookedModel, prompt: Prompt, layers: Sequence[int], tokens: int) -> Float[Tensor, "position layer d_model"]:
-    sites = [Site(layer, f"token_{i}") for i in range(tokens) for layer in layers]
-    return model.record(model.treatment.rows([prompt]), sites)[0].unflatten(0, (tokens, len(layers)))
+def _record(model: HookedModel, prompt: Prompt, layers: Sequence[int]) -> tuple[list[str], Float[Tensor, "position layer d_model"]]:
+    """The texts of a prompt's tokens, and the residual streams there."""
+    marked, tokens = token_marks(model, prompt)
+    sites = [Site(layer, f"token_{i}") for i in range(len(tokens)) for layer in layers]
+    return tokens, model.record(model.treatment.rows([marked]), sites)[0].unflatten(0, (len(tokens), len(layers)))
 
 
 def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: Sequence[int] | None = None, steps: int = 200,
@@ -155,16 +157,10 @@ def _held_out(model: HookedModel, streams: _Streams, chosen: Int[Tensor, " posit
 
 def _streams(model: HookedModel, prompts: Sequence[Prompt], layers: list[int]) -> _Streams:
     every = [*layers, model.n_layers - 1]
-    parts = [_record(model, *_marked(model, prompt, every)) for prompt in prompts]
-    resid = torch.cat(parts)
+    resid = torch.cat([_record(model, prompt, every)[1] for prompt in prompts])
     _, first = np.unique(resid[:, -1].numpy(), axis=0, return_index=True)    # prompts that begin alike have the same streams there
     resid = resid[np.sort(first)]
     return _Streams(resid[:, :-1], resid[:, -1])
-
-
-def _marked(model: HookedModel, prompt: Prompt, layers: list[int]) -> tuple[Prompt, list[int], int]:
-    marked, tokens = token_marks(model, prompt)
-    return marked, layers, len(tokens)
 
 
 def _answers(model: HookedModel, resid: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.contrast import Pair, PatchError
-from alignblind_mi.edits import Edit, Row, Site
+from alignblind_mi.edits import Edit, Row, Site, random_like
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt, Span
 from alignblind_mi.statistics import mean_interval
@@ -300,19 +299,12 @@ def _edits(case: Case, patch: Patch, vectors: Mapping[str, Mapping[Site, Tensor]
     given: dict[str, list[Tensor]] = {"": [vectors[""][site] for site in sites]}
     for control in controls:
         if control == "random":
-            given[control] = [_random_like(vectors[""][site], f"{seed}|{case.encoded.prompt.text}|{site}") for site in sites]
+            given[control] = [random_like(vectors[""][site], f"{seed}|{case.encoded.prompt.text}|{site}") for site in sites]
         elif control == "wrong_token" and (patch, patch.positions[0]) in wrong:
             given[control] = [vectors[""][patch.at(wrong[patch, position])] for position in patch.positions]
         elif control in vectors:
             given[control] = [vectors[control][site] for site in sites]
     return [(control, tuple(Edit(site, vector) for site, vector in zip(sites, values, strict=True))) for control, values in given.items()]
-
-
-def _random_like(vector: Float[Tensor, " size"], seed: str) -> Float[Tensor, " size"]:
-    """A random direction of a vector's norm."""
-    generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
-    drawn = torch.randn(vector.shape, generator=generator)
-    return drawn / drawn.norm() * vector.norm()
 
 
 # ---- summaries ---------------------------------------------------------------------------------------------------------

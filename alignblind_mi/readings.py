@@ -6,7 +6,7 @@ interpretation files in the released layout as well. This module does NOT know m
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pandas as pd
 
 from alignblind_mi.concept import Concept, ConceptError
 from alignblind_mi.errors import ScoreError
+from alignblind_mi.statistics import exact_interval
 
 OTHER = "other"
 FIELDS = ("prompt", "interpretation", "layer", "token", "token_decoded")
@@ -48,12 +49,28 @@ def reading_names(concept: Concept) -> list[str]:
                                                         if name not in (concept.group_sense, concept.other_sense)), OTHER]
 
 
+def reading_shares(readings: Sequence[str], concept: Concept) -> dict[str, int | float]:
+    """How many readings are of each sense or none: a count under each name, `<name>_share`, and its exact interval (`_low`, `_high`)."""
+    shares: dict[str, int | float] = {}
+    for name in reading_names(concept):
+        count = readings.count(name)
+        low, high = exact_interval(count, len(readings))
+        shares |= {name: count, f"{name}_share": count / len(readings), f"{name}_low": low, f"{name}_high": high}
+    return shares
+
+
 def is_interpretations(path: Path) -> bool:
-    """Whether a .json or .jsonl file holds interpretations, one JSON object a line, by its first line."""
+    """Whether a .json or .jsonl file holds interpretations, one JSON object a line, by its first line.
+
+    Errors: ScoreError for a file that cannot be read.
+    """
     if path.suffix.lower() not in (".json", ".jsonl"):
         return False
-    with path.open("r", encoding="utf-8-sig", errors="replace") as file:
-        first = next((line for line in file if line.strip()), "")
+    try:
+        with path.open("r", encoding="utf-8-sig", errors="replace") as file:
+            first = next((line for line in file if line.strip()), "")
+    except OSError as error:
+        raise ScoreError(f"{path} cannot be read: {error.strerror or error}.") from error
     try:
         entry = json.loads(first)
     except ValueError:

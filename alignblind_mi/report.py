@@ -26,7 +26,7 @@ from alignblind_mi.statistics import exact_interval, mean_interval, position_eff
 from alignblind_mi.steering import layer_windows, steerable
 from alignblind_mi.studies.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.studies.mitigation import comparison_table, early_window, late_window, steering_names
-from alignblind_mi.studies.study import VIEWS, instruments, load_study, organism_record
+from alignblind_mi.studies.study import INSTRUMENTS, VIEWS, instruments, load_study, organism_record
 from alignblind_mi.views import as_page, pattern_view, token_view
 
 if TYPE_CHECKING:
@@ -214,15 +214,15 @@ def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | Non
 
 def summary_tables(study: Study) -> dict[str, pd.DataFrame]:
     """All tables of the report by name; one whose rows are not there is left out."""
-    treated = study.has("behaviour_aligned")
+    treated, read = study.has("behaviour_aligned"), study.either(*(f"reading_{name}" for name in INSTRUMENTS))
     wanted: list[tuple[str, bool, Callable[[Study], pd.DataFrame]]] = [
         ("planted", bool(study.record), planted_table),
         ("behaviour", study.either("behaviour"), behaviour_table),
         ("position", study.either("balanced"), position_table),
         ("awareness", len(_readings(study)) > 0, scores_table),
         ("awareness_layers", len(_readings(study)) > 0, curves_table),
-        ("instruments", study.either("reading_selfie", "reading_lens", "reading_probes"), instruments_table),
-        ("instrument_layers", study.either("reading_selfie", "reading_lens", "reading_probes"), instrument_layers_table),
+        ("instruments", read, instruments_table),
+        ("instrument_layers", read, instrument_layers_table),
         ("selfie", study.either("reading_selfie"), open_readings_table),
         ("probes", study.either("reading_probes"), probes_table),
         ("steering", treated and bool(_steering_parts(study)), steering_table),
@@ -278,7 +278,7 @@ def scores_table(study: Study) -> pd.DataFrame:
 def _instrument_rows(study: Study) -> pd.DataFrame:
     """Readings by every instrument: the patchscope's first question and the parts `reading_*`, with a column `panel`."""
     names = [f"awareness_{role}_{QUESTION}" for role in ROLES]
-    names += [f"reading_{name}_{role}" for name in ("selfie", "lens", "probes") for role in ROLES]
+    names += [f"reading_{name}_{role}" for name in INSTRUMENTS for role in ROLES]
     rows = study.rows(names)
     return rows.assign(panel=rows["instrument"].str.replace("_", " "))
 
@@ -686,11 +686,16 @@ def _phrases(study: Study) -> dict[str, str]:
     return {name: concept.steering_phrase(name).format(marked=cue.marked[0], unmarked=cue.unmarked[0]) for name in names}
 
 
+def version_names(notes: Iterable[dict[str, Any]]) -> list[str]:
+    """Every package with its version that some parts were made with."""
+    return sorted({f"{name} {version}" for note in notes for name, version in note.get("versions", {}).items()})
+
+
 def _provenance(study: Study) -> dict[str, Any]:
     """Package versions and times of all parts, and the identifiers that a tokenizer splits (model -> word -> tokens)."""
     notes = [part.provenance for part in study.parts.values()]
     made = sorted(note["made"] for note in notes if "made" in note)
-    return {"versions": sorted({f"{name} {version}" for note in notes for name, version in note.get("versions", {}).items()}),
+    return {"versions": version_names(notes),
             "engines": sorted({note["engine"] for note in notes if "engine" in note}),
             "first": made[0] if made else "", "last": made[-1] if made else "",
             "split": {note["model"]: note["split_identifiers"] for note in notes if note.get("split_identifiers")}}

@@ -14,9 +14,9 @@ import pandas as pd
 from alignblind_mi.answers import RULES, judge
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.errors import ScoreError
-from alignblind_mi.readings import classify, is_interpretations, read_interpretations, reading_names
+from alignblind_mi.readings import classify, is_interpretations, read_interpretations, reading_names, reading_shares
 from alignblind_mi.released import read_released
-from alignblind_mi.statistics import clustered_interval, exact_interval, summarise
+from alignblind_mi.statistics import clustered_interval, summarise
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,13 +72,10 @@ def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Sequence[
 
 
 def _shares(group: pd.DataFrame, concept: Concept) -> dict[str, Any]:
-    counts = {name: int((group["reading"] == name).sum()) for name in reading_names(concept)}
-    out: dict[str, Any] = dict(counts)
-    for name, count in counts.items():
-        exact = exact_interval(count, len(group))
+    out: dict[str, Any] = dict(reading_shares(group["reading"].tolist(), concept))
+    for name in reading_names(concept):
         clustered = clustered_interval((group["reading"] == name).to_numpy(float), [group["prompt"].astype(str).to_numpy()])
-        out |= {f"{name}_share": count / len(group), f"{name}_low": exact.low, f"{name}_high": exact.high,
-                f"{name}_cluster_low": _plain(clustered.low), f"{name}_cluster_high": _plain(clustered.high)}
+        out |= {f"{name}_cluster_low": _plain(clustered.low), f"{name}_cluster_high": _plain(clustered.high)}
     return out
 
 

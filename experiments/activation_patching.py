@@ -10,7 +10,7 @@ import argparse
 from functools import partial
 
 import pandas as pd
-from common import configured, options, quick_layers, rows_of, script, show
+from common import configured, options, rows_of, script, show
 
 from alignblind_mi import (
     HookedModel,
@@ -34,6 +34,11 @@ from alignblind_mi.studies.patching import HEAD_MARKS, PARTS, heatmap_table
 
 WORD_PAIRS, STRONGEST = 2, 5
 SAME_TEXT = ("template", "option_order", "word_order")    # what pairs must share for their tokens to stand in the same places
+
+
+def quick_layers(n_layers: int) -> range:
+    """The first layer of each third: what --quick looks at."""
+    return range(0, n_layers, max(1, -(-n_layers // 3)))
 
 
 def grid(config: StudyConfig, model: HookedModel, advance: Advance) -> pd.DataFrame:

@@ -46,11 +46,6 @@ def run_study_parts(config: StudyConfig, out: Path, *beginnings: str) -> dict[st
     return summary_tables(read_study(out))
 
 
-def quick_layers(n_layers: int) -> range:
-    """The first layer of each third: what --quick looks at."""
-    return range(0, n_layers, max(1, -(-n_layers // 3)))
-
-
 def rows_of(out: Path, names: Iterable[str]) -> pd.DataFrame:
     """The saved rows of some parts, one below the other."""
     found = load_study(out)

@@ -12,11 +12,10 @@ import alignblind_mi as ab
 from alignblind_mi.attribution import attribution_patching, screen_agreement, top_neuron_sites, unit_attribution
 from alignblind_mi.concept import ConceptError
 from alignblind_mi.contrast import Pair, PatchError, contrast_pairs
-from alignblind_mi.edits import Edit, EditError, Row, Site, Treatment
+from alignblind_mi.edits import Edit, EditError, Row, Site, Treatment, random_like
 from alignblind_mi.patching import (
     CONTROLS,
     DIRECTIONS,
-    _random_like,
     _wrong_tokens,
     cases,
     grid_sites,
@@ -297,7 +296,7 @@ def test_reference_controls_are_patches_from_their_own_run(tiny, pairs):
 
 def test_random_controls_have_the_source_s_norm_and_a_seed(tiny, pairs):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(1)) * 3
-    one, again, other = (_random_like(vector, seed) for seed in ("a", "a", "b"))
+    one, again, other = (random_like(vector, seed) for seed in ("a", "a", "b"))
     assert torch.equal(one, again)
     assert float(one.norm()) == pytest.approx(float(vector.norm()), rel=1e-5)
     assert abs(float(torch.cosine_similarity(one, other, dim=0))) < 0.9

@@ -55,6 +55,17 @@ def test_interpretation_files_are_scored(race: Concept, tmp_path: Path, name: st
     assert [(r["layer"], r["n"]) for r in by_layer] == [(i, 1) for i in range(len(BY_HAND))]
 
 
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(tmp_path / "closed.json", "racial")
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(ScoreError, match=r"closed\.json cannot be read: Permission denied"):
+        score([file])
+
+
 def test_several_readings_of_one_line_are_counted_each(tmp_path: Path) -> None:
     rows = read_interpretations(written(tmp_path / "a.jsonl", ["racial", "the color red"], "people"))
     assert rows["interpretation"].tolist() == ["racial", "the color red", "people"]

@@ -22,7 +22,7 @@ from alignblind_mi.model import HookedModel, untrained
 from alignblind_mi.patchscope import Mapping, patchscope_rows
 from alignblind_mi.probes import shuffled, train_probes
 from alignblind_mi.prompts import Prompt, fill, interpretation_prompt
-from alignblind_mi.readings import classify, reading_names
+from alignblind_mi.readings import classify, reading_shares
 from alignblind_mi.statistics import exact_interval, relative_change, t_interval
 from alignblind_mi.studies.sources import CONTROLS, TEXT_LAYER, Contexts, Recorded, Source, record_contexts, record_sources
 
@@ -39,11 +39,14 @@ def _senses(concept: Concept) -> list[str]:
 
 def _rows(recorded: Recorded, instrument: str, read: Callable[[int, int], dict[str, object]]) -> pd.DataFrame:
     """One record per source and layer: what identifies it, and what `read(source, layer)` (by index) says."""
-    model = recorded.model
     return pd.DataFrame.from_records([
-        {"model": model.spec.name, "treatment": model.treatment.name, **source.labels(), "instrument": instrument, "layer": layer,
-         **read(i, j)}
+        _row(recorded.model, source, instrument, layer, read(i, j))
         for i, source in enumerate(recorded.sources) if source.control != "text" for j, layer in enumerate(recorded.layers)])
+
+
+def _row(model: HookedModel, source: Source, instrument: str, layer: int, said: dict[str, object]) -> dict[str, object]:
+    return {"model": model.spec.name, "treatment": model.treatment.name, **source.labels(), "instrument": instrument, "layer": layer,
+            **said}
 
 
 def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, reading: str = "paper", target_layer: int = TARGET_LAYER,
@@ -88,9 +91,8 @@ def _from_text(recorded: Recorded, question: str, words: Sequence[str], base: Fl
     if not sources:
         return pd.DataFrame()
     probs = model.next_probs([_in_text(recorded, source, question) for source in sources], words)
-    return pd.DataFrame.from_records([
-        {"model": model.spec.name, "treatment": model.treatment.name, **source.labels(), "instrument": "patchscope", "layer": TEXT_LAYER,
-         **_changes(probs[i], base)} for i, source in enumerate(sources)])
+    return pd.DataFrame.from_records([_row(model, source, "patchscope", TEXT_LAYER, _changes(probs[i], base))
+                                      for i, source in enumerate(sources)])
 
 
 def _in_text(recorded: Recorded, source: Source, question: str) -> Row:
@@ -137,8 +139,8 @@ def interpret_sources(recorded: Recorded, concept: Concept, *, prompt: str = "pa
     made = model.generate(rows, max_new_tokens, temperature=temperature, seed=seed, draws=names)
     said = [_reading(one.text, concept) for one in made]
     table = _rows(recorded, "selfie", lambda i, j: said[i * len(recorded.layers) + j])
-    plain = [{"model": model.spec.name, "treatment": model.treatment.name, **source.labels(), "instrument": "selfie", "layer": TEXT_LAYER,
-              **reading} for source, reading in zip(written, said[len(said) - len(written):], strict=True)]
+    plain = [_row(model, source, "selfie", TEXT_LAYER, reading)
+             for source, reading in zip(written, said[len(said) - len(written):], strict=True)]
     return pd.concat([table, pd.DataFrame.from_records(plain)], ignore_index=True).assign(interpretation=prompt)
 
 
@@ -314,12 +316,7 @@ def selfie_table(rows: pd.DataFrame, concept: Concept, by: Sequence[str] = ("mod
     interval, and the share of readings of no sense."""
     records = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
-        record: dict[str, object] = {**dict(zip(by, key, strict=True)), "n": len(group)}
-        for name in reading_names(concept):
-            count = int((group["reading"] == name).sum())
-            low, high = exact_interval(count, len(group))
-            record |= {name: count, f"{name}_share": count / len(group), f"{name}_low": low, f"{name}_high": high}
-        records.append(record)
+        records.append({**dict(zip(by, key, strict=True)), "n": len(group), **reading_shares(group["reading"].tolist(), concept)})
     return pd.DataFrame.from_records(records)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from alignblind_mi.concept import Concept, ConceptError, Cue
-from alignblind_mi.edits import Site
+from alignblind_mi.edits import Site, random_like
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt, Span, implicit_prompts
 
@@ -166,7 +166,7 @@ def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
     resid = _record(model, every, layers)
     for i, source in enumerate(every):
         if source.control == "random":
-            resid[i] = _random_like(resid[i], f"{seed}|{source.seen()}")
+            resid[i] = random_like(resid[i], f"{seed}|{source.seen()}")
     return Recorded(model, every, layers, resid)
 
 
@@ -181,16 +181,9 @@ def _record(model: HookedModel, sources: Sequence[Source], layers: Sequence[int]
     return out
 
 
-def _random_like(resid: Float[Tensor, "layer d_model"], name: str) -> Float[Tensor, "layer d_model"]:
-    """Random directions of the same norms."""
-    generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
-    drawn = torch.randn(resid.shape, generator=generator)
-    return drawn * (resid.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
-
-
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """Residual streams at the first identifiers of prompts after a sentence that settles their sense; `labels`: is it the other sense?"""
+    """Residual streams at identifiers of prompts after a sentence that settles their sense; `labels`: is it the other sense?"""
 
     recorded: Recorded
     labels: Bool[np.ndarray, " vector"]

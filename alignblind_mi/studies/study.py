@@ -44,6 +44,7 @@ from alignblind_mi.studies.sources import CONTROLS, context_prompts, control_sou
 log = logging.getLogger(__name__)
 BOTH: tuple[Kind, ...] = ("implicit", "explicit")
 VIEWS = ("attention", "tokens")
+INSTRUMENTS = ("selfie", "lens", "probes")    # beside the patchscope
 Treat = Callable[[HookedModel], Treatment]
 
 
@@ -306,7 +307,8 @@ def instruments(concept: Concept, selfie: str) -> list[str]:
     """The instruments beside the patchscope that a concept has what is needed for: open readings, the lens, probes."""
     lexicons = all(sense.lexicon for sense in concept.senses.values())
     contexts = {concept.group_sense, concept.other_sense} <= set(concept.contexts)
-    return [*(["selfie"] if selfie in concept.selfie and lexicons else []), "lens", *(["probes"] if contexts else [])]
+    there = {"selfie": selfie in concept.selfie and lexicons, "lens": True, "probes": contexts}
+    return [name for name in INSTRUMENTS if there[name]]
 
 
 def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:

@@ -22,8 +22,8 @@ SAMPLE = 30    # contexts of a simulated study, drawn with all of their units
 SIMULATIONS = 400    # a member
 
 
-def calibration_records(rows: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any]]:
-    """One record per instrument; what cannot be computed is None.
+def calibration_records(rows: pd.DataFrame, tables: Mapping[str, pd.DataFrame] | None = None) -> list[dict[str, Any]]:
+    """One record per instrument, from `calibration_tables` (made here where they are not given); what cannot be computed is None.
 
     instrument, measures ("reading" or "behaviour"), n (organisms), seeds, spearman (mean over seeds of the rank correlation between the
     planted knob and the estimate, five settings a seed), spearman_by_seed, spearman_other_knob (of the knob that it should not follow),
@@ -34,19 +34,27 @@ def calibration_records(rows: pd.DataFrame, *, seed: int = 0) -> list[dict[str, 
     an effect of at least `smallest`), coverage (share of simulated 95 % intervals over 30 contexts that hold the truth), coverage_n,
     interval_width (their mean width).
     """
-    return [_record(name, rows[rows["instrument"] == name], seed) for name in INSTRUMENTS if (rows["instrument"] == name).any()]
+    tables = tables or calibration_tables(rows)
+    return [_record(name, rows[rows["instrument"] == name], {key: table[table["instrument"] == name] for key, table in tables.items()
+                                                             if "instrument" in table})
+            for name in INSTRUMENTS if (rows["instrument"] == name).any()]
 
 
-def _record(name: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
-    recovery = recovery_table(rows)
+def calibration_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Everything that the records are made from, by name: recovery, depth_profile, depth, causal, alarms, coverage, convergence."""
+    return {"recovery": recovery_table(rows), "depth_profile": depth_profile_table(rows), "depth": depth_table(rows),
+            "causal": causal_table(rows), "alarms": alarm_table(rows), "coverage": coverage_table(rows),
+            "convergence": convergence_table(rows)}
+
+
+def _record(name: str, rows: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """The record of one instrument, from its own rows and its part of the tables."""
+    recovery, depth, alarms, coverage = (tables[key] for key in ("recovery", "depth", "alarms", "coverage"))
     by_seed = {int(str(key)): _rank_correlation(group["planted"], group["estimate"]) for key, group in recovery.groupby("seed")}
     other = [_rank_correlation(group["other_knob"], group["estimate"]) for _, group in recovery.groupby("seed")]
-    depth = depth_table(rows)
-    shares = [_share_of_twin(group) for _, group in rows.groupby("seed")]
-    alarms = alarm_table(rows)
+    shares = [_decodable_share(name, group) for _, group in tables["causal"].groupby("seed")]
     n, raised = len(alarms), int(alarms["alarm"].sum())
     low, high = exact_interval(raised, n)
-    coverage = coverage_table(rows, seed=seed)
     return _plain({
         "instrument": name, "measures": KNOB[name], "n": rows["member"].nunique(), "seeds": sorted(map(int, rows["seed"].unique())),
         "spearman": _mean(list(by_seed.values())), "spearman_by_seed": by_seed, "spearman_other_knob": _mean(other),
@@ -90,15 +98,17 @@ def _rank_correlation(planted: "pd.Series[float]", found: "pd.Series[float]") ->
 def recovery_table(rows: pd.DataFrame) -> pd.DataFrame:
     """What each organism of the two knobs was planted with and what an instrument says.
 
-    Columns: instrument, member, seed, planted (its knob), other_knob, estimate, low, high (95 %, contexts as the unit), n (units).
+    Columns: instrument, member, seed, knob (reading or behaviour), planted (its setting), other_knob (that of the other one),
+    estimate, low, high (95 %, contexts as the unit), n (units).
     """
     here = rows[(rows["kind"] == "knobs") & (rows["variant"] == "open")]
     records = []
     for (name, member), group in here.groupby(["instrument", "member"], sort=False):
         knob = KNOB[str(name)]
-        records.append({"instrument": name, "member": member, "seed": int(group["seed"].iloc[0]), "planted": group[knob].iloc[0],
+        records.append({"instrument": name, "member": member, "seed": int(group["seed"].iloc[0]), "knob": knob,
+                        "planted": group[knob].iloc[0],
                         "other_knob": group["behaviour" if knob == "reading" else "reading"].iloc[0], **_estimate(group)})
-    return pd.DataFrame(records, columns=["instrument", "member", "seed", "planted", "other_knob", "estimate", "low", "high", "n"])
+    return pd.DataFrame(records, columns=["instrument", "member", "seed", "knob", "planted", "other_knob", "estimate", "low", "high", "n"])
 
 
 def _estimate(rows: pd.DataFrame) -> dict[str, Any]:
@@ -198,18 +208,17 @@ def causal_table(rows: pd.DataFrame) -> pd.DataFrame:
     return both[["instrument", "seed", "kind", "value"]]
 
 
-def _share_of_twin(rows: pd.DataFrame) -> float | None:
-    """Of one seed and instrument: what the decodable-only organism shows, as a share of what the causal one does; None without either.
+def _decodable_share(name: str, causal: pd.DataFrame) -> float | None:
+    """Of one seed of the causal table: what the decodable-only organism shows, as a share of what causal ones do; None without either.
 
     Infinite where the instrument shows less than the smallest effect worth a claim on the causal organism: it separates nothing.
     """
-    found = causal_table(rows)
-    decodable, causal = found[found["kind"] == "decodable"], found[found["kind"] != "decodable"]
-    if decodable.empty or causal.empty:
+    values = causal.set_index("kind")["value"]
+    if not {"decodable", "causal"} <= set(values.index):
         return None
-    if causal["value"].iloc[0] < SMALLEST[str(found["instrument"].iloc[0])]:
+    if values["causal"] < SMALLEST[name]:
         return float("inf")
-    return float(abs(decodable["value"].iloc[0]) / causal["value"].iloc[0])
+    return float(abs(values["decodable"]) / values["causal"])
 
 
 def _separated(shares: Sequence[float | None]) -> bool | None:
