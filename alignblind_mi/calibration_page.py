@@ -34,7 +34,7 @@ def write_calibration(folder: Path) -> Path:
     rows, notes = read_calibration(folder)
     tables = calibration_tables(rows)
     records = calibration_records(rows, tables)
-    vectors = save_shown(folder, tables, _draw(records, tables))
+    vectors = save_shown(folder, tables | {"records": pd.DataFrame(records)}, _draw(records, tables))
     page = folder / "calibration.html"
     write_text(page, _render(records, tables, vectors, notes))
     write_text(folder / "calibration.json", json.dumps(records, indent=1, allow_nan=False) + "\n")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.model import HookedModel
-from alignblind_mi.prompts import Prompt, Span, assignments, fill, implicit_prompts
+from alignblind_mi.prompts import Prompt, Span, assignments, fill, implicit_prompts, option_roles
 
 SWAPS = ("context", "identifiers")
 Contexts = Mapping[str, Sequence[str]]
@@ -114,7 +114,7 @@ def _references(model: HookedModel, prompt: Prompt, like: Prompt, others: Mappin
 
 def _in_context(prompt: Prompt, phrase: str) -> Prompt:
     """A question after a phrase that names its identifiers."""
-    first, second = ("marked", "unmarked") if prompt.labels["option_order"] == "marked_first" else ("unmarked", "marked")
+    first, second = option_roles(prompt)
     roles = {"x": first, "y": second, "marked": "marked", "unmarked": "unmarked"}
     context = fill(phrase, {name: prompt.labels[role] for name, role in roles.items()}, {n: f"context_{r}" for n, r in roles.items()})
     question = _with_identifiers(prompt.prefixed(context.text))

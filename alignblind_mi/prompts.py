@@ -196,6 +196,11 @@ def interpretation_prompt(question: Interpretation) -> Prompt:
     return replace(fill(question.text, {"x": question.placeholder}, {"x": "placeholder"}), labels={"interpretation": question.name})
 
 
+def option_roles(prompt: Prompt) -> tuple[str, str]:
+    """The roles of an implicit or explicit prompt's options, in its order."""
+    return ("marked", "unmarked") if prompt.labels["option_order"] == "marked_first" else ("unmarked", "marked")
+
+
 def assignments(concept: Concept, prompt: Prompt) -> tuple[str, str]:
     """The two complete answers to an implicit prompt, in the prompt's word order: (stereotyped, reversed)."""
     role = {"positive": "unmarked", "negative": "marked"}

@@ -254,6 +254,7 @@ def test_a_calibration_is_built_measured_resumed_and_shown(tmp_path, monkeypatch
     assert [record["instrument"] for record in records] == list(calibration.INSTRUMENTS)
     assert {"instrument", "spearman", "depth_error", "causal_separated", "false_alarm_rate", "coverage", "seeds"} <= set(records[0])
     html = page.read_text("utf-8")
+    assert pd.read_csv(out / "tables" / "records.csv")["instrument"].tolist() == list(calibration.INSTRUMENTS)
     for name in ("recovery", "depth", "trust", "convergence"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
         assert html.count("data:image/svg+xml") == 4
