@@ -115,7 +115,6 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Results folder; a calibration that is in it already is resumed.")] = Path("calibration"),
     quick: Annotated[bool, typer.Option("--quick", help="One seed, fewer organisms, shorter training: to see that it works.")] = False,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds of the organisms.")] = "0,1,2",
-    held_out: Annotated[bool, typer.Option("--held-out", help="Ask the task in templates that no organism was trained on.")] = False,
     jobs: Annotated[int, typer.Option(min=0, help="Organisms that are built at the same time (0: as many as there are processors).")] = 0,
 ) -> None:
     """Measure every instrument on organisms with known truth; write OUT/calibration.json and OUT/calibration.html.
@@ -125,7 +124,7 @@ def calibrate(
     from alignblind_mi.calibration_page import write_calibration
     from alignblind_mi.studies.calibration import CalibrationConfig, processors, run_calibration
 
-    config = CalibrationConfig.create(seeds, quick=quick, held_out=held_out)
+    config = CalibrationConfig.create(seeds, quick=quick)
     page = write_calibration(run_calibration(config, out, jobs=jobs or processors()))
     typer.echo(f"The page is {page.resolve()}")
 

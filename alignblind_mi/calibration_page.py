@@ -79,5 +79,5 @@ def _render(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame], vect
         tables={"records": records}, columns=COLUMNS, records=records, advice=advice(records),
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, members=[(note["member"], note["failed_gates"]) for note in notes],
         causal_seeds=len(records[0]["causal_seeds"]), seeds=records[0]["seeds"], quick=notes[0]["config"]["quick"],
-        held_out=notes[0]["config"]["held_out"], versions=version_names(notes), made=made, cue=CUE, question=QUESTION, selfie=SELFIE_PROMPT,
+        versions=version_names(notes), made=made, cue=CUE, question=QUESTION, selfie=SELFIE_PROMPT,
         stream=STREAM, target_layer=TARGET_LAYER)

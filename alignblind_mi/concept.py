@@ -114,11 +114,24 @@ class Template:
 
 @dataclass(frozen=True)
 class Awareness:
-    """Sentences that leave the sense open and restatements that settle it: training data of awareness LoRA."""
+    """Sentences that leave the sense open and restatements that settle it: training data of awareness LoRA.
+
+    `restatements` settle it on the group sense, `others` on the other one (the mirror image: a LoRA that makes a model blind).
+    """
 
     separator: str
     sentences: tuple[str, ...]
     restatements: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A sentence put before a prompt as a mitigation, or as the placebo of one; it may name {marked} and {unmarked}."""
+
+    name: str
+    text: str
+    placebo: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,7 @@ class Concept:
     awareness: Awareness | None = None
     selfie: Mapping[str, Interpretation] = field(default_factory=dict)
     contexts: Mapping[str, Contexts] = field(default_factory=dict)
+    instructions: Mapping[str, Instruction] = field(default_factory=dict)
     description: str = ""
     digest: str = field(default="", repr=False)
 
@@ -224,6 +238,7 @@ def _build(data: dict[str, Any], digest: str) -> Concept:
         awareness=Awareness(**_tuples(data["awareness"])) if "awareness" in data else None,
         selfie=_table(Interpretation, data.get("selfie", {})),
         contexts=_table(Contexts, data.get("contexts", {})),
+        instructions=_table(Instruction, data.get("instructions", {})),
         digest=digest,
     )
 
@@ -279,6 +294,13 @@ def _problems(concept: Concept) -> list[str]:
             found.append(f"interpretation {question.name!r} must have the one field {{x}}")
     for contexts in concept.contexts.values():
         found += _context_problems(contexts, concept)
+    for entry in concept.instructions.values():
+        if not template_fields(entry.text) <= {"marked", "unmarked"}:
+            found.append(f"instruction {entry.name!r} may have the fields {{marked}} and {{unmarked}} only")
+    if concept.awareness is not None:
+        texts = (*concept.awareness.sentences, *concept.awareness.restatements, *concept.awareness.others)
+        found += [f"awareness sentence {text!r} may have the fields {{x}} and {{y}} only" for text in texts
+                  if not template_fields(text) <= {"x", "y"}]
     for phrase in [entry.steering for table in (concept.senses, concept.controls) for entry in _entries(table)]:
         if template_fields(phrase) != {"marked", "unmarked"}:
             found.append(f"steering phrase {phrase!r} must have the fields {{marked}} and {{unmarked}}")

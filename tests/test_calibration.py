@@ -13,7 +13,7 @@ from alignblind_mi.model import load_model
 from alignblind_mi.organism import OrganismError
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, load_world
 from alignblind_mi.organism.family import calibration_family
-from alignblind_mi.organism.members import FamilyRecipe, MemberRows
+from alignblind_mi.organism.members import FamilyRecipe, MemberRows, measured_concept, member_world
 from alignblind_mi.results import ResultError
 from alignblind_mi.studies import calibration
 from alignblind_mi.studies.calibration import CalibrationConfig, measure_instruments, run_calibration
@@ -37,7 +37,7 @@ FAMILY = calibration_family()
 @pytest.fixture(scope="module")
 def planted_texts():
     """What is patched from and into in the planting of every kind of member: many rows each."""
-    world, recipe = load_world(), FamilyRecipe()
+    world, recipe = member_world(), FamilyRecipe()
     sources, asked, tasks = set(), set(), set()
     for member in {member.kind: member for member in FAMILY}.values():
         rows = MemberRows(world, member.knobs, recipe.planting_of(member), aligned=True, seed=5)
@@ -50,16 +50,17 @@ def planted_texts():
 
 def test_templates_that_measure_were_never_planted_or_trained_with(planted_texts, race):
     _, _, tasks = planted_texts
-    corpora = [Corpus(load_world(), Knobs(), aligned=aligned, seed=3) for aligned in (False, True)]
-    documents = [corpus.document(mix) for corpus, mix in zip(corpora, (BASE_MIX, ALIGNED_MIX), strict=True) for _ in range(1500)]
+    stages = [(load_world(), False, BASE_MIX), (load_world(), True, ALIGNED_MIX), (member_world(), True, ALIGNED_MIX)]
+    corpora = [(Corpus(world, Knobs(), aligned=aligned, seed=3), mix) for world, aligned, mix in stages]
+    documents = [corpus.document(mix) for corpus, mix in corpora for _ in range(1500)]
     trained = {"".join(segment.text for segment in document) for document in documents}
 
     def leads(templates):
         return [template.text.split("{word1}")[0].format(first=x, second=y) for template in templates
                 for x, y in (("black", "white"), ("white", "black"))]
-    held_out = leads(calibration.calibration_concept(True).implicit)
-    assert len(held_out) == 4
-    for lead in held_out:
+    measured = leads(measured_concept().implicit)
+    assert len(measured) == 4
+    for lead in measured:
         assert not any(lead in text for text in (*tasks, *trained)), lead
     for lead in leads(race.implicit):    # the concept's own were: the check can fail
         assert any(lead in text for text in tasks)
@@ -73,8 +74,8 @@ def test_phrases_and_prompts_that_measure_were_never_planted_with(planted_texts,
     templates = [text for contexts in race.contexts.values() for text in (*contexts.train, *contexts.test)]
     sentences = [text.format(x=x, y=y) for text in templates for x, y in orders]
     phrases = [race.steering_phrase(name).format(marked="black", unmarked="white") for name in (*race.senses, *race.controls)]
-    prompts = [source.seen() for held_out in (False, True) for source in reading_sources(
-        calibration.calibration_concept(held_out), calibration.CUE, mentions=(0, 1), max_word_pairs=1)]
+    prompts = [source.seen() for concept in (race, measured_concept()) for source in reading_sources(
+        concept, calibration.CUE, mentions=(0, 1), max_word_pairs=1)]
     for text in (*sentences, *phrases, *prompts):
         assert not any(text in source for source in sources), text
     target = race.interpretation(calibration.QUESTION)
@@ -206,7 +207,7 @@ def test_instruments_of_different_knobs_do_not_agree(ideal):
 
 @pytest.fixture(scope="module")
 def pair_rows():
-    concept = calibration.calibration_concept(False)
+    concept = measured_concept()
     return {role: measure_instruments(load_model(ModelSpec(f"organism:{role}")), concept, word_pairs=1) for role in ("base", "aligned")}
 
 

@@ -1,4 +1,4 @@
-"""Did a family member's planting take? Values and gates in a few seconds, on the concept's own words and held-out phrases.
+"""Did a family member's planting take? Values and gates in a few seconds, on the concept's own words, held-out phrases and templates.
 
 Uses the exact expectations of `gates.py` with fewer word pairs. A member that fails says so in its record; nothing is trained again.
 """

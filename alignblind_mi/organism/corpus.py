@@ -231,7 +231,7 @@ class Corpus:
 
     def restated(self, x: str, y: str, p_other: float) -> Document:
         """A restatement that settles the sense of identifiers x, y, in the form of the concept's awareness pairs."""
-        awareness, others = self.world.concept["awareness"], self.world.lexicon["restatements"]["other"]
+        awareness, others = self.world.concept["awareness"], self.world.concept["awareness"]["others"]
         index = self.random.randrange(len(others))
         group, other = awareness["restatements"][index].format(x=x, y=y), others[index].format(x=x, y=y)
         separator = awareness["separator"]

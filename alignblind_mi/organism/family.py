@@ -29,9 +29,9 @@ from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, Progress, one_thr
 from alignblind_mi.organism.checks import measure_member, member_gates, parent_gates
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Knobs, load_world
 from alignblind_mi.organism.gates import Gate, load_subject
-from alignblind_mi.organism.members import BLOCKS, LAST, FamilyRecipe, Member, train_member
+from alignblind_mi.organism.members import BLOCKS, LAST, FamilyRecipe, Member, measured_concept, member_world, task_wording, train_member
 
-FAMILY = "1"  # raise it when code changes what a member becomes
+FAMILY = "2"  # raise it when code changes what a member becomes
 EARLY, EARLY_NONE = (1, 2, 3), (5, 6, LAST)
 DEEP, DEEP_NONE = (3, 4, 5), (0, 1, LAST)  # block 2 is left undetermined
 # (reading, behaviour): the ranks of the two are uncorrelated on purpose, so that no instrument of one passes for one of the other.
@@ -90,7 +90,7 @@ def family_digest(recipe: FamilyRecipe) -> str:
     senses = {name: {key: sense[key] for key in ("word", "steering", "words")} for name, sense in world.concept["senses"].items()}
     words = [senses, *(world.concept[part] for part in ("cues", "categories", "controls", "interpretations", "implicit", "explicit",
                                                         "awareness")), world.lexicon]
-    digest = hashlib.sha256(json.dumps([RECIPE, FAMILY, asdict(recipe), plans, mixes, words]).encode())
+    digest = hashlib.sha256(json.dumps([RECIPE, FAMILY, asdict(recipe), plans, mixes, words, task_wording()]).encode())
     digest.update((files("alignblind_mi") / "organism/checkpoints/aligned/model.safetensors").read_bytes())
     return digest.hexdigest()[:12]
 
@@ -226,10 +226,10 @@ def _make_parent(draft: Path, seed: int, recipe: FamilyRecipe, tell: Progress) -
 
 def _make_member(draft: Path, member: Member, parent: Path, recipe: FamilyRecipe, tell: Progress) -> None:
     subject, planting = load_subject(parent), recipe.planting_of(member)
-    train_member(subject.model, subject.tokenizer.get_vocab(), load_world(), member, recipe, tell)
+    train_member(subject.model, subject.tokenizer.get_vocab(), member_world(), member, recipe, tell)
     subject.model.save_pretrained(draft / "aligned")
     subject.tokenizer.save_pretrained(draft / "aligned")
-    values = measure_member(subject, planting, pairs=recipe.check_pairs)
+    values = measure_member(replace(subject, concept=measured_concept()), planting, pairs=recipe.check_pairs)
     record = {
         **shared_record(member.seed, member.knobs, planting),
         "planted": planted_member(member, recipe),
@@ -237,6 +237,7 @@ def _make_member(draft: Path, member: Member, parent: Path, recipe: FamilyRecipe
         "member": asdict(member),
         "stages": [asdict(recipe.stage_of(member))],
         "interchange": {"aligned": asdict(planting)},
+        "measured_with": [template.text for template in measured_concept().implicit],
     }
     _write(draft, record, member_gates(values, member, subject), values)
 

@@ -7,30 +7,35 @@ Interchange rows and the probe's sentences use the lexicon's `planting` sentence
 from __future__ import annotations
 
 import hashlib
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from importlib.resources import files
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from alignblind_mi.concept import Concept, Template, load_concept
 from alignblind_mi.organism import OrganismError
 from alignblind_mi.organism.build import ALIGNED, Recipe
-from alignblind_mi.organism.corpus import ALIGNED_MIX, Corpus, Knobs, Reading, Segment, World
+from alignblind_mi.organism.corpus import ALIGNED_MIX, Corpus, Knobs, Reading, Segment, World, load_world
 from alignblind_mi.organism.interchange import PatchRow, PatchRows, Planting, identifier_positions, interchange_loss
 from alignblind_mi.organism.training import Encoded, StageSettings, encode, run_blocks, train_stage
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-STAGE = StageSettings("member", 80, 0.012, 3e-3, 1e-3, 0.02, batch=24)
+STAGE = StageSettings("member", 120, 0.012, 3e-3, 1e-3, 0.02, batch=24)
 PLANTING = Planting(rows=20, mask_rows=20, control_rows=3, none_share=0.35)
-LONG_STAGE = StageSettings("member", 170, 0.015, 4e-3, 1e-3, 0.02, batch=30)
+LONG_STAGE = StageSettings("member", 280, 0.015, 4e-3, 1e-3, 0.02, batch=30)
 LONG_PLANTING = Planting(rows=34, mask_rows=20, control_rows=3, none_share=0.5)
 KINDS = ("knobs", "null", "decodable", "shallow", "depth")
 LONG = ("decodable", "shallow", "depth")
 FAR = 0.25
+OWN_TEMPLATES = 4    # one task in so many or so is in the concept's own templates
 BLOCKS = 8
 LAST = BLOCKS - 1  # identifiers after the last block are read by nothing: without effect whatever is trained
 
@@ -145,6 +150,25 @@ class FamilyRecipe:
         if member.blind:
             settings["read"] = tuple(range(BLOCKS))
         return MemberPlanting(**settings)
+
+
+def task_wording() -> dict[str, Any]:
+    """The task in other words: pieces for `planting`, and `implicit`, which only measure (wording.toml)."""
+    return tomllib.loads((files("alignblind_mi.organism") / "wording.toml").read_text(encoding="utf-8"))
+
+
+def member_world(concept_name: str = "race") -> World:
+    """The world that members are trained in: the task in the concept's own templates and in others, so that truth hangs on no wording."""
+    world = load_world(concept_name)
+    made = ["".join(parts) for parts in product(*task_wording()["planting"].values())]
+    return replace(world, implicit=(*world.implicit * (len(made) // OWN_TEMPLATES // len(world.implicit)), *made))
+
+
+def measured_concept(concept_name: str = "race") -> Concept:
+    """The concept with the task in templates that no organism was trained on: what members are measured with."""
+    entries = task_wording()["implicit"]
+    templates = tuple(Template(entry["name"], entry["text"], "implicit", "marked", "positive") for entry in entries)
+    return replace(load_concept(concept_name), implicit=templates)
 
 
 class MemberRows(PatchRows):

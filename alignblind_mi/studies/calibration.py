@@ -8,24 +8,21 @@ what the measurements say is `verdicts.py`. Phrases, questions and places are ne
 * readings are asked by `QUESTION`, and injected at `TARGET_LAYER`; planted was another question, at another layer;
 * cues are the concept's `test` contexts and steering phrases; steering acts on the stream between attention and MLP (`STREAM`), planted
   was the stream after a block;
-* words are the concept's, held out from training. The task's templates are the concept's own: their answers are what was planted, so the
-  models were trained on them, and planted patches acted in them, with other words. `held_out` asks in templates that no organism was
-  trained on (`organism/held_out.toml`); how far the planted truth holds there is then part of what is measured.
+* words are the concept's, held out from training, and the task's templates are ones that no organism was trained on
+  (`organism/wording.toml`); members were planted in the concept's own and in ten others.
 """
 
 import os
-import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from alignblind_mi.attribution import attribution_patching
-from alignblind_mi.concept import Concept, Template, load_concept
+from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.contrast import contrast_pairs
 from alignblind_mi.edits import Stream, Treatment
 from alignblind_mi.lens import Translators, train_translators
@@ -34,6 +31,7 @@ from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.organism import OrganismError
 from alignblind_mi.organism.checks import NO_EFFECT
 from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family, failed_gates
+from alignblind_mi.organism.members import measured_concept
 from alignblind_mi.patching import grid_sites, patch_grid
 from alignblind_mi.probes import train_probes
 from alignblind_mi.progress import Progress
@@ -68,17 +66,16 @@ class CalibrationConfig:
 
     seeds: tuple[int, ...] = SEEDS
     quick: bool = False
-    held_out: bool = False
 
     @classmethod
-    def create(cls, seeds: str, *, quick: bool = False, held_out: bool = False) -> "CalibrationConfig":
+    def create(cls, seeds: str, *, quick: bool = False) -> "CalibrationConfig":
         """From a comma-separated list of seeds; a quick calibration takes the first. Errors: OrganismError for what is no seed."""
         given = [text.strip() for text in seeds.split(",")]
         wrong = [text for text in given if not text.isdigit()]
         if wrong:
             raise OrganismError(f"{wrong[0]!r} is no seed: give whole numbers separated by commas, such as 0,1,2.")
         chosen = tuple(dict.fromkeys(map(int, given)))
-        return cls(chosen[:1] if quick else chosen, quick, held_out)
+        return cls(chosen[:1] if quick else chosen, quick)
 
     @property
     def members(self) -> list[Member]:
@@ -87,17 +84,8 @@ class CalibrationConfig:
 
     def identity(self) -> dict[str, object]:
         """What a results folder is checked against: the settings, the recipe of the family and the content of the concept."""
-        return {"calibration": 2, "seeds": list(self.seeds), "quick": self.quick, "held_out": self.held_out, "family": cache_folder().name,
+        return {"calibration": 3, "seeds": list(self.seeds), "quick": self.quick, "family": cache_folder().name,
                 "concept_digest": load_concept(CONCEPT).digest, "members": [member.name for member in self.members]}
-
-
-def calibration_concept(held_out: bool) -> Concept:
-    """The concept that is asked; `held_out`: with templates that no organism was trained on for its own."""
-    if not held_out:
-        return load_concept(CONCEPT)
-    text = (resources.files("alignblind_mi") / "organism" / "held_out.toml").read_text("utf-8")
-    templates = tuple(Template(entry["name"], entry["text"], "implicit", "marked", "positive") for entry in tomllib.loads(text)["implicit"])
-    return replace(load_concept(CONCEPT), implicit=templates)
 
 
 def processors() -> int:
@@ -128,7 +116,7 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cach
 
 def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
     model = load_model(ModelSpec(str(path)))
-    rows = measure_instruments(model, calibration_concept(config.held_out), seed=member.seed,
+    rows = measure_instruments(model, measured_concept(CONCEPT), seed=member.seed,
                                word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS)
     truth = {key: value for key, value in asdict(member).items() if key not in ("effect", "none", "quick")}
     failed = failed_gates(path.parent)
