@@ -24,7 +24,7 @@ from alignblind_mi.adapters import switch, switched, with_adapters
 from alignblind_mi.blocks import decoder_layers, input_device, is_llama_like, log_probs_of, mixer_width, text_config, unembed
 from alignblind_mi.budget import Budget, RowCost, is_out_of_memory, release
 from alignblind_mi.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
-from alignblind_mi.edits import UNITS, UNTREATED, EditError, Row, Site, Treatment, hook_name
+from alignblind_mi.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Site, Treatment, hook_name
 from alignblind_mi.engine import Engine
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
 from alignblind_mi.plain import PlainEngine
@@ -340,7 +340,7 @@ class HookedModel:
                  progress: Callable[[int], None] | None = None) -> list[Generation]:
         """Continue each row, greedily (`temperature` 0, whatever the checkpoint's generation config says) or by sampling.
 
-        Edits act on prompt positions only: they fire while the prompt is read, never on generated tokens. A row stops at any of the
+        Edits act while the prompt is read, and those at the mark `generated` on every token that follows. A row stops at any of the
         checkpoint's end tokens, or as soon as its text contains one of the `stop` strings, which is cut off. A sampled row depends on
         `seed` and its own text alone, not on the rows it runs with; `draws` names the rows instead of their texts, where several rows of
         one text must be drawn independently. `continuations` (as in `continuation_log_probs`) are scored on the way: the prompts are read
@@ -419,19 +419,21 @@ class HookedModel:
         out, part = [], cache(self._part)
         reads = [(site, part(site.layer, site.stream, site.units)[0]) for site in sites]
         for i, row in enumerate(rows):
-            edits = []
+            edits, later = list[TokenEdit](), list[TokenEdit]()
             for edit in row.edits:
                 site = edit.site
                 features, size = part(site.layer, site.stream, site.units)
                 if edit.vector.shape != (size,):
                     units = f" (units {', '.join(map(str, site.units))})" if site.units else ""
                     raise EditError(f"an edit at {site.stream}{units} needs a vector of shape ({size},), got {tuple(edit.vector.shape)}.")
+                if site.mark == GENERATED:
+                    later.append(TokenEdit(place(site.layer, site.stream, 0, features), edit.vector, edit.how, edit.strength))
                 edits += [TokenEdit(place(site.layer, site.stream, at, features), edit.vector, edit.how, edit.strength)
                           for at in positions(i, site)]
             if not encoded[i].ids:
                 raise PromptError(f"the prompt {row.prompt.text!r} has no tokens: there is nothing to go on from.")
             at_sites = tuple(place(site.layer, site.stream, one(i, site), features) for site, features in reads)
-            out.append(TokenRow(encoded[i].ids, tuple(edits), at_sites))
+            out.append(TokenRow(encoded[i].ids, tuple(edits), at_sites, tuple(later)))
         return out
 
     def site_size(self, site: Site) -> int:
