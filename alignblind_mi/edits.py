@@ -147,6 +147,21 @@ def _has(prompt: Prompt, mark: str) -> bool:
 UNTREATED = Treatment("untreated")
 
 
+def combine(*treatments: Treatment, name: str = "") -> Treatment:
+    """Several treatments at once: edits in their order, prefixes one after the other, the adapter of the one that has one.
+
+    Errors: EditError for two adapters (merge them first, or choose one).
+    """
+    adapters = [treatment.adapter for treatment in treatments if treatment.adapter is not None]
+    if len(adapters) > 1:
+        raise EditError(f"two adapters cannot be on at once ({', '.join(adapters)}): combine one of them with edits and prefixes.")
+    parts = [treatment for treatment in treatments if treatment.family != UNTREATED.family]
+    return Treatment(name or "+".join(treatment.name for treatment in parts) or UNTREATED.name,
+                     tuple(edit for treatment in parts for edit in treatment.edits), next(iter(adapters), None),
+                     "".join(treatment.prefix for treatment in parts), "combined" if len(parts) > 1 else
+                     parts[0].family if parts else UNTREATED.family, {"parts": " + ".join(treatment.name for treatment in parts)})
+
+
 def adapter_name(folder: Path | str) -> str:
     """The name under which an adapter folder is loaded: the folder's own name."""
     return Path(folder).name

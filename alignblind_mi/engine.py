@@ -247,7 +247,8 @@ class Engine:
             last = taps.found is None and layer == self.n_layers - 1
             hidden = self._last_column(hidden, attend, rope, cache, taps) if last else self._layer(layer, hidden, attend, rope, cache, taps)
             hidden = taps.touch(layer, "resid_post", hidden, skip=ids.shape[1] - hidden.shape[1])
-        return Batch(self, index, hidden[:, -1], mask, cache.store(self.n_layers) if taps.found is None else None, Later.of(rows), taps.found)
+        store = cache.store(self.n_layers) if taps.found is None else None
+        return Batch(self, index, hidden[:, -1], mask, store, Later.of(rows), taps.found)
 
     def _trunk(self, rows: Sequence[TokenRow], entries: set[int], *, whole: bool, columns: int) -> Trunk:
         """What rows to come have in common, run once.

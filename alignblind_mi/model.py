@@ -155,6 +155,11 @@ class HookedModel:
                              "load_model(adapters=).")
         return replace(self, treatment=treatment)
 
+    @property
+    def architecture(self) -> str:
+        """The model type of its configuration, such as `llama`."""
+        return str(text_config(self.engine.model).model_type)
+
     def provenance(self) -> dict[str, Any]:
         """What identifies the model behind a number."""
         return {"model": self.spec.name, "revision": self.fingerprint, "dtype": self.spec.dtype, "device": self.spec.device,

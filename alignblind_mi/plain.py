@@ -53,7 +53,8 @@ class Batch:
     def select(self, rows: Int[Tensor, " row"]) -> "Batch":
         """The batch of these rows only (or of some rows more than once); this one is used up."""
         self.past.batch_select_indices(rows)    # on the CPU: layers may lie on several devices
-        return Batch(self.engine, [self.index[i] for i in rows.tolist()], self.last[rows], self.mask[rows], self.past, self.later.select(rows))
+        index = [self.index[i] for i in rows.tolist()]
+        return Batch(self.engine, index, self.last[rows], self.mask[rows], self.past, self.later.select(rows))
 
     def copy(self) -> "Batch":
         """A batch that can be used up while this one stays."""
