@@ -25,7 +25,7 @@ from alignblind_mi.blocks import decoder_layers, input_device, is_llama_like, lo
 from alignblind_mi.budget import Budget, RowCost, is_out_of_memory, release
 from alignblind_mi.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
 from alignblind_mi.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Site, Treatment, hook_name
-from alignblind_mi.engine import Engine
+from alignblind_mi.engine import Engine, cut
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
 from alignblind_mi.plain import PlainEngine
 from alignblind_mi.prompts import Prompt, PromptError
@@ -282,6 +282,21 @@ class HookedModel:
             out[batch.index] = batch.logits().log_softmax(-1).cpu()
 
         self._over(self.token_rows(rows), None, keep)
+        return out
+
+    def text_log_probs(self, rows: Sequence[Row]) -> list[Float[Tensor, "token vocabulary"]]:
+        """For each row, log-probabilities of every next token after each of its tokens but the last, in float32."""
+        whole = self.token_rows(rows)
+        starts = [(i, n) for i, row in enumerate(whole) for n in range(1, len(row.ids))]
+        parts = [cut(whole[i], 0, n) for i, n in starts]
+        out = [torch.empty(len(row.ids) - 1, text_config(self.engine.model).vocab_size) for row in whole]
+
+        def keep(batch: Batch) -> None:
+            for k, log_probs in zip(batch.index, batch.logits().log_softmax(-1).cpu(), strict=True):
+                i, n = starts[k]
+                out[i][n - 1] = log_probs
+
+        self._over(parts, None, keep)
         return out
 
     def next_probs(self, rows: Sequence[Row], targets: Sequence[str]) -> Float[Tensor, "row target"]:
