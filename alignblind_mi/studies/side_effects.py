@@ -44,8 +44,9 @@ def measure_side_effects(model: HookedModel, concept: Concept, cue: str | Cue, *
     a sentence that settles the other sense of both identifiers. `perplexity`: of the neutral texts, as nats a token (its exponential is the
     perplexity). Shares of right answers (1 or 0): `copying` a list of words in its order, `judging` negative words bad and positive ones
     good in the concept's own task (greedy answers; an invalid one is wrong), `other_questions` and `group_questions`: the sense of an
-    identifier after a `test` sentence that settles it. `weight`: the tokens of a text. Divergences are
-    from the same model without the treatment; the rest is compared with the rows of the untreated model, item by item. A treatment that acts on generated tokens acts on the texts', as if they were generated.
+    identifier after a `test` sentence that settles it. `weight`: the tokens of a text. Divergences are from the same model without the
+    treatment; the rest is compared with the rows of the untreated model, item by item. A treatment that acts on generated tokens acts on
+    the texts', as if they were generated.
 
     Errors: ModelError if the tokenizer knows fewer than five of the texts; ConceptError for a concept without contexts of both senses.
     """
