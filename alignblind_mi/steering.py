@@ -38,10 +38,11 @@ def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: 
 
     `sense` is a sense or a control of the concept; `stream` may be another place in those layers (see `Site`).
 
-    Errors: EditError for a cue with several identifiers or a layer that does not exist;
-    ConceptError for an unknown sense.
+    Errors: EditError for a cue with several identifiers or a layer that does not exist; ConceptError for an unknown sense, or a concept
+    or cue without senses.
     """
     cue = concept.cue(cue) if isinstance(cue, str) else cue
+    concept.both_senses(cue)
     if not steerable(cue):
         raise EditError(f"the cue {cue.name!r} draws from several identifiers: replacing one by another would change who is asked about. "
                         "Steer a cue with one pair of identifiers.")
