@@ -288,7 +288,8 @@ def _sense_problems(file: _Sound) -> list[str]:
         used = [name for name in SENSE_TABLES if file.data.get(name)]
         given = [f"{role}: names {name!r}, but the file has no [senses.{name}]" for role, name in roles.items() if name]
         return given + [f"[{name}]: only a concept with senses can use it, and the file has no [senses]" for name in used]
-    found = [f"{role}: the field {role!r} is missing, and there are senses ({', '.join(senses)})" for role, name in roles.items() if not name]
+    found = [f"{role}: the field {role!r} is missing, and there are senses ({', '.join(senses)})" for role, name in roles.items()
+             if not name]
     found += [f"{role}: {name!r} is not among the senses ({', '.join(senses)})" for role, name in roles.items()
               if name and name not in senses]
     if roles["group_sense"] and roles["group_sense"] == roles["other_sense"]:

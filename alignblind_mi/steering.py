@@ -32,6 +32,11 @@ def steerable(cue: Cue) -> bool:
     return len(cue.marked) == 1 and len(cue.unmarked) == 1
 
 
+def can_steer(concept: Concept, cue: str) -> bool:
+    """Whether a study steers: the cue has the concept's senses, and one pair of identifiers."""
+    return concept.has_senses(cue) and steerable(concept.cue(cue))
+
+
 def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[int], *,
                    stream: Stream = "resid_post") -> Treatment:
     """The treatment that replaces the identifiers' residual stream, after each of `layers`, by that in the phrase of `sense`.

@@ -33,6 +33,9 @@ def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, d
     log P(stereotyped assignment) - log P(reversed assignment), both in the concept's `assignment` form and the prompt's word order; it is
     never invalid, and NaN for explicit prompts.
 
+    A view in a chat (`HookedModel.in_chat`) is asked in it: `prompt` is then the whole rendered text, and the assignments that are scored
+    begin without their blank, as an assistant's answer does.
+
     Errors: ModelError if the tokenizer does not know a word that would be asked.
     """
     prompts = [p for kind in kinds for p in behaviour_prompts(concept, cue, kind, design=design, seed=seed, max_word_pairs=max_word_pairs)]
@@ -42,12 +45,12 @@ def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, d
 def ask(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], decoding: Decoding,
         progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """The rows of `measure_behaviour` for prompts of one's own choice."""
-    model.check_known(prompts)
-    rows = model.treatment.rows(prompts)
+    rows = model.rows(prompts)
+    model.check_known(prompts if model.chat is None else [row.prompt for row in rows])
     answers: dict[int, Generation] = {}
     for kind in ("implicit", "explicit"):
         index = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == kind]
-        choices = [assignments(concept, prompts[i]) for i in index] if kind == "implicit" else None
+        choices = [_choices(model, concept, prompts[i]) for i in index] if kind == "implicit" else None
         made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
                               continuations=choices, progress=progress)
         answers |= zip(index, made, strict=True)
@@ -60,3 +63,9 @@ def ask(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], decodin
                         "outcome": outcome.label, "reason": outcome.reason, "log_odds": log_odds,
                         **{f"decoding_{key}": value for key, value in asdict(decoding).items()}})
     return pd.DataFrame.from_records(records)
+
+
+def _choices(model: HookedModel, concept: Concept, prompt: Prompt) -> tuple[str, str]:
+    """The two complete answers as the model would go on with them."""
+    stereotyped, reversed_ = assignments(concept, prompt)
+    return (stereotyped, reversed_) if model.chat is None else (stereotyped.lstrip(), reversed_.lstrip())

@@ -179,7 +179,7 @@ def _record(model: HookedModel, sources: Sequence[Source], layers: Sequence[int]
     for i, source in enumerate(sources):
         kinds.setdefault(tuple(source.site(layer) for layer in layers), []).append(i)
     for sites, index in kinds.items():
-        out[index] = model.record(model.treatment.rows([sources[i].prompt for i in index]), list(sites))
+        out[index] = model.record(model.rows([sources[i].prompt for i in index]), list(sites))
     return out
 
 
