@@ -18,6 +18,7 @@ from alignblind_mi.errors import AlignblindError
 Design = Literal["published", "balanced"]
 Kind = Literal["implicit", "explicit"]
 DESIGNS: tuple[Design, ...] = ("published", "balanced")
+KINDS: tuple[Kind, ...] = ("implicit", "explicit")
 _EMPTY: Mapping[str, str] = MappingProxyType({})
 
 

@@ -26,7 +26,7 @@ from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprin
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora, trainable
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.progress import Advance, Progress
-from alignblind_mi.prompts import Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
+from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, load_result, versions
 from alignblind_mi.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.studies.awareness import (
@@ -43,7 +43,6 @@ from alignblind_mi.studies.mitigation import early_window, late_window, steering
 from alignblind_mi.studies.sources import CONTROLS, context_prompts, control_sources, reading_sources
 
 log = logging.getLogger(__name__)
-BOTH: tuple[Kind, ...] = ("implicit", "explicit")
 VIEWS = ("attention", "tokens")
 INSTRUMENTS = ("selfie", "lens", "probes")    # beside the patchscope
 Treat = Callable[[HookedModel], Treatment]
@@ -273,7 +272,7 @@ def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
         yield from _steering(config, concept, n_layers)
     for group in lora_groups(config):
         treatment = Treatment(f"lora_{group}", adapter=f"lora_{group}", family="lora")
-        yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, BOTH, partial(_same, treatment)))
+        yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, KINDS, partial(_same, treatment)))
         yield Part(f"lora_{group}_awareness", "aligned", True, *_awareness(config, concept, "paper", partial(_same, treatment)))
 
 
@@ -283,8 +282,8 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
 
 
 def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
-    yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED)))
-    yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED), design="balanced"))
+    yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED)))
+    yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED), design="balanced"))
     for reading in questions(concept, config.cue):
         yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED), CONTROLS))
     for name in instruments(concept, config.cue, config.selfie):
@@ -303,7 +302,7 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
                 return sense_steering(model, concept, config.cue, name, window)
 
             label = f"steering_{name}_{window[0]:02d}-{window[-1]:02d}"
-            kinds: tuple[Kind, ...] = BOTH if window in compared else ("implicit",)
+            kinds: tuple[Kind, ...] = KINDS if window in compared else ("implicit",)
             yield Part(label, "aligned", False, *_behaviour(config, concept, kinds, treat))
             if window in compared:
                 yield Part(f"{label}_awareness", "aligned", False, *_awareness(config, concept, "paper", treat))
