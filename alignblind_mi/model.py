@@ -10,7 +10,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from alignblind_mi.adapters import switch, switched, with_adapters
 from alignblind_mi.blocks import decoder_layers, input_device, is_llama_like, log_probs_of, mixer_width, text_config, unembed
 from alignblind_mi.budget import Budget, RowCost, is_out_of_memory, release
+from alignblind_mi.chat import Chat, chat_frame, in_chat
 from alignblind_mi.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
 from alignblind_mi.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Site, Treatment, hook_name
 from alignblind_mi.engine import Engine, cut
@@ -108,7 +109,8 @@ def _accelerate_hooks(module: Any) -> list[Any]:
 
 @dataclass(frozen=True, eq=False)
 class HookedModel:
-    """A model that runs rows: see `load_model`. `under(treatment)` gives a view on the same weights; nothing is changed in place."""
+    """A model that runs rows: see `load_model`. `under(treatment)` and `in_chat(chat)` give views on the same weights; nothing is changed
+    in place."""
 
     spec: ModelSpec
     engine: Engine | PlainEngine
@@ -118,6 +120,7 @@ class HookedModel:
     fingerprint: str
     peft: Any = None
     treatment: Treatment = UNTREATED
+    chat: Chat | None = None
 
     @property
     def bridge(self) -> Any:
@@ -160,11 +163,30 @@ class HookedModel:
         """The model type of its configuration, such as `llama`."""
         return str(text_config(self.engine.model).model_type)
 
+    def in_chat(self, chat: Chat | None = Chat()) -> "HookedModel":    # noqa: B008 - a value
+        """The same model, asked in its chat format (None: raw again). Errors: ModelError for a tokenizer without a usable chat template."""
+        if chat is not None:
+            chat_frame(self.tokenizer, chat, self.spec.name)
+        return replace(self, chat=chat)
+
+    def rows(self, prompts: Sequence[Prompt], *, partial: bool = False) -> list[Row]:
+        """Prompts as this view asks them: after the treatment's prefix, in the chat if there is one, with the treatment's edits (`partial`:
+        see `Treatment.rows`).
+
+        A `Row` that is made by hand is raw: steering phrases, and the questions that representations are patched into, stay as they are in
+        a chat as well.
+        """
+        rows = self.treatment.rows(prompts, partial=partial)
+        if self.chat is None:
+            return rows
+        asked = in_chat([row.prompt for row in rows], self.tokenizer, self.chat, self.spec.name)
+        return [replace(row, prompt=prompt) for row, prompt in zip(rows, asked, strict=True)]
+
     def provenance(self) -> dict[str, Any]:
         """What identifies the model behind a number."""
         return {"model": self.spec.name, "revision": self.fingerprint, "dtype": self.spec.dtype, "device": self.spec.device,
                 "quantization": self.spec.quantization, "engine": self.engine.name, "batches": str(self.engine.budget),
-                "treatment": self.treatment.name}
+                "treatment": self.treatment.name, "chat": None if self.chat is None else asdict(self.chat)}
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
@@ -209,7 +231,7 @@ class HookedModel:
     def cache(self, prompts: Prompt | str | Sequence[Prompt | str], names: Sequence[str] | Callable[[str], bool] | None = None) -> Cached:
         """Run prompts and keep activations at any hook points of the bridge (`names`: a list, a predicate, or None for all of them)."""
         items = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
-        rows = self.treatment.rows([Prompt(item) if isinstance(item, str) else item for item in items])
+        rows = self.rows([Prompt(item) if isinstance(item, str) else item for item in items])
         wanted = _name_filter(names, self.bridge)
         with torch.no_grad(), self.edited_bridge(self.token_rows(rows)) as (bridge, ids, attended):
             _, cache = bridge.run_with_cache(ids, attention_mask=attended, names_filter=wanted)
@@ -565,7 +587,8 @@ def load_model(spec: ModelSpec | str, *, adapters: Sequence[Path | str] = ()) ->
 def untrained(model: HookedModel, *, seed: int = 0) -> HookedModel:
     """A model of the same architecture and tokenizer with random weights (transformers' own initialisation): a control for probes.
 
-    It needs as much memory as the model itself. Treatments do not carry over: its activations are its own.
+    It needs as much memory as the model itself, and is asked as the model is (raw or in a chat). Treatments do not carry over: its
+    activations are its own.
     """
     from transformers import AutoModelForCausalLM
 
@@ -576,7 +599,7 @@ def untrained(model: HookedModel, *, seed: int = 0) -> HookedModel:
     fresh.set_attn_implementation("sdpa")
     spec = replace(model.spec, quantization=None, device_map=None)
     return HookedModel(spec, choose_engine(spec, fresh), Twin(spec, fresh, model.tokenizer), model.tokenizer, model.stop_ids,
-                       f"random:{seed}")
+                       f"random:{seed}", chat=model.chat)
 
 
 def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:

@@ -50,6 +50,11 @@ def steerable(cue: Cue) -> bool:
     return len(cue.marked) == 1 and len(cue.unmarked) == 1
 
 
+def can_steer(concept: Concept, cue: str) -> bool:
+    """Whether a study steers: the cue has the concept's senses, and one pair of identifiers."""
+    return concept.has_senses(cue) and steerable(concept.cue(cue))
+
+
 @dataclass(frozen=True, eq=False)
 class SteeringVectors:
     """One vector a layer (and, for `replacement`, a role) that stands for a sense, and where it came from.
@@ -203,6 +208,7 @@ def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense
     the concept does not have, or has no sentences for.
     """
     cue = concept.cue(cue) if isinstance(cue, str) else cue
+    concept.both_senses(cue)
     if method not in get_args(Method):
         raise EditError(f"unknown method {method!r}. Known: {', '.join(get_args(Method))}.")
     if not steerable(cue):

@@ -35,6 +35,9 @@ def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, d
     log P(stereotyped assignment) - log P(reversed assignment), both in the concept's `assignment` form and the prompt's word order; it is
     never invalid, and NaN for explicit prompts.
 
+    A view in a chat (`HookedModel.in_chat`) is asked in it: `prompt` is then the whole rendered text, and the assignments that are scored
+    begin without their blank, as an assistant's answer does.
+
     Errors: ModelError if the tokenizer does not know a word that would be asked.
     """
     prompts = [p for kind in kinds for p in behaviour_prompts(concept, cue, kind, design=design, seed=seed, max_word_pairs=max_word_pairs)]
@@ -64,7 +67,7 @@ def ask_under(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], t
 
 def _ask_together(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], treatments: Sequence[Treatment], decoding: Decoding,
                   progress: Callable[[int], None] | None, partial: bool) -> list[pd.DataFrame]:
-    rows = [row for treatment in treatments for row in treatment.rows(prompts, partial=partial)]
+    rows = [row for treatment in treatments for row in model.under(treatment).rows(prompts, partial=partial)]
     model.check_known([row.prompt for row in rows])
     asked = [prompt for _ in treatments for prompt in prompts]
     found = _answers(model, concept, rows, asked, decoding, progress)
@@ -78,7 +81,7 @@ def _answers(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts:
     answers: dict[int, Generation] = {}
     for kind in ("implicit", "explicit"):
         index = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == kind]
-        choices = [assignments(concept, prompts[i]) for i in index] if kind == "implicit" else None
+        choices = [_choices(model, concept, prompts[i]) for i in index] if kind == "implicit" else None
         made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
                               continuations=choices, progress=progress)
         answers |= zip(index, made, strict=True)
@@ -91,3 +94,9 @@ def _answers(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts:
                         "outcome": outcome.label, "reason": outcome.reason, "log_odds": log_odds,
                         **{f"decoding_{key}": value for key, value in asdict(decoding).items()}})
     return records
+
+
+def _choices(model: HookedModel, concept: Concept, prompt: Prompt) -> tuple[str, str]:
+    """The two complete answers as the model would go on with them."""
+    stereotyped, reversed_ = assignments(concept, prompt)
+    return (stereotyped, reversed_) if model.chat is None else (stereotyped.lstrip(), reversed_.lstrip())

@@ -127,7 +127,7 @@ def _copying(model: HookedModel, concept: Concept, cue: Cue, word_pairs: int, se
             break
     else:
         raise ModelError(f"the tokenizer of {model.spec.name} does not know the words of any form of the copying task.")
-    answers = model.generate(model.treatment.rows(prompts, partial=True), 5 * LISTED)
+    answers = model.generate(model.rows(prompts, partial=True), 5 * LISTED)
     said = [answer.text.split("\n\n")[0].translate(SEPARATORS).split()[:LISTED] for answer in answers]
     return [", ".join(some) for some in drawn], [float(some == words) for some, words in zip(said, drawn, strict=True)]
 
