@@ -315,14 +315,14 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     parameters = sum(p.numel() for p in peft.parameters() if p.requires_grad)
     pad = int(tokenizer.pad_token_id)
     done = checkpoints(folder)
-    trainer = ResumableTrainer(
-        model=peft, args=_arguments(settings, folder, job.spec), train_dataset=data.train, eval_dataset=data.validation or None,
-        data_collator=lambda batch: collate(batch, pad), objective=data.objective, earlier=seconds_of(done[-1]) if done else 0.0,
-        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience else [])
-    trainer.remove_callback(PrinterCallback)    # losses go to training.json, not to standard output
-    if not (done and has_ended(state_of(done[-1]))):
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)    # transformers' own, about its next major version
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)    # transformers' own, about its next major version
+        trainer = ResumableTrainer(
+            model=peft, args=_arguments(settings, folder, job.spec), train_dataset=data.train, eval_dataset=data.validation or None,
+            data_collator=lambda batch: collate(batch, pad), objective=data.objective, earlier=seconds_of(done[-1]) if done else 0.0,
+            callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience else [])
+        trainer.remove_callback(PrinterCallback)    # losses go to training.json, not to standard output
+        if not (done and has_ended(state_of(done[-1]))):
             trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     seconds, done = trainer.seconds, checkpoints(folder)
     state = state_of(done[-1])
@@ -331,7 +331,7 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     peft.peft_config["default"].base_model_name_or_path = job.spec.name    # the name, not where it lies on this machine
     peft.save_pretrained(str(folder), save_embedding_layers=False)
     note = {"examples": len(data.train), "examples_dropped": data.dropped, "parameters": parameters, "steps": state.global_step,
-            "seconds": round(seconds, 2), **_losses(state, bool(data.validation)), "versions": versions()}
+            "steps_planned": state.max_steps, "seconds": round(seconds, 2), **_losses(state, bool(data.validation)), "versions": versions()}
     if data.validation:
         note["examples_validation"] = len(data.validation)
     if data.objective is not None:
@@ -361,7 +361,7 @@ def _arguments(settings: LoraSettings, folder: Path, spec: ModelSpec) -> Any:
     validated: dict[str, Any] = {"eval_strategy": "epoch", "metric_for_best_model": "loss", "greater_is_better": False,
                                  "load_best_model_at_end": True, "per_device_eval_batch_size": settings.batch_size,
                                  "prediction_loss_only": True}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation, learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_share, weight_decay=settings.weight_decay, seed=settings.seed, data_seed=settings.seed,
@@ -369,3 +369,5 @@ def _arguments(settings: LoraSettings, folder: Path, spec: ModelSpec) -> Any:
         report_to="none", disable_tqdm=True, remove_unused_columns=False, use_cpu=spec.device == "cpu",
         bf16=spec.dtype == "bfloat16" and spec.device != "cpu", dataloader_pin_memory=False,
         **(validated if settings.validation_share else {}))
+    arguments._n_gpu = min(arguments.n_gpu, 1)    # else several GPUs would each get a batch: another batch size than the settings say
+    return arguments

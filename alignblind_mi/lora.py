@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from alignblind_mi.concept import Awareness, Concept, ConceptError
 from alignblind_mi.edits import Treatment
@@ -29,10 +29,23 @@ from alignblind_mi.finetuning import (
 from alignblind_mi.loading import ModelSpec, load_config
 from alignblind_mi.prompts import fill
 
-__all__ = ["LAYER_GROUPS", "PAPER", "Example", "Kind", "LoraError", "LoraSettings", "awareness_examples", "blindness_examples",
-           "examples_of", "layer_group", "lora_sweep", "placebo_examples", "train_lora"]
+__all__ = [
+    "KINDS",
+    "LAYER_GROUPS",
+    "PAPER",
+    "Example",
+    "LoraError",
+    "LoraSettings",
+    "awareness_examples",
+    "blindness_examples",
+    "examples_of",
+    "layer_group",
+    "lora_sweep",
+    "placebo_examples",
+    "train_lora",
+]
 
-Kind = Literal["aware", "blind", "placebo"]
+KINDS = ("aware", "blind", "placebo")
 
 
 # ---- training pairs ----------------------------------------------------------------------------------------------------
@@ -59,10 +72,13 @@ def placebo_examples(concept: Concept) -> list[Example]:
 
 def examples_of(concept: Concept, kind: str) -> list[Example]:
     """The training pairs of a kind: aware, blind or placebo."""
-    makers = {"aware": awareness_examples, "blind": blindness_examples, "placebo": placebo_examples}
-    if kind not in makers:
-        raise LoraError(f"unknown kind of training data {kind!r}. Known: {', '.join(makers)}.")
-    return makers[kind](concept)
+    _check_kind(kind)
+    return dict(zip(KINDS, (awareness_examples, blindness_examples, placebo_examples), strict=True))[kind](concept)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise LoraError(f"unknown kind of training data {kind!r}. Known: {', '.join(KINDS)}.")
 
 
 def _awareness(concept: Concept) -> Awareness:
@@ -98,7 +114,7 @@ def _settled(concept: Concept, sense: str) -> list[Example]:
 
 
 def train_lora(spec: ModelSpec | str, examples: Sequence[Example], layers: str | Sequence[int], out: Path, *,
-               settings: LoraSettings | None = None, concept: Concept | None = None, kind: Kind = "aware") -> Treatment:
+               settings: LoraSettings | None = None, concept: Concept | None = None, kind: str = "aware") -> Treatment:
     """Train an adapter on `layers` and save it as a PEFT folder `out` with its `training.json`; an existing one is kept as it is.
 
     layers: a group's name, a text such as "0-3,7", or numbers. `concept` is needed for an activation loss only: its `train` contexts
@@ -108,15 +124,14 @@ def train_lora(spec: ModelSpec | str, examples: Sequence[Example], layers: str |
     unknown layers or modules, or a folder of another training; ModelError as in `load_model`.
     """
     settings = settings or PAPER
-    if kind not in get_args(Kind):
-        raise LoraError(f"unknown kind of training data {kind!r}. Known: {', '.join(get_args(Kind))}.")
+    _check_kind(kind)
     if len(examples) < settings.batch_size:
         raise LoraError(f"{len(examples)} examples do not fill a batch of {settings.batch_size}.")
     spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
     depth = int(load_config(spec).get_text_config().num_hidden_layers)
     chosen = choose_layers(layers, depth)
     read = choose_layers(settings.activation_layers or chosen, depth)
-    contexts = _contexts(concept) if settings.activation_weight else []
+    contexts = _contexts(concept) if settings.activation_weight else None
     train, validation = split_examples(examples, settings.validation_share, settings.seed)
 
     def prepare(model: Any, tokenizer: Any) -> Prepared:
@@ -125,22 +140,23 @@ def train_lora(spec: ModelSpec | str, examples: Sequence[Example], layers: str |
             from alignblind_mi.sense_loss import SenseLoss, find_reading
 
             objective = SenseLoss(find_reading(model, tokenizer, *contexts, read), settings.activation_weight)
-        sides = [encode(tokenizer, side, settings.max_length, identifiers=bool(contexts)) for side in (train, validation)]
-        return Prepared(*sides, dropped=len(examples) - sum(map(len, sides)), objective=objective)
+        items, held = (encode(tokenizer, side, settings.max_length, identifiers=bool(contexts)) for side in (train, validation))
+        return Prepared(items, held, len(examples) - len(items) - len(held), objective)
 
-    learnt_from = [[asdict(example) for example in part] for part in (examples, *contexts)]
+    learnt_from = [[asdict(example) for example in part] for part in (examples, *(contexts or ()))]
     method = f"{kind}+activation" if contexts else kind
     return finetune(Job(spec, chosen, settings, method, "placebo" if kind == "placebo" else "lora", learnt_from, prepare), out)
 
 
-def _contexts(concept: Concept | None) -> list[list[Example]]:
+def _contexts(concept: Concept | None) -> tuple[list[Example], list[Example]]:
+    """Sentences that settle the group sense, and those that settle the other one."""
     if concept is None:
         raise LoraError("an activation loss needs the concept whose contexts settle the senses: give train_lora(concept=...).")
-    return [_settled(concept, sense) for sense in (concept.group_sense, concept.other_sense)]
+    return _settled(concept, concept.group_sense), _settled(concept, concept.other_sense)
 
 
 def lora_sweep(spec: ModelSpec | str, examples: Sequence[Example], layers: str | Sequence[int], out: Path, settings: Sequence[LoraSettings],
-               *, concept: Concept | None = None, kind: Kind = "aware") -> Iterator[Treatment]:
+               *, concept: Concept | None = None, kind: str = "aware") -> Iterator[Treatment]:
     """Train one adapter for each of the settings, each in a folder of its own below `out`, called by rank, rate and what else differs.
 
     Errors: LoraError, before anything is trained, if two settings are the same; else as `train_lora`.
