@@ -5,12 +5,13 @@ Training is transformers' Trainer (`trainer.py`) on the plain model with a PEFT 
 module does NOT know what the examples say, nor what a loss is for.
 """
 
+import contextlib
 import hashlib
 import json
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,14 +252,39 @@ def finetune(job: Job, out: Path) -> Treatment:
     identity = job.identity()
     if not (out / "training.json").is_file():
         check_modules(job.spec, job.settings.modules)
-        beside = _begin(out, identity)
-        note = {**identity, **_train(job, beside)}
-        for path in (*beside.glob("checkpoint-*"), beside / "identity.json", beside / "README.md"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        (beside / "training.json").write_text(json.dumps(note, indent=1), "utf-8")
-        shutil.rmtree(out, ignore_errors=True)
-        beside.replace(out)
+        with _alone(out):
+            _make(job, out, identity)
     return _treatment(out, identity)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process trains in a folder at a time; the operating system frees it when that process ends, however it ends."""
+    from filelock import FileLock, Timeout
+    from safetensors import SafetensorError
+
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with lock.acquire(timeout=0):
+            yield
+            Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout:
+        raise LoraError(f"another process is training {out}: wait for it, or give another folder.") from None
+    except (OSError, SafetensorError) as error:
+        raise LoraError(f"cannot write {out} ({error}): what was trained up to the last whole epoch is kept and will be gone on with."
+                        ) from error
+
+
+def _make(job: Job, out: Path, identity: dict[str, Any]) -> None:
+    """Train, or go on, beside `out`; then put it in its place."""
+    beside = _begin(out, identity)
+    note = {**identity, **_train(job, beside)}
+    for path in (*beside.glob("checkpoint-*"), beside / "identity.json", beside / "README.md"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (beside / "training.json").write_text(json.dumps(note, indent=1), "utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    beside.replace(out)
 
 
 def _begin(out: Path, identity: dict[str, Any]) -> Path:

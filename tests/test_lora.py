@@ -212,6 +212,39 @@ def test_a_finished_adapter_of_another_training_is_not_passed_off(race, tiny_fol
         train_lora(str(tiny_folder), awareness_examples(race)[::6], "early", whole, settings=HELD)
 
 
+def test_one_process_trains_in_a_folder_at_a_time(race, tiny_folder, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".lora.lock"), pytest.raises(LoraError, match="another process is training"):
+        train_lora(str(tiny_folder), awareness_examples(race)[::40], "early", tmp_path / "lora", settings=SETTINGS)
+    train_lora(str(tiny_folder), awareness_examples(race)[::40], "early", tmp_path / "lora", settings=replace(SETTINGS, epochs=1))
+    assert {p.name for p in tmp_path.iterdir()} == {"lora"}
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(race, tiny_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LoraError, match="cannot write"):
+        train_lora(str(tiny_folder), awareness_examples(race)[::40], "early", tmp_path / "file" / "lora", settings=SETTINGS)
+
+
+def test_a_full_disk_keeps_the_epochs_that_are_whole(race, tiny_folder, tmp_path, whole, monkeypatch):
+    args, own, calls = (str(tiny_folder), awareness_examples(race)[::5], "early", tmp_path / "lora"), trainer_module.save_file, []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 3:    # two files a checkpoint: the second one is not finished
+            raise OSError(28, "No space left on device")
+        own(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "save_file", full)
+        with pytest.raises(LoraError, match="No space left"):
+            train_lora(*args, settings=HELD)
+    assert (tmp_path / ".lora.part" / "checkpoint-5" / "whole.json").is_file()
+    train_lora(*args, settings=HELD)
+    assert weights(tmp_path / "lora") == weights(whole)
+
+
 def test_details_are_read_from_the_folder(race, tiny_folder, whole):
     again = train_lora(str(tiny_folder), awareness_examples(race)[::5], "early", whole, settings=HELD)
     found = json.loads((whole / "training.json").read_text())
