@@ -28,7 +28,11 @@ _WHERE = {
     "patching": ("grid_sites", "head_sites", "patch_grid", "summarise_patching"),
     "attribution": ("attribution_patching", "screen_agreement", "top_neuron_sites", "unit_attribution"),
     "path_patching": ("path_patch",),
-    "lora": ("LoraSettings", "awareness_examples", "layer_group", "train_lora"),
+    "adapters": ("merge_adapter", "unmerge_adapter"),
+    "finetuning": ("choose_layers", "trained_treatment"),
+    "lora": ("PAPER", "LoraSettings", "awareness_examples", "blindness_examples", "layer_group", "lora_sweep", "placebo_examples",
+             "train_lora"),
+    "unlearning": ("UnlearningSettings", "train_unlearning"),
     "studies.behaviour": ("Decoding", "measure_behaviour"),
     "studies.awareness": ("blind_score", "measure_awareness", "measure_lens", "measure_probes", "measure_selfie", "reading_reduction",
                           "readings_of", "selfie_table", "summarise_readings"),
@@ -40,15 +44,26 @@ _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE)
 
 if TYPE_CHECKING:
+    from alignblind_mi.adapters import merge_adapter, unmerge_adapter
     from alignblind_mi.answers import Outcome, judge, judge_explicit, judge_implicit
     from alignblind_mi.attribution import attribution_patching, screen_agreement, top_neuron_sites, unit_attribution
     from alignblind_mi.concept import Concept, load_concept
     from alignblind_mi.contrast import Pair, contrast_pairs
     from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment, combine
     from alignblind_mi.errors import AlignblindError
+    from alignblind_mi.finetuning import choose_layers, trained_treatment
     from alignblind_mi.lens import lens_contrast, logit_lens, train_translators
     from alignblind_mi.loading import ModelSpec
-    from alignblind_mi.lora import LoraSettings, awareness_examples, layer_group, train_lora
+    from alignblind_mi.lora import (
+        PAPER,
+        LoraSettings,
+        awareness_examples,
+        blindness_examples,
+        layer_group,
+        lora_sweep,
+        placebo_examples,
+        train_lora,
+    )
     from alignblind_mi.model import HookedModel, load_model
     from alignblind_mi.organism import organism_info, organism_path
     from alignblind_mi.patching import grid_sites, head_sites, patch_grid, summarise_patching
@@ -98,6 +113,7 @@ if TYPE_CHECKING:
     from alignblind_mi.studies.mitigation import compare_treatments, early_window, late_window
     from alignblind_mi.studies.patching import depth_profile, effect_span, measure_patching
     from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study, study_parts
+    from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,8 @@ FLOORS = {
     0: ("errors", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
         "readings"),
     1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "gradients", "organism"),
-    2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "lora",
-        "unlearning"),
+    2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "trainer",
+        "finetuning", "sense_loss", "lora", "unlearning"),
     3: ("progress", "studies"),
     4: ("figures", "report", "calibration_page", "scoring", "views", "commands", "__main__"),
 }
