@@ -15,6 +15,10 @@ _WHERE = {
     "answers": ("Outcome", "judge", "judge_explicit", "judge_implicit"),
     "results": ("Result", "load_result", "save_result"),
     "statistics": ("position_effect", "summarise"),
+    "paired": ("corrected", "difference_draws", "item_slopes", "paired_differences", "paired_means", "summarise_slopes"),
+    "mixed": ("mixed_logistic",),
+    "power": ("Plan", "items_needed", "plan_from_pilot", "power_of", "smallest_difference"),
+    "frontier": ("equal_damage", "pareto"),
     "errors": ("AlignblindError",),
     "loading": ("ModelSpec",),
     "model": ("HookedModel", "load_model"),
@@ -46,11 +50,14 @@ if TYPE_CHECKING:
     from alignblind_mi.contrast import Pair, contrast_pairs
     from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment
     from alignblind_mi.errors import AlignblindError
+    from alignblind_mi.frontier import equal_damage, pareto
     from alignblind_mi.lens import lens_contrast, logit_lens, train_translators
     from alignblind_mi.loading import ModelSpec
     from alignblind_mi.lora import LoraSettings, awareness_examples, layer_group, train_lora
+    from alignblind_mi.mixed import mixed_logistic
     from alignblind_mi.model import HookedModel, load_model
     from alignblind_mi.organism import organism_info, organism_path
+    from alignblind_mi.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
     from alignblind_mi.patching import grid_sites, head_sites, patch_grid, summarise_patching
     from alignblind_mi.patchscope import (
         description_prompt,
@@ -61,6 +68,7 @@ if TYPE_CHECKING:
         token_identity_prompt,
     )
     from alignblind_mi.path_patching import path_patch
+    from alignblind_mi.power import Plan, items_needed, plan_from_pilot, power_of, smallest_difference
     from alignblind_mi.probes import train_probes
     from alignblind_mi.prompts import (
         Prompt,

@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
 FLOORS = {
-    0: ("errors", "concept", "prompts", "edits", "answers", "results", "statistics", "released", "readings"),
+    0: ("errors", "concept", "prompts", "edits", "answers", "results", "statistics", "released", "readings",
+        "paired", "mixed", "power", "frontier"),
     1: ("adapters", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "gradients", "organism"),
     2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "lora",
         "unlearning"),
     3: ("progress", "studies"),
-    4: ("figures", "report", "calibration_page", "scoring", "views", "__main__"),
+    4: ("figures", "report", "calibration_page", "scoring", "views", "commands", "__main__"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 FILES = sorted(PACKAGE.rglob("*.py"))
