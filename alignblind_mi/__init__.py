@@ -15,6 +15,10 @@ _WHERE = {
     "answers": ("Outcome", "judge", "judge_explicit", "judge_implicit"),
     "results": ("Result", "load_result", "save_result"),
     "statistics": ("position_effect", "summarise"),
+    "paired": ("corrected", "difference_draws", "item_slopes", "paired_differences", "paired_means", "summarise_slopes"),
+    "mixed": ("mixed_logistic",),
+    "power": ("Plan", "items_needed", "plan_from_pilot", "power_of", "smallest_difference"),
+    "frontier": ("equal_damage", "pareto"),
     "errors": ("AlignblindError",),
     "loading": ("ModelSpec",),
     "model": ("HookedModel", "load_model"),
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
     from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment, combine
     from alignblind_mi.errors import AlignblindError
     from alignblind_mi.finetuning import choose_layers, trained_treatment
+    from alignblind_mi.frontier import equal_damage, pareto
     from alignblind_mi.lens import lens_contrast, logit_lens, train_translators
     from alignblind_mi.loading import ModelSpec
     from alignblind_mi.lora import (
@@ -64,8 +69,10 @@ if TYPE_CHECKING:
         placebo_examples,
         train_lora,
     )
+    from alignblind_mi.mixed import mixed_logistic
     from alignblind_mi.model import HookedModel, load_model
     from alignblind_mi.organism import organism_info, organism_path
+    from alignblind_mi.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
     from alignblind_mi.patching import grid_sites, head_sites, patch_grid, summarise_patching
     from alignblind_mi.patchscope import (
         description_prompt,
@@ -76,6 +83,7 @@ if TYPE_CHECKING:
         token_identity_prompt,
     )
     from alignblind_mi.path_patching import path_patch
+    from alignblind_mi.power import Plan, items_needed, plan_from_pilot, power_of, smallest_difference
     from alignblind_mi.probes import train_probes
     from alignblind_mi.prompts import (
         Prompt,
