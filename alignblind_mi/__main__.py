@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from alignblind_mi import __version__
+from alignblind_mi.commands.compare import compare
 from alignblind_mi.commands.concept import concept_app
 from alignblind_mi.commands.lora import lora
 from alignblind_mi.commands.power import power
@@ -18,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pair: a calibration device, never evidence about a real model.")
 app.add_typer(organism_app, name="organism")
 app.add_typer(concept_app, name="concept")
+app.command("compare")(compare)
 app.command("lora")(lora)
 app.command("power")(power)
 
