@@ -40,7 +40,7 @@ class _Fit(NamedTuple):
 
 
 def mixed_logistic(rows: pd.DataFrame, *, baseline: str = "untreated", between: str = "treatment", position: bool = True,
-                   groups: Sequence[str] = CLUSTERS, level: float = LEVEL, method: Method = "statsmodels") -> pd.DataFrame:
+                   groups: Sequence[str] = CLUSTERS, level: float = LEVEL, method: Method | str = "statsmodels") -> pd.DataFrame:
     """log-odds(stereotyped) = association under the treatment + position + word pair + template, over the valid implicit answers.
 
     One row per term: `association[T]` under every treatment T, with position at balance; `change[T]` from `baseline`; `position`, by how
