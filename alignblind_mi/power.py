@@ -114,8 +114,9 @@ def power_of(plan: Plan) -> float:
         parts, dfs, true = [*parts, templates / plan.templates + own / n], [*dfs, plan.templates - 1], true + templates / plan.templates
     estimated = np.meshgrid(*(part * _chi_square_over_df(df) for part, df in zip(parts, dfs, strict=True)), indexing="ij")
     cells = (words + templates) / (plan.word_pairs * plan.templates) + own / n
-    crossed = [np.full_like(estimated[0], cells), sum(estimated) - cells] if len(parts) > 1 else []
-    variance = np.maximum.reduce([*estimated, *crossed])
+    variance = np.maximum.reduce(estimated)
+    if len(parts) > 1:
+        variance = np.maximum(variance, np.maximum(cells, estimated[0] + estimated[1] - cells))
     df = np.minimum(variance**2 / sum(part**2 / k for part, k in zip(estimated, dfs, strict=True)), n - 1)
     critical = stdtrit(df, 1 - plan.alpha / 2) * np.sqrt(variance)
     return exact + rest * float(ndtr((abs(plan.difference) - critical) / np.sqrt(true)).mean())
@@ -134,7 +135,7 @@ def _exact_power(m: int, plan: Plan) -> float:
 
     right = (plan.share + abs(plan.difference)) / (2 * plan.share) if plan.share else 0.5
     hits = [x for x in range(m // 2 + 1, m + 1) if mcnemar_p(m - x, x) <= plan.alpha]
-    return float(binom.pmf(hits, m, min(right, 1.0)).sum()) if hits else 0.0
+    return float(np.sum(binom.pmf(hits, m, min(right, 1.0)))) if hits else 0.0
 
 
 def items_needed(plan: Plan, power: float = 0.8) -> Plan:
