@@ -53,10 +53,10 @@ def mixed_logistic(rows: pd.DataFrame, *, baseline: str = "untreated", between: 
     term, estimate (log-odds), low, high, sd, n (answers), groups (how many of each), method.
 
     "statsmodels": `BinomialBayesMixedGLM` by variational Bayes gives estimates and spreads. Its own errors of fixed effects take these as
-    independent of the random intercepts and are several times too small, so the covariance is Laplace's instead: the inverse of the joint
+    independent of the random intercepts and are too small (associations: threefold), so the covariance is Laplace's instead: the inverse of the joint
     curvature in fixed and random effects there (Breslow and Clayton 1993), at the mean squared spreads. Associations, which speak of other
-    words and templates too, have Student's intervals with degrees of freedom after Satterthwaite from the numbers of groups.
-    "bambi" draws from the posterior (pip install 'alignblind-mi[bayes]'). Priors: `EFFECT_SD`, and `SPREAD_SD` (statsmodels) or Bambi's own.
+    words and templates too, have Student's intervals with Satterthwaite's degrees of freedom from the numbers of groups.
+    "bambi" draws from the posterior (pip install 'alignblind-mi[bayes]'). Priors: `EFFECT_SD`; `SPREAD_SD` (statsmodels) or Bambi's own.
 
     Errors: StatisticsError where one outcome is all there is, overall or within what a term tells apart (the log-odds are then infinite),
     for one order of options and words only (pass position=False), and as the names say.
@@ -160,7 +160,8 @@ def _table(design: _Design, fit: _Fit, baseline: str, treated: list[str], level:
         half = (t if 0 in parts else z) * sd
         records.append({"term": term, "estimate": estimate, "low": estimate - half, "high": estimate + half, "sd": sd})
     for name, middle, sd in zip(design.groups, fit.log_spread, fit.log_spread_sd, strict=True):
-        low, estimate, high = (float(np.exp(middle + side * z * sd)) for side in (-1, 0, 1))
+        low, high = (float(np.exp(middle + side * z * sd)) for side in (-1, 1))
+        estimate = float(np.exp(middle))
         records.append({"term": f"spread[{name}]", "estimate": estimate, "low": low, "high": high, "sd": estimate * float(sd)})
     groups = ", ".join(f"{name}: {int(code.max()) + 1}" for name, code in design.groups.items())
     return pd.DataFrame.from_records(records).assign(n=len(design.outcome), groups=groups, method=fit.method)
