@@ -54,8 +54,8 @@ def mixed_logistic(rows: pd.DataFrame, *, baseline: str = "untreated", between: 
 
     "statsmodels": `BinomialBayesMixedGLM` by variational Bayes gives estimates and spreads. Its own errors of fixed effects take these as
     independent of the random intercepts and are too small (associations: threefold), so the covariance is Laplace's instead: the inverse of
-    the joint curvature in fixed and random effects (Breslow and Clayton 1993), at the mean squared spreads. Associations, which speak of other
-    words and templates too, have Student's intervals with Satterthwaite's degrees of freedom from the numbers of groups.
+    the joint curvature in fixed and random effects (Breslow and Clayton 1993), at the mean squared spreads. Associations, which speak of
+    other words and templates too, have Student's intervals with Satterthwaite's degrees of freedom from the numbers of groups.
     "bambi" draws from the posterior (pip install 'alignblind-mi[bayes]'). Priors: `EFFECT_SD`; `SPREAD_SD` (statsmodels) or Bambi's own.
 
     Errors: StatisticsError where one outcome is all there is, overall or within what a term tells apart (the log-odds are then infinite),
