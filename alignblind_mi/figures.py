@@ -696,6 +696,7 @@ def frontier_figure(points: pd.DataFrame) -> Figure:
         axis.set_ylabel("benefit: nearer to 50 % by")
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" points"))
         axis.margins(x=0.08, y=0.12)
+        axis.set_xlim(right=max(axis.get_xlim()[1], 0.05), left=min(-0.02 * axis.get_xlim()[1], -0.004))
     for axis in axes[len(measures):]:
         axis.set_visible(False)
     _legend(figure, [*_marks(families, [FAMILY_COLOURS[name] for name in families]), _line(INK, "best for its damage", ls="--", width=0.8)])
