@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from doubles import TINY_CHAT, tiny_llama
 
 from alignblind_mi.results import ResultError
 from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study
@@ -164,3 +166,76 @@ def test_parts_of_one_s_own_are_kept_and_resumed_like_those_of_a_study(tiny_fold
     assert {name: result.rows["role"].tolist() for name, result in found.items()} == {"depth_base": ["base"], "depth_aligned": ["aligned"]}
     assert all({"model", "revision", "part", "config"} <= set(result.provenance) for result in found.values())
     assert not (tmp_path / "out" / "adapters").exists(), "nothing is trained for parts that need no adapter"
+
+
+@pytest.fixture(scope="module")
+def religion_folder(tmp_path_factory) -> Path:
+    """A model that knows the words of a concept without senses, with a chat template."""
+    from alignblind_mi.concept import load_concept
+    from alignblind_mi.prompts import behaviour_prompts
+
+    religion = load_concept("religion")
+    texts = [p.text for cue in religion.cues for kind in ("implicit", "explicit") for p in behaviour_prompts(religion, cue, kind)]
+    words = {w for text in [*texts, "user system assistant : - , . Be fair"] for w in re.findall(r"\w+|[^\w\s]", text)}
+    return tiny_llama(tmp_path_factory.mktemp("religion"), sorted(words), layers=2, chat_template=TINY_CHAT)
+
+
+def test_a_concept_without_senses_is_studied_by_behaviour_alone(religion_folder, tmp_path):
+    pair, out = ("--base", religion_folder, "--aligned", religion_folder, "--concept", "religion", "--quick"), tmp_path / "out"
+    asked = ("--chat", "--system", "Be fair.", "--temperature", "0.8", "--seed", "4")
+    done = alignblind("study", *pair, *asked, "--out", out)
+    assert done.returncode == 0, done.stderr
+    parts = load_study(out)
+    assert set(parts) == {f"{part}_{role}" for part in ("behaviour", "balanced", "view_attention") for role in ("base", "aligned")}
+    rows = parts["behaviour_aligned"].rows
+    assert rows["prompt"].str.startswith("<bos>system : Be fair.\nuser : ").all()
+    assert rows["prompt"].str.endswith(" My Answer:\nassistant :").all()
+    assert rows["cue"].eq("islam").all(), "the first cue, where none is named"
+    assert set(rows["decoding_temperature"]) == {0.8}
+    assert parts["behaviour_aligned"].provenance["chat"] == {"system": "Be fair.", "date": "2024-07-26"}
+    report = " ".join((out / "report.html").read_text("utf-8").split())
+    assert "This study is unfinished" not in report
+    assert report.count("The identifiers of the cue “islam” have no senses: they are not ambiguous") == 5    # summary and four sections
+    assert "after the system prompt “Be fair.”" in report
+    assert "--temperature 0.8 --chat --system &#39;Be fair.&#39;" in report
+    assert not (out / "adapters").exists()
+    assert alignblind("study", *pair, *asked, "--out", out).returncode == 0, "resumed"
+    other = alignblind("study", *pair, "--out", out)
+    assert other.returncode == 2
+    assert "results of another configuration" in other.stderr
+    assert "chat is" in other.stderr
+
+
+def test_the_forecast_of_a_concept_without_senses_has_no_training(religion_folder):
+    from alignblind_mi.studies.forecast import study_load
+
+    raw, chat = (study_load(StudyConfig.create(str(religion_folder), str(religion_folder), concept="religion", cue="judaism", chat=chat))
+                 for chat in (False, True))
+    assert set(raw) == {"behaviour", "balanced", "view"}
+    assert raw["behaviour"]["rows"] == 2 * 16 * 8
+    assert chat["behaviour"]["prompt_tokens"] > raw["behaviour"]["prompt_tokens"]
+
+
+def test_treatments_of_a_concept_without_senses_are_compared_by_behaviour(religion_folder):
+    from alignblind_mi.concept import load_concept
+    from alignblind_mi.edits import UNTREATED
+    from alignblind_mi.model import load_model
+    from alignblind_mi.studies.behaviour import Decoding
+    from alignblind_mi.studies.mitigation import compare_treatments
+
+    found = compare_treatments(load_model(str(religion_folder)), load_concept("religion"), "islam", [UNTREATED], max_word_pairs=2,
+                               decoding=Decoding(max_new_tokens=3))
+    assert found.awareness.empty
+    table = found.table()
+    assert table["treatment"].tolist() == ["untreated"]
+    assert "r_blind" not in table
+
+
+def test_a_system_prompt_without_a_chat_and_a_model_without_a_template_are_refused(tmp_path):
+    for arguments, said in ((("--system", "Be fair."), "--chat"), (("--chat",), "the tokenizer of organism:base has no chat template"),
+                            (("--temperature", "-1"), "a temperature is 0")):
+        done = alignblind("study", *arguments, "--out", tmp_path / "out")
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
