@@ -13,7 +13,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from doubles import TINY_CHAT, tiny_llama
+from typer.testing import CliRunner
 
+from alignblind_mi.__main__ import app
+from alignblind_mi.errors import AlignblindError
+from alignblind_mi.loading import ModelError
 from alignblind_mi.results import ResultError
 from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study
 
@@ -168,6 +172,13 @@ def test_parts_of_one_s_own_are_kept_and_resumed_like_those_of_a_study(tiny_fold
     assert not (tmp_path / "out" / "adapters").exists(), "nothing is trained for parts that need no adapter"
 
 
+def in_process(*arguments: object) -> str | AlignblindError:
+    """What a command prints, or the error that it ends in."""
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 0 or isinstance(done.exception, AlignblindError), done.exception
+    return done.exception if isinstance(done.exception, AlignblindError) else done.output
+
+
 @pytest.fixture(scope="module")
 def religion_folder(tmp_path_factory) -> Path:
     """A model that knows the words of a concept without senses, with a chat template."""
@@ -183,8 +194,7 @@ def religion_folder(tmp_path_factory) -> Path:
 def test_a_concept_without_senses_is_studied_by_behaviour_alone(religion_folder, tmp_path):
     pair, out = ("--base", religion_folder, "--aligned", religion_folder, "--concept", "religion", "--quick"), tmp_path / "out"
     asked = ("--chat", "--system", "Be fair.", "--temperature", "0.8", "--seed", "4")
-    done = alignblind("study", *pair, *asked, "--out", out)
-    assert done.returncode == 0, done.stderr
+    assert isinstance(in_process("study", *pair, *asked, "--out", out), str)
     parts = load_study(out)
     assert set(parts) == {f"{part}_{role}" for part in ("behaviour", "balanced", "view_attention") for role in ("base", "aligned")}
     rows = parts["behaviour_aligned"].rows
@@ -199,11 +209,10 @@ def test_a_concept_without_senses_is_studied_by_behaviour_alone(religion_folder,
     assert "after the system prompt “Be fair.”" in report
     assert "--temperature 0.8 --chat --system &#39;Be fair.&#39;" in report
     assert not (out / "adapters").exists()
-    assert alignblind("study", *pair, *asked, "--out", out).returncode == 0, "resumed"
-    other = alignblind("study", *pair, "--out", out)
-    assert other.returncode == 2
-    assert "results of another configuration" in other.stderr
-    assert "chat is" in other.stderr
+    assert isinstance(in_process("study", *pair, *asked, "--out", out), str), "resumed"
+    other = in_process("study", *pair, "--out", out)
+    assert isinstance(other, ResultError)
+    assert "results of another configuration: chat is" in str(other)
 
 
 def test_the_forecast_of_a_concept_without_senses_has_no_training(religion_folder):
@@ -234,8 +243,7 @@ def test_treatments_of_a_concept_without_senses_are_compared_by_behaviour(religi
 def test_a_system_prompt_without_a_chat_and_a_model_without_a_template_are_refused(tmp_path):
     for arguments, said in ((("--system", "Be fair."), "--chat"), (("--chat",), "the tokenizer of organism:base has no chat template"),
                             (("--temperature", "-1"), "a temperature is 0")):
-        done = alignblind("study", *arguments, "--out", tmp_path / "out")
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        refused = in_process("study", *arguments, "--out", tmp_path / "out")
+        assert isinstance(refused, ModelError)
+        assert said in str(refused)
         assert not (tmp_path / "out").exists()
