@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -133,8 +134,6 @@ def test_the_configuration_is_saved_and_names_the_weights(undisturbed):
 
 @pytest.mark.slow
 def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, monkeypatch, race):
-    from dataclasses import replace
-
     from alignblind_mi.lora import LoraSettings, awareness_examples
     from alignblind_mi.report import write_report
     from alignblind_mi.studies.behaviour import Decoding
@@ -247,3 +246,25 @@ def test_a_system_prompt_without_a_chat_and_a_model_without_a_template_are_refus
         assert isinstance(refused, ModelError)
         assert said in str(refused)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_concept_with_nothing_but_senses_and_a_question_is_studied_as_far_as_it_goes(tiny_folder, tmp_path):
+    from alignblind_mi import concept as concepts
+    from alignblind_mi.report import write_report
+    from alignblind_mi.studies.behaviour import Decoding
+
+    race = (Path(concepts.__file__).parent / "concepts" / "race.toml").read_text("utf-8")
+    left_out = ("[controls", "[selfie", "[contexts", "[instructions", "[awareness", "[interpretations.about")
+    bare = "".join(part for part in re.split(r"(?m)^(?=\[)", race) if not part.startswith(left_out))
+    bare = re.sub(r"(?ms)^lexicon = \[.*?^\]\n|^words = .*?\]\n", "", bare)
+    file = tmp_path / "bare.toml"
+    file.write_text(bare, "utf-8")
+    config = replace(StudyConfig.create(str(tiny_folder), str(tiny_folder), concept=str(file), quick=True), balanced_pairs=1,
+                     published_pairs=1, decoding=Decoding(max_new_tokens=2))
+    report = write_report(run_study(config, tmp_path / "out")).read_text("utf-8")
+    parts = load_study(tmp_path / "out")
+    assert {"awareness_base_paper", "reading_lens_aligned", "steering_color_03-03_awareness"} <= set(parts)
+    assert not any(name.startswith(("lora", "reading_selfie", "reading_probes", "steering_random")) for name in parts)
+    assert set(parts["awareness_base_paper"].rows["control"]) == {"", "random", "wrong_token", "text"}
+    assert "This study is unfinished" not in report
+    assert "no [awareness] sentences to train on" in report
