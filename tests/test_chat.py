@@ -198,3 +198,13 @@ def test_steering_vectors_are_raw_in_a_chat(chatty, race: Concept):
     raw, chat = (sense_steering(model, race, "default", "race", [1]) for model in (chatty, chatty.in_chat()))
     assert all(torch.equal(a.vector, b.vector) for a, b in zip(raw.edits, chat.edits, strict=True))
     assert isinstance(chatty.in_chat().rows([Prompt("black")])[0], Row)
+
+
+def test_patching_in_a_chat_is_of_the_chat(chatty, race: Concept):
+    from alignblind_mi.studies.patching import measure_patching
+
+    some = {"parts": ["residual"], "layers": [1], "max_word_pairs": 1, "controls": (), "categories": ["weapon"], "marks": ["identifiers"]}
+    raw, chat = (measure_patching(model, race, "default", **some) for model in (chatty, chatty.in_chat(Chat(SYSTEM))))
+    assert len(raw) == len(chat) > 0
+    assert chat["log_odds"].notna().all()
+    assert (raw["log_odds"] - chat["log_odds"]).abs().max() > 1e-4
