@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from alignblind_mi import __version__
+from alignblind_mi.commands.compare import compare
 from alignblind_mi.commands.concept import concept_app
+from alignblind_mi.commands.lora import lora
+from alignblind_mi.commands.power import power
 from alignblind_mi.errors import AlignblindError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -16,6 +19,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pair: a calibration device, never evidence about a real model.")
 app.add_typer(organism_app, name="organism")
 app.add_typer(concept_app, name="concept")
+app.command("compare")(compare)
+app.command("lora")(lora)
+app.command("power")(power)
 
 
 @app.callback(invoke_without_command=True)

@@ -92,9 +92,7 @@ class StudyConfig:
             check_model(spec)
             if asked is not None:
                 chat_frame(load_tokenizer(spec), asked, spec.name)
-        record = organism_record(specs[1])
-        advised: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.get("lora", {}).items()}
-        lora = LoraSettings(**{**advised, "seed": seed})
+        record, lora = organism_record(specs[1]), recommended_lora(specs[1], seed)
         if temperature is None:
             temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
@@ -120,6 +118,13 @@ def organism_record(spec: ModelSpec) -> dict[str, Any]:
     """The record (organism.json) of an embedded or rebuilt organism, or an empty one for any other model."""
     note = Path(spec.source).parent / "organism.json"
     return json.loads(note.read_text("utf-8")) if Path(spec.source).is_dir() and note.is_file() else {}
+
+
+def recommended_lora(spec: ModelSpec, seed: int) -> LoraSettings:
+    """The LoRA settings that an organism's own record recommends; the paper's for any other model."""
+    advised: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
+                               for key, value in organism_record(spec).get("lora", {}).items()}
+    return LoraSettings(**{**advised, "seed": seed})
 
 
 @dataclass(frozen=True)
