@@ -40,7 +40,7 @@ from alignblind_mi.studies.awareness import (
 )
 from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
-from alignblind_mi.studies.sources import CONTROLS, context_prompts, control_sources, reading_sources
+from alignblind_mi.studies.sources import context_prompts, control_sources, possible_controls, reading_sources
 
 log = logging.getLogger(__name__)
 VIEWS = ("attention", "tokens")
@@ -290,7 +290,8 @@ def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[
     yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED)))
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED), design="balanced"))
     for reading in questions(concept, config.cue):
-        yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED), CONTROLS))
+        work = _awareness(config, concept, reading, partial(_same, UNTREATED), possible_controls(concept))
+        yield Part(f"awareness_{role}_{reading}", role, False, *work)
     for name in instruments(concept, config.cue, config.selfie):
         yield Part(f"reading_{name}_{role}", role, False, *_instrument(config, concept, name))
     for name in view_names(concept, config.cue):
@@ -366,17 +367,19 @@ def instruments(concept: Concept, cue: str, selfie: str) -> list[str]:
 
 def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
     """An instrument on the untreated model, with its controls; of probes, their accuracy stands beside their readings."""
+    controls = possible_controls(concept)
+
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         if name == "selfie":
             return measure_selfie(model, concept, config.cue, prompt=config.selfie, target_layer=config.target_layer,
-                                  temperature=config.decoding.temperature, seed=config.seed)
+                                  temperature=config.decoding.temperature, controls=controls, seed=config.seed)
         if name == "lens":
-            return measure_lens(model, concept, config.cue, seed=config.seed)
-        return with_accuracy(measure_probes(model, concept, config.cue, seed=config.seed))
+            return measure_lens(model, concept, config.cue, controls=controls, seed=config.seed)
+        return with_accuracy(measure_probes(model, concept, config.cue, controls=controls, seed=config.seed))
 
     def loads() -> list[Load]:
         sources = reading_sources(concept, config.cue, seed=config.seed)
-        sources += control_sources(concept, sources, CONTROLS, seed=config.seed)
+        sources += control_sources(concept, sources, controls, seed=config.seed)
         found = [Load([source.prompt for source in sources], chat=config.chat)]
         if name == "selfie":
             target = interpretation_prompt(concept.selfie_prompt(config.selfie))
