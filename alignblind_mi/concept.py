@@ -1,6 +1,6 @@
 """Concepts as data: identifiers by role, words, senses and the texts that a study asks about them.
 
-A concept is one TOML file (see `concepts/race.toml`). Everything that names a group, a colour or a word lives there; this module only
+A concept is one TOML file (see `concepts/race.toml`). Everything that names a group, a sense or a word lives there; this module only
 reads and checks it. It does NOT know what is measured, nor any model.
 """
 
@@ -19,6 +19,8 @@ from alignblind_mi.errors import AlignblindError
 Role = Literal["marked", "unmarked"]
 Valence = Literal["positive", "negative"]
 T = TypeVar("T")
+
+DEFAULT_CONCEPT = "race"    # what is studied where nothing else is asked for: the concept of the paper
 
 
 class ConceptError(AlignblindError):
@@ -203,7 +205,7 @@ def load_concept(source: str | Path) -> Concept:
     try:
         concept = _build(data, digest=hashlib.sha256(text.encode()).hexdigest()[:16])
     except KeyError as error:
-        raise ConceptError(f"{where}: the field {error} is missing. Compare with the built-in concept 'race'.") from error
+        raise ConceptError(f"{where}: the field {error} is missing. Compare with the built-in concept {DEFAULT_CONCEPT!r}.") from error
     except (TypeError, AttributeError) as error:
         raise ConceptError(f"{where}: a field is misspelt or has the wrong form ({error}).") from error
     problems = _problems(concept)

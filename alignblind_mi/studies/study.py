@@ -18,12 +18,13 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.attention import attention_rows
-from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
 from alignblind_mi.lens import lens_contrast, logit_lens
-from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config
+from alignblind_mi.loading import EMBEDDED, ModelError, ModelSpec, check_model, fingerprint, load_config
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora
 from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.organism import RECORD, organism_names, read_record
 from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, load_result, versions
@@ -54,7 +55,7 @@ class StudyConfig:
 
     base: ModelSpec
     aligned: ModelSpec
-    concept: str = "race"
+    concept: str = DEFAULT_CONCEPT
     cue: str = "default"
     quick: bool = False
     seed: int = 0
@@ -66,16 +67,18 @@ class StudyConfig:
     published_pairs: int | None = None
 
     @classmethod
-    def create(cls, base: str, aligned: str, *, concept: str = "race", cue: str = "default", quick: bool = False, seed: int = 0,
+    def create(cls, base: str, aligned: str, *, concept: str = DEFAULT_CONCEPT, cue: str = "default", quick: bool = False, seed: int = 0,
                **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
         `options` are those of `ModelSpec` (dtype, device, device_map, quantization, engine ...), for both models.
         """
         specs = [ModelSpec(name, **options).resolved() for name in (base, aligned)]
-        load_concept(concept).cue(cue)
+        asked = load_concept(concept)
+        asked.cue(cue)
         for spec in specs:
             check_model(spec)
+            check_organism(spec, asked)
         record = organism_record(specs[1])
         advised: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.get("lora", {}).items()}
         lora = LoraSettings(**{**advised, "seed": seed})
@@ -95,8 +98,16 @@ class StudyConfig:
 
 def organism_record(spec: ModelSpec) -> dict[str, Any]:
     """The record (organism.json) of an embedded or rebuilt organism, or an empty one for any other model."""
-    note = Path(spec.source).parent / "organism.json"
-    return json.loads(note.read_text("utf-8")) if Path(spec.source).is_dir() and note.is_file() else {}
+    folder = Path(spec.source)
+    return read_record(folder.parent) if folder.is_dir() and (folder.parent / RECORD).is_file() else {}
+
+
+def check_organism(spec: ModelSpec, concept: Concept) -> None:
+    """Refuse an organism that was trained on another concept: it does not know the words. Errors: ModelError in one sentence."""
+    known = organism_record(spec).get("concept", concept.name)
+    if known != concept.name:
+        raise ModelError(f"{spec.name} was trained on the concept {known!r} and knows nothing of {concept.name!r}: ask it about {known!r}, "
+                         f"or take another model (embedded: {', '.join(EMBEDDED + name for name in organism_names())}).")
 
 
 @dataclass(frozen=True)
