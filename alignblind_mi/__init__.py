@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "concept": ("Concept", "load_concept"),
     "prompts": ("Prompt", "behaviour_prompts", "explicit_prompts", "implicit_prompts", "interpretation_prompt", "mark", "steering_prompt"),
-    "edits": ("UNTREATED", "Edit", "Row", "Site", "Treatment"),
+    "edits": ("UNTREATED", "Edit", "Row", "Site", "Treatment", "combine"),
     "answers": ("Outcome", "judge", "judge_explicit", "judge_implicit"),
     "results": ("Result", "load_result", "save_result"),
     "statistics": ("position_effect", "summarise"),
@@ -23,7 +23,7 @@ _WHERE = {
     "lens": ("lens_contrast", "logit_lens", "train_translators"),
     "probes": ("train_probes",),
     "readings": ("classify", "read_interpretations"),
-    "steering": ("layer_windows", "sense_steering"),
+    "steering": ("SteeringVectors", "layer_windows", "load_vectors", "noise_like", "sense_steering", "steering_grid", "steering_vectors"),
     "contrast": ("Pair", "contrast_pairs"),
     "patching": ("grid_sites", "head_sites", "patch_grid", "summarise_patching"),
     "attribution": ("attribution_patching", "screen_agreement", "top_neuron_sites", "unit_attribution"),
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from alignblind_mi.attribution import attribution_patching, screen_agreement, top_neuron_sites, unit_attribution
     from alignblind_mi.concept import Concept, load_concept
     from alignblind_mi.contrast import Pair, contrast_pairs
-    from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment
+    from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment, combine
     from alignblind_mi.errors import AlignblindError
     from alignblind_mi.lens import lens_contrast, logit_lens, train_translators
     from alignblind_mi.loading import ModelSpec
@@ -74,7 +74,15 @@ if TYPE_CHECKING:
     from alignblind_mi.readings import classify, read_interpretations
     from alignblind_mi.results import Result, load_result, save_result
     from alignblind_mi.statistics import position_effect, summarise
-    from alignblind_mi.steering import layer_windows, sense_steering
+    from alignblind_mi.steering import (
+        SteeringVectors,
+        layer_windows,
+        load_vectors,
+        noise_like,
+        sense_steering,
+        steering_grid,
+        steering_vectors,
+    )
     from alignblind_mi.studies.awareness import (
         blind_score,
         measure_awareness,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from alignblind_mi import __version__
+from alignblind_mi.commands.concept import concept_app
 from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.errors import AlignblindError
 
@@ -15,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
 organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pairs: calibration devices, never evidence about a real model.")
 app.add_typer(organism_app, name="organism")
+app.add_typer(concept_app, name="concept")
 
 
 @app.callback(invoke_without_command=True)
@@ -27,12 +29,15 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 Base = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")]
 Aligned = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:aligned.")]
 ConceptName = Annotated[str, typer.Option(help="A built-in concept or a .toml file.")]
-CueName = Annotated[str, typer.Option(help="A cue of the concept.")]
+CueName = Annotated[str, typer.Option(help="A cue of the concept (default: its first).")]
 Quick = Annotated[bool, typer.Option("--quick", help="A few word pairs, two windows, two adapters: to see that it works.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")]
 Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes; pip install 'alignblind-mi[quantized]').")]
+Chatting = Annotated[bool, typer.Option("--chat", help="Ask in the models' own chat templates (default: raw text, as the paper).")]
+System = Annotated[str, typer.Option(help="A system prompt before every prompt of the chat.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy, above it answers are sampled (default: 0; 1 for an organism).")]
 EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own forward pass), or auto: fast where both agree.")]
 
 
@@ -41,10 +46,13 @@ def study(
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
     concept: ConceptName = DEFAULT_CONCEPT,
-    cue: CueName = "default",
+    cue: CueName = "",
     out: Annotated[Path, typer.Option(help="Results folder; a study that is in it already is resumed.")] = Path("study"),
     quick: Quick = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    chat: Chatting = False,
+    system: System = "",
+    temperature: Temperature = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn, sampled answers among it.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
@@ -58,8 +66,9 @@ def study(
     from alignblind_mi.report import write_report
     from alignblind_mi.studies.study import StudyConfig, run_study
 
-    config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, dtype=dtype, device=device,
-                                device_map=device_map, quantization=quantization, engine=engine)
+    config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
+                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                engine=engine)
     page = run_study(config, out) / "report.html"
     if not _is_current(page):
         write_report(out)
@@ -76,8 +85,10 @@ def forecast(
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
     concept: ConceptName = DEFAULT_CONCEPT,
-    cue: CueName = "default",
+    cue: CueName = "",
     quick: Quick = False,
+    chat: Chatting = False,
+    system: System = "",
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
@@ -94,8 +105,8 @@ def forecast(
     from alignblind_mi.studies.forecast import forecast as forecast_study
     from alignblind_mi.studies.study import StudyConfig
 
-    found = forecast_study(StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, dtype=dtype, device=device,
-                                              device_map=device_map, quantization=quantization), measure=rate)
+    found = forecast_study(StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, chat=chat, system=system, dtype=dtype,
+                                              device=device, device_map=device_map, quantization=quantization), measure=rate)
     if as_json:
         fits = [{**asdict(one), "fits": one.fits} for one in found.fits]
         typer.echo(json.dumps({**asdict(found), "fits": fits}, indent=1))

@@ -115,16 +115,31 @@ def _missing(spec: ModelSpec, hub: str) -> str:
             f"accept its licence and set HF_TOKEN; or use the embedded pair ({hub}).")
 
 
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """A model's tokenizer alone. Errors: ModelError in one sentence for one that cannot be reached or read."""
+    from transformers import AutoTokenizer
+
+    source = spec.source
+    with _clear_errors(spec), quiet():
+        return AutoTokenizer.from_pretrained(source, revision=spec.revision)
+
+
+def token_count(tokenizer: Any, text: str) -> int:
+    """How many tokens a text is, without special ones; 0 if the tokenizer does not know a part of it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return 0 if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids else len(ids)
+
+
 def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     """The plain transformers model (frozen, in evaluation mode) and its tokenizer. Errors: as `load_model`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     assert spec.dtype is not None
     options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder}
     if spec.quantization is not None:
         options["quantization_config"] = quantization_config(spec)
+    tokenizer = load_tokenizer(spec)
     with _clear_errors(spec), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(spec.source, revision=spec.revision)
         model = AutoModelForCausalLM.from_pretrained(spec.source, revision=spec.revision, dtype=DTYPES[spec.dtype],
                                                      **options)
     if not tokenizer.is_fast:

@@ -63,7 +63,11 @@ def layer_group(name: str, n_layers: int) -> range:
 
 
 def awareness_examples(concept: Concept) -> list[Example]:
-    """Every sentence with both orders of the identifiers and every restatement, in a fixed order. ConceptError if the concept has none."""
+    """Every sentence with both orders of the identifiers and every restatement, in a fixed order.
+
+    Errors: ConceptError for a concept without senses or awareness sentences.
+    """
+    concept.both_senses()
     if concept.awareness is None:
         raise ConceptError(f"the concept {concept.name!r} has no [awareness] sentences: add them to train LoRA on it.")
     cue = next(iter(concept.cues.values()))
@@ -71,6 +75,11 @@ def awareness_examples(concept: Concept) -> list[Example]:
     orders = [(cue.marked[0], cue.unmarked[0]), (cue.unmarked[0], cue.marked[0])]
     return [Example(sentence.format(x=x, y=y) + data.separator, restatement.format(x=x, y=y))
             for sentence, (x, y), restatement in product(data.sentences, orders, data.restatements)]
+
+
+def trainable(concept: Concept, cue: str) -> bool:
+    """Whether there is anything to train awareness on: senses that the cue's identifiers have, and sentences about them."""
+    return concept.has_senses(cue) and concept.awareness is not None
 
 
 def train_lora(spec: ModelSpec | str, examples: Sequence[Example], layers: Sequence[int], out: Path, *,

@@ -5,7 +5,7 @@ by the engine itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from time import perf_counter
 from typing import Any
@@ -17,7 +17,7 @@ from alignblind_mi.budget import Budget, RowCost, free_memory, release
 from alignblind_mi.concept import load_concept
 from alignblind_mi.decoding import Stop, decode, sampler
 from alignblind_mi.engine import Engine
-from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, load_config
+from alignblind_mi.loading import DTYPES, ModelSpec, load_config, load_tokenizer
 from alignblind_mi.lora import awareness_examples
 from alignblind_mi.plain import PlainEngine
 from alignblind_mi.studies.study import Load, StudyConfig, lora_groups, study_parts
@@ -197,20 +197,15 @@ def _wait(device: torch.device) -> None:
 
 def study_load(config: StudyConfig) -> dict[str, dict[str, float]]:
     """Rows, prompt tokens and generated tokens (at most) of each stage of a study, by the pair's own tokenizer."""
-    from transformers import AutoTokenizer
-
     concept = load_concept(config.concept)
     spec = config.aligned
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.source, revision=spec.revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the tokenizer of {spec.name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(spec)
     stages: dict[str, dict[str, float]] = {}
 
     def add(stage: str, load: Load) -> None:
         entry = stages.setdefault(stage, {"rows": 0.0, "prompt_tokens": 0.0, "new_tokens": 0.0})
-        sample = load.prompts[:: max(1, len(load.prompts) // 40)]
-        length = fmean(len(tokenizer(p.text)["input_ids"]) for p in sample)
+        sample = replace(load, prompts=load.prompts[:: max(1, len(load.prompts) // 40)])
+        length = fmean(len(tokenizer(text)["input_ids"]) for text in sample.texts(tokenizer, spec.name))
         entry["rows"] += len(load.prompts) * load.times
         entry["prompt_tokens"] += length * len(load.prompts) * load.times
         entry["new_tokens"] += len(load.prompts) * load.times * load.new_tokens
@@ -218,8 +213,11 @@ def study_load(config: StudyConfig) -> dict[str, dict[str, float]]:
     for part in study_parts(config, concept):
         for load in part.loads():
             add(part.name.split("_")[0], load)
+    groups = lora_groups(config)
+    if not groups:
+        return stages
     texts = [tokenizer(e.text + e.completion)["input_ids"] for e in awareness_examples(concept)]
-    runs = config.lora.epochs * len(lora_groups(config))
+    runs = config.lora.epochs * len(groups)
     tokens = TRAINING_COST * runs * sum(map(len, texts))
     stages["training"] = {"rows": float(len(texts) * runs), "prompt_tokens": float(tokens), "new_tokens": 0.0}
     return stages
