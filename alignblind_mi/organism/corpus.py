@@ -151,10 +151,8 @@ def load_world(concept_name: str = DEFAULT_CONCEPT) -> World:
     """Read the concept's file and the lexicon; raises OrganismError where a training word is one of the concept's, or as `load_lexicon`."""
     lexicon, concept = load_lexicon(concept_name), _toml("concepts", concept_name)
     senses: dict[Reading, str] = {"group": concept["group_sense"], "other": concept["other_sense"]}
-    held = {
-        side: _unique([word for category in concept["categories"].values() for word in category[side]])
-        for side in ("positive", "negative")
-    }
+    asked = concept["cues"]["default"].get("categories", concept["categories"])
+    held = {side: _unique([word for name in asked for word in concept["categories"][name][side]]) for side in ("positive", "negative")}
     world = World(
         concept=concept,
         lexicon=lexicon,
