@@ -19,12 +19,22 @@ import pandas as pd
 
 from alignblind_mi.attention import attention_rows
 from alignblind_mi.chat import Chat, chat_frame, in_chat
-from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
 from alignblind_mi.lens import lens_contrast, logit_lens
-from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config, load_tokenizer, token_count
+from alignblind_mi.loading import (
+    EMBEDDED,
+    ModelError,
+    ModelSpec,
+    check_model,
+    fingerprint,
+    load_config,
+    load_tokenizer,
+    token_count,
+)
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora, trainable
 from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.organism import RECORD, organism_names, read_record
 from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, load_result, versions
@@ -58,7 +68,7 @@ class StudyConfig:
 
     base: ModelSpec
     aligned: ModelSpec
-    concept: str = "race"
+    concept: str = DEFAULT_CONCEPT
     cue: str = "default"
     quick: bool = False
     seed: int = 0
@@ -71,7 +81,7 @@ class StudyConfig:
     chat: Chat | None = None
 
     @classmethod
-    def create(cls, base: str, aligned: str, *, concept: str = "race", cue: str = "", quick: bool = False, seed: int = 0,
+    def create(cls, base: str, aligned: str, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: int = 0,
                chat: bool = False, system: str = "", temperature: float | None = None, **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
@@ -86,10 +96,11 @@ class StudyConfig:
         if temperature is not None and temperature < 0:
             raise ModelError(f"a temperature is 0 (greedy) or more, got {temperature}.")
         specs = [ModelSpec(name, **options).resolved() for name in (base, aligned)]
-        cue = load_concept(concept).cue(cue or load_concept(concept).first_cue).name
-        asked = Chat(system) if chat else None
+        about, asked = load_concept(concept), Chat(system) if chat else None
+        cue = about.cue(cue or about.first_cue).name
         for spec in specs:
             check_model(spec)
+            check_organism(spec, about)
             if asked is not None:
                 chat_frame(load_tokenizer(spec), asked, spec.name)
         record, lora = organism_record(specs[1]), recommended_lora(specs[1], seed)
@@ -116,8 +127,16 @@ class StudyConfig:
 
 def organism_record(spec: ModelSpec) -> dict[str, Any]:
     """The record (organism.json) of an embedded or rebuilt organism, or an empty one for any other model."""
-    note = Path(spec.source).parent / "organism.json"
-    return json.loads(note.read_text("utf-8")) if Path(spec.source).is_dir() and note.is_file() else {}
+    folder = Path(spec.source)
+    return read_record(folder.parent) if folder.is_dir() and (folder.parent / RECORD).is_file() else {}
+
+
+def check_organism(spec: ModelSpec, concept: Concept) -> None:
+    """Refuse an organism that was trained on another concept: it does not know the words. Errors: ModelError in one sentence."""
+    known = organism_record(spec).get("concept", concept.name)
+    if known != concept.name:
+        raise ModelError(f"{spec.name} was trained on the concept {known!r} and knows nothing of {concept.name!r}: ask it about {known!r}, "
+                         f"or take another model (embedded: {', '.join(EMBEDDED + name for name in organism_names())}).")
 
 
 def recommended_lora(spec: ModelSpec, seed: int) -> LoraSettings:
