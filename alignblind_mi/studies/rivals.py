@@ -23,7 +23,7 @@ from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
 FAMILIES = ("untreated", "steering", "lora", "unlearning", "prompt", "placebo", "combined")
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
 SCALES = (0.25, 0.5)
-ACTIVATION_WEIGHT = 1.0
+ACTIVATION_WEIGHT = 0.03    # more of it costs valid answers on the embedded pair (tried on training words)
 Make = Callable[[HookedModel], Treatment]
 
 
