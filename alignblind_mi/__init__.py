@@ -34,6 +34,7 @@ _WHERE = {
                           "readings_of", "selfie_table", "summarise_readings"),
     "studies.mitigation": ("compare_treatments", "early_window", "late_window"),
     "studies.patching": ("depth_profile", "effect_span", "measure_patching"),
+    "studies.doctor": ("check_up",),
     "studies.study": ("Part", "StudyConfig", "load_study", "run_parts", "run_study", "study_parts"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
         summarise_readings,
     )
     from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
+    from alignblind_mi.studies.doctor import check_up
     from alignblind_mi.studies.mitigation import compare_treatments, early_window, late_window
     from alignblind_mi.studies.patching import depth_profile, effect_span, measure_patching
     from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study, study_parts

@@ -8,12 +8,29 @@ from typing import Annotated
 import typer
 
 from alignblind_mi import __version__
+from alignblind_mi.commands.doctor import doctor
+from alignblind_mi.commands.options import (
+    Aligned,
+    AsJson,
+    Base,
+    ConceptName,
+    CueName,
+    Device,
+    DeviceMap,
+    Dtype,
+    EngineOption,
+    Quantized,
+    Quick,
+    RemoteCode,
+    Seed,
+)
 from alignblind_mi.errors import AlignblindError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
 organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pair: a calibration device, never evidence about a real model.")
 app.add_typer(organism_app, name="organism")
+app.command("doctor")(doctor)
 
 
 @app.callback(invoke_without_command=True)
@@ -21,18 +38,6 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         typer.echo(__version__)
         raise typer.Exit
-
-
-Base = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")]
-Aligned = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:aligned.")]
-ConceptName = Annotated[str, typer.Option(help="A built-in concept or a .toml file.")]
-CueName = Annotated[str, typer.Option(help="A cue of the concept.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A few word pairs, two windows, two adapters: to see that it works.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
-DeviceMap = Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")]
-Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes; pip install 'alignblind-mi[quantized]').")]
-EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own forward pass), or auto: fast where both agree.")]
 
 
 @app.command()
@@ -43,12 +48,13 @@ def study(
     cue: CueName = "default",
     out: Annotated[Path, typer.Option(help="Results folder; a study that is in it already is resumed.")] = Path("study"),
     quick: Quick = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
     quantization: Quantized = None,
     engine: EngineOption = "auto",
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Run the whole study and write OUT/report.html.
 
@@ -58,7 +64,7 @@ def study(
     from alignblind_mi.studies.study import StudyConfig, run_study
 
     config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, dtype=dtype, device=device,
-                                device_map=device_map, quantization=quantization, engine=engine)
+                                device_map=device_map, quantization=quantization, engine=engine, trust_remote_code=trust_remote_code)
     page = run_study(config, out) / "report.html"
     if not _is_current(page):
         write_report(out)
@@ -135,7 +141,7 @@ def score(
     rule: Annotated[str, typer.Option(help="robust, or published (the paper's parser).")] = "robust",
     by: Annotated[str, typer.Option(help="Comma-separated keys to group by, e.g. model,cue,category,template.")] = "",
     concept: ConceptName = "race",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score stored answers and interpretations without any model. Example: alignblind score study --by model,treatment,template
 

@@ -16,7 +16,7 @@ FLOORS = {
     2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "lora",
         "unlearning"),
     3: ("progress", "studies"),
-    4: ("figures", "report", "calibration_page", "scoring", "views", "__main__"),
+    4: ("figures", "report", "calibration_page", "scoring", "views", "commands", "__main__"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -21,7 +21,7 @@ from alignblind_mi.attention import attention_rows
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
 from alignblind_mi.lens import lens_contrast, logit_lens
-from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config
+from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config, load_tokenizer
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.progress import Advance, Progress
@@ -40,6 +40,7 @@ from alignblind_mi.studies.awareness import (
 from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
 from alignblind_mi.studies.sources import CONTROLS, context_prompts, control_sources, reading_sources
+from alignblind_mi.tokens import word_ids
 
 log = logging.getLogger(__name__)
 BOTH: tuple[Kind, ...] = ("implicit", "explicit")
@@ -206,17 +207,15 @@ def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[st
     Returns, per model, the identifiers that are several tokens and how many (edits and readings use the last one). Errors: ModelError
     naming a word that a tokenizer does not know, or a sense of several tokens.
     """
-    from transformers import AutoTokenizer
-
     cue, split = concept.cue(config.cue), dict[str, dict[str, int]]()
     senses = [concept.senses[name].word for name in (concept.group_sense, concept.other_sense)]
     words = {prompt.labels[name] for prompt in implicit_prompts(concept, cue, design="published")
              for name in ("marked", "unmarked", "positive", "negative")}
     for spec in (config.base, config.aligned):
-        tokenizer = AutoTokenizer.from_pretrained(spec.source, revision=spec.revision)
+        tokenizer = load_tokenizer(spec)
         for word in (*senses, *(f" {word}" for word in sorted(words))):
-            ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-            if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
+            ids = word_ids(tokenizer, word)
+            if not ids:
                 raise ModelError(f"the tokenizer of {spec.name} does not know {word.strip()!r}: this model cannot be asked with the cue "
                                  f"{cue.name!r} of {concept.name!r}; choose another cue or model.")
             if word in senses and len(ids) > 1:
