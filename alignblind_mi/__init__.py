@@ -35,6 +35,7 @@ _WHERE = {
     "studies.mitigation": ("compare_treatments", "early_window", "late_window"),
     "studies.patching": ("depth_profile", "effect_span", "measure_patching"),
     "studies.doctor": ("check_up",),
+    "studies.single": ("awareness_parts", "awareness_tables", "bias_parts", "bias_tables", "measure_parts", "patch_parts", "patch_tables"),
     "studies.study": ("Part", "StudyConfig", "load_study", "run_parts", "run_study", "study_parts"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
@@ -91,6 +92,15 @@ if TYPE_CHECKING:
     from alignblind_mi.studies.doctor import check_up
     from alignblind_mi.studies.mitigation import compare_treatments, early_window, late_window
     from alignblind_mi.studies.patching import depth_profile, effect_span, measure_patching
+    from alignblind_mi.studies.single import (
+        awareness_parts,
+        awareness_tables,
+        bias_parts,
+        bias_tables,
+        measure_parts,
+        patch_parts,
+        patch_tables,
+    )
     from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study, study_parts
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from alignblind_mi import __version__
+from alignblind_mi.commands.awareness import awareness
+from alignblind_mi.commands.bias import bias
 from alignblind_mi.commands.doctor import doctor
 from alignblind_mi.commands.options import (
     Aligned,
@@ -23,13 +25,18 @@ from alignblind_mi.commands.options import (
     Quick,
     RemoteCode,
     Seed,
+    listed,
 )
+from alignblind_mi.commands.patch import patch
 from alignblind_mi.errors import AlignblindError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
 organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pair: a calibration device, never evidence about a real model.")
 app.add_typer(organism_app, name="organism")
+app.command("bias")(bias)
+app.command("awareness")(awareness)
+app.command("patch")(patch)
 app.command("doctor")(doctor)
 
 
@@ -151,7 +158,7 @@ def score(
     from alignblind_mi.scoring import render
     from alignblind_mi.scoring import score as score_paths
 
-    records = score_paths(paths, rule=rule, by=[key.strip() for key in by.split(",") if key.strip()],
+    records = score_paths(paths, rule=rule, by=listed(by),
                           concept=load_concept(concept))
     if as_json:
         typer.echo(json.dumps(records, indent=1, allow_nan=False))

@@ -20,3 +20,8 @@ RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Pytho
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Out = Annotated[Path, typer.Option(help="Results folder; what is in it already is not computed again.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")]
+
+
+def listed(text: str) -> list[str]:
+    """The names of a comma-separated option."""
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -51,3 +52,22 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]], *, note: str = ""
 def number(value: float | None, digits: int = 3) -> str:
     """A number for a table, `-` where there is none."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def interval(row: Mapping[str, Any], low: str = "low", high: str = "high") -> str:
+    """The ends of an interval, `-` where there is none."""
+    return "-" if row[low] is None or row[high] is None else f"{number(row[low])} to {number(row[high])}"
+
+
+def tagged(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
+    """The rows of all tables as JSON records; each says its table, the weights it is about, and the seed."""
+    return [{"table": name, "revision": provenance["revision"], "seed": seed, **record}
+            for name, table in tables.items() for record in records_of(table)]
+
+
+def about(provenance: Mapping[str, Any], seed: int, out: Path) -> str:
+    """What stands under a table: the model, its weights, the seed, and where the rows are."""
+    decoding = provenance["config"]["decoding"]
+    how = f"sampled at temperature {decoding['temperature']:g}" if decoding["temperature"] else "greedy"
+    return (f"{provenance['model']}, revision {provenance['revision']}, {provenance['dtype']}, {provenance['engine']} engine; "
+            f"seed {seed}, {how}; rows in {out}")

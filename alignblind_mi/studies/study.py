@@ -230,7 +230,7 @@ def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
     """All parts in the order in which they are computed: one model after the other, adapters last."""
     n_layers = int(load_config(config.aligned).num_hidden_layers)
     for role in ("base", "aligned"):
-        yield from _observations(config, concept, role)
+        yield from observations(config, concept, role)
     if steerable(concept.cue(config.cue)):
         yield from _steering(config, concept, n_layers)
     for group in lora_groups(config):
@@ -244,7 +244,8 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
     return treatment
 
 
-def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
+def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
+    """The parts that look at one untreated model, whose role in the study is `role` ("base", or any other name for the aligned one)."""
     yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED)))
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED), design="balanced"))
     for reading in concept.interpretations:
