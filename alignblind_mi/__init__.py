@@ -11,10 +11,14 @@ __version__ = "0.1.0"
 _WHERE = {
     "concept": ("Concept", "load_concept"),
     "prompts": ("Prompt", "behaviour_prompts", "explicit_prompts", "implicit_prompts", "interpretation_prompt", "mark", "steering_prompt"),
-    "edits": ("UNTREATED", "Edit", "Row", "Site", "Treatment"),
+    "edits": ("UNTREATED", "Edit", "Row", "Site", "Treatment", "combine"),
     "answers": ("Outcome", "judge", "judge_explicit", "judge_implicit"),
     "results": ("Result", "load_result", "save_result"),
     "statistics": ("position_effect", "summarise"),
+    "paired": ("corrected", "difference_draws", "item_slopes", "paired_differences", "paired_means", "summarise_slopes"),
+    "mixed": ("mixed_logistic",),
+    "power": ("Plan", "items_needed", "plan_from_pilot", "power_of", "smallest_difference"),
+    "frontier": ("equal_damage", "pareto"),
     "errors": ("AlignblindError",),
     "loading": ("ModelSpec",),
     "model": ("HookedModel", "load_model"),
@@ -23,12 +27,16 @@ _WHERE = {
     "lens": ("lens_contrast", "logit_lens", "train_translators"),
     "probes": ("train_probes",),
     "readings": ("classify", "read_interpretations"),
-    "steering": ("layer_windows", "sense_steering"),
+    "steering": ("SteeringVectors", "layer_windows", "load_vectors", "noise_like", "sense_steering", "steering_grid", "steering_vectors"),
     "contrast": ("Pair", "contrast_pairs"),
     "patching": ("grid_sites", "head_sites", "patch_grid", "summarise_patching"),
     "attribution": ("attribution_patching", "screen_agreement", "top_neuron_sites", "unit_attribution"),
     "path_patching": ("path_patch",),
-    "lora": ("LoraSettings", "awareness_examples", "layer_group", "train_lora"),
+    "adapters": ("merge_adapter", "unmerge_adapter"),
+    "finetuning": ("choose_layers", "trained_treatment"),
+    "lora": ("PAPER", "LoraSettings", "awareness_examples", "blindness_examples", "layer_group", "lora_sweep", "placebo_examples",
+             "train_lora"),
+    "unlearning": ("UnlearningSettings", "train_unlearning"),
     "studies.behaviour": ("Decoding", "measure_behaviour"),
     "studies.awareness": ("blind_score", "measure_awareness", "measure_lens", "measure_probes", "measure_selfie", "reading_reduction",
                           "readings_of", "selfie_table", "summarise_readings"),
@@ -42,17 +50,31 @@ _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE)
 
 if TYPE_CHECKING:
+    from alignblind_mi.adapters import merge_adapter, unmerge_adapter
     from alignblind_mi.answers import Outcome, judge, judge_explicit, judge_implicit
     from alignblind_mi.attribution import attribution_patching, screen_agreement, top_neuron_sites, unit_attribution
     from alignblind_mi.concept import Concept, load_concept
     from alignblind_mi.contrast import Pair, contrast_pairs
-    from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment
+    from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment, combine
     from alignblind_mi.errors import AlignblindError
+    from alignblind_mi.finetuning import choose_layers, trained_treatment
+    from alignblind_mi.frontier import equal_damage, pareto
     from alignblind_mi.lens import lens_contrast, logit_lens, train_translators
     from alignblind_mi.loading import ModelSpec
-    from alignblind_mi.lora import LoraSettings, awareness_examples, layer_group, train_lora
+    from alignblind_mi.lora import (
+        PAPER,
+        LoraSettings,
+        awareness_examples,
+        blindness_examples,
+        layer_group,
+        lora_sweep,
+        placebo_examples,
+        train_lora,
+    )
+    from alignblind_mi.mixed import mixed_logistic
     from alignblind_mi.model import HookedModel, load_model
     from alignblind_mi.organism import organism_info, organism_path
+    from alignblind_mi.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
     from alignblind_mi.patching import grid_sites, head_sites, patch_grid, summarise_patching
     from alignblind_mi.patchscope import (
         description_prompt,
@@ -63,6 +85,7 @@ if TYPE_CHECKING:
         token_identity_prompt,
     )
     from alignblind_mi.path_patching import path_patch
+    from alignblind_mi.power import Plan, items_needed, plan_from_pilot, power_of, smallest_difference
     from alignblind_mi.probes import train_probes
     from alignblind_mi.prompts import (
         Prompt,
@@ -76,7 +99,15 @@ if TYPE_CHECKING:
     from alignblind_mi.readings import classify, read_interpretations
     from alignblind_mi.results import Result, load_result, save_result
     from alignblind_mi.statistics import position_effect, summarise
-    from alignblind_mi.steering import layer_windows, sense_steering
+    from alignblind_mi.steering import (
+        SteeringVectors,
+        layer_windows,
+        load_vectors,
+        noise_like,
+        sense_steering,
+        steering_grid,
+        steering_vectors,
+    )
     from alignblind_mi.studies.awareness import (
         blind_score,
         measure_awareness,
@@ -102,6 +133,7 @@ if TYPE_CHECKING:
         patch_tables,
     )
     from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study, study_parts
+    from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
 
 
 def __getattr__(name: str) -> Any:

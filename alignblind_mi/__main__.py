@@ -10,11 +10,14 @@ import typer
 from alignblind_mi import __version__
 from alignblind_mi.commands.awareness import awareness
 from alignblind_mi.commands.bias import bias
+from alignblind_mi.commands.concept import concept_app
 from alignblind_mi.commands.doctor import doctor
+from alignblind_mi.commands.lora import lora
 from alignblind_mi.commands.options import (
     Aligned,
     AsJson,
     Base,
+    Chatting,
     ConceptName,
     CueName,
     Device,
@@ -25,19 +28,25 @@ from alignblind_mi.commands.options import (
     Quick,
     RemoteCode,
     Seed,
+    System,
+    Temperature,
     listed,
 )
 from alignblind_mi.commands.patch import patch
+from alignblind_mi.commands.power import power
 from alignblind_mi.errors import AlignblindError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
 organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pair: a calibration device, never evidence about a real model.")
 app.add_typer(organism_app, name="organism")
+app.add_typer(concept_app, name="concept")
 app.command("bias")(bias)
 app.command("awareness")(awareness)
 app.command("patch")(patch)
+app.command("lora")(lora)
 app.command("doctor")(doctor)
+app.command("power")(power)
 
 
 @app.callback(invoke_without_command=True)
@@ -52,9 +61,12 @@ def study(
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
     concept: ConceptName = "race",
-    cue: CueName = "default",
+    cue: CueName = "",
     out: Annotated[Path, typer.Option(help="Results folder; a study that is in it already is resumed.")] = Path("study"),
     quick: Quick = False,
+    chat: Chatting = False,
+    system: System = "",
+    temperature: Temperature = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -70,8 +82,9 @@ def study(
     from alignblind_mi.report import write_report
     from alignblind_mi.studies.study import StudyConfig, run_study
 
-    config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, dtype=dtype, device=device,
-                                device_map=device_map, quantization=quantization, engine=engine, trust_remote_code=trust_remote_code)
+    config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
+                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                engine=engine, trust_remote_code=trust_remote_code)
     page = run_study(config, out) / "report.html"
     if not _is_current(page):
         write_report(out)
@@ -88,8 +101,10 @@ def forecast(
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
     concept: ConceptName = "race",
-    cue: CueName = "default",
+    cue: CueName = "",
     quick: Quick = False,
+    chat: Chatting = False,
+    system: System = "",
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
@@ -106,8 +121,8 @@ def forecast(
     from alignblind_mi.studies.forecast import forecast as forecast_study
     from alignblind_mi.studies.study import StudyConfig
 
-    found = forecast_study(StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, dtype=dtype, device=device,
-                                              device_map=device_map, quantization=quantization), measure=rate)
+    found = forecast_study(StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, chat=chat, system=system, dtype=dtype,
+                                              device=device, device_map=device_map, quantization=quantization), measure=rate)
     if as_json:
         fits = [{**asdict(one), "fits": one.fits} for one in found.fits]
         typer.echo(json.dumps({**asdict(found), "fits": fits}, indent=1))

@@ -15,7 +15,7 @@ def attention_rows(model: HookedModel, prompt: Prompt | str, layer: int) -> pd.D
     """
     prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
     (heads,) = model.cache(prompt, [f"blocks.{layer}.attn.hook_pattern"]).activations.values()
-    (item,) = model.encode([row.prompt for row in model.treatment.rows([prompt])])
+    (item,) = model.encode([row.prompt for row in model.rows([prompt])])
     tokens = np.array([model.tokenizer.decode([i]) for i in item.ids])
     pattern = heads[0].float().cpu().numpy()
     head, query, key = (index.ravel() for index in np.indices(pattern.shape))

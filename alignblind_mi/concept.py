@@ -6,7 +6,6 @@ reads and checks it. It does NOT know what is measured, nor any model.
 
 import hashlib
 import random
-import string
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from alignblind_mi.concept_check import concept_problems
 from alignblind_mi.errors import AlignblindError
 
 Role = Literal["marked", "unmarked"]
@@ -27,7 +27,11 @@ class ConceptError(AlignblindError):
 
 @dataclass(frozen=True)
 class Cue:
-    """A way of naming the two groups. Identifier pairs are roles: `marked` is the group that the stereotype is about."""
+    """A way of naming the two groups. Identifier pairs are roles: `marked` is the group that the stereotype is about.
+
+    `categories` are those that the cue is asked about (empty: all of the concept). `senses`: whether the concept's senses can be asked of
+    its identifiers; False for a cue whose identifiers have neither.
+    """
 
     name: str
     marked: tuple[str, ...]
@@ -35,6 +39,8 @@ class Cue:
     prefix: str = ""
     pairing: str = "parallel"
     description: str = ""
+    categories: tuple[str, ...] = ()
+    senses: bool = True
 
     def identifiers(self, item: str, seed: int) -> tuple[str, str]:
         """The (marked, unmarked) pair of an item: the only one, or one drawn from `seed` and the item's own name."""
@@ -136,19 +142,22 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Concept:
-    """Everything a study needs to know about one concept. `digest` identifies the file's content in provenance."""
+    """Everything a study needs to know about one concept. `digest` identifies the file's content in provenance.
+
+    A concept whose identifiers are not ambiguous has no senses, nor anything that is asked about them: it has behaviour, and no awareness.
+    """
 
     name: str
     cues: Mapping[str, Cue]
     categories: Mapping[str, Category]
-    senses: Mapping[str, Sense]
-    group_sense: str
-    other_sense: str
-    controls: Mapping[str, Control]
-    interpretations: Mapping[str, Interpretation]
     implicit: tuple[Template, ...]
     explicit: tuple[Template, ...]
     assignment: str
+    senses: Mapping[str, Sense] = field(default_factory=dict)
+    group_sense: str = ""
+    other_sense: str = ""
+    controls: Mapping[str, Control] = field(default_factory=dict)
+    interpretations: Mapping[str, Interpretation] = field(default_factory=dict)
     awareness: Awareness | None = None
     selfie: Mapping[str, Interpretation] = field(default_factory=dict)
     contexts: Mapping[str, Contexts] = field(default_factory=dict)
@@ -160,16 +169,38 @@ class Concept:
         """The cue called `name`; ConceptError with the known ones otherwise."""
         return _pick(self.cues, name, f"cue of concept {self.name!r}")
 
+    @property
+    def first_cue(self) -> str:
+        """The cue that is asked where none is named: the first of the file."""
+        return next(iter(self.cues))
+
+    def has_senses(self, cue: "str | Cue | None" = None) -> bool:
+        """Whether there are senses to be read, and (of a cue) whether its identifiers have them."""
+        named = self.cue(cue) if isinstance(cue, str) else cue
+        return bool(self.senses) and (named is None or named.senses)
+
+    def both_senses(self, cue: "str | Cue | None" = None) -> tuple[Sense, Sense]:
+        """The group sense and the other one. Errors: ConceptError for a concept, or a cue of it, without senses."""
+        if not self.has_senses(cue):
+            name = cue if isinstance(cue, str) or cue is None else cue.name
+            what = f"the cue {name!r} of the concept {self.name!r}" if self.senses else f"the concept {self.name!r}"
+            raise ConceptError(f"{what} has no senses: its identifiers are not ambiguous, so that no reading can be measured, steered or "
+                               "trained; its behaviour can be measured (measure_behaviour, alignblind study).")
+        return self.senses[self.group_sense], self.senses[self.other_sense]
+
     def interpretation(self, name: str) -> Interpretation:
         """The interpretation prompt called `name`; ConceptError with the known ones otherwise."""
+        self.both_senses()
         return _pick(self.interpretations, name, f"interpretation prompt of concept {self.name!r}")
 
     def selfie_prompt(self, name: str) -> Interpretation:
         """The open-ended interpretation prompt called `name`; ConceptError with the known ones otherwise."""
+        self.both_senses()
         return _pick(self.selfie, name, f"SelfIE prompt of concept {self.name!r}")
 
     def steering_phrase(self, name: str) -> str:
         """The steering phrase of a sense or control; ConceptError with the known ones otherwise."""
+        self.both_senses()
         phrases = {entry.name: entry.steering for table in (self.senses, self.controls) for entry in _entries(table)}
         return _pick(phrases, name, f"sense or control of concept {self.name!r}")
 
@@ -193,31 +224,35 @@ def concept_names() -> list[str]:
 def load_concept(source: str | Path) -> Concept:
     """Read a concept by the name of a built-in one or from a TOML file.
 
-    Errors: ConceptError if it is unknown, not TOML, or if a field is missing, misspelt or inconsistent (the message names it).
+    Errors: ConceptError if it is unknown, not TOML, or if a field is missing, misspelt or inconsistent: the message names all of them with
+    their places (see `concept_check.concept_problems`).
     """
-    text, where = _read(source)
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConceptError(f"{where} is not valid TOML: {error}.") from error
-    try:
-        concept = _build(data, digest=hashlib.sha256(text.encode()).hexdigest()[:16])
-    except KeyError as error:
-        raise ConceptError(f"{where}: the field {error} is missing. Compare with the built-in concept 'race'.") from error
-    except (TypeError, AttributeError) as error:
-        raise ConceptError(f"{where}: a field is misspelt or has the wrong form ({error}).") from error
-    problems = _problems(concept)
+    text, where = read_concept_file(source)
+    data = parse_concept(text, where)
+    problems = concept_problems(data)
     if problems:
         raise ConceptError(f"{where}: " + "; ".join(problems) + ".")
-    return concept
+    return _build(data, digest=hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
-def _read(source: str | Path) -> tuple[str, str]:
+def parse_concept(text: str, where: str) -> dict[str, Any]:
+    """The tables of a concept file's text. Errors: ConceptError naming `where` and the line if it is not TOML."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConceptError(f"{where} is not valid TOML: {error}.") from error
+
+
+def read_concept_file(source: str | Path) -> tuple[str, str]:
+    """The text of a built-in concept or a TOML file, and what to call it. Errors: ConceptError for one that is not there or unreadable."""
     if str(source) in concept_names():
         return (resources.files("alignblind_mi") / "concepts" / f"{source}.toml").read_text("utf-8"), f"concept {source!r}"
     path = Path(source)
     if path.suffix == ".toml" and path.is_file():
-        return path.read_text("utf-8"), f"concept file {path}"
+        try:
+            return path.read_text("utf-8"), f"concept file {path}"
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConceptError(f"concept file {path} cannot be read: {error}.") from error
     raise ConceptError(f"unknown concept {str(source)!r}. Known: {', '.join(concept_names())}; or give the path of a .toml file.")
 
 
@@ -225,13 +260,13 @@ def _build(data: dict[str, Any], digest: str) -> Concept:
     return Concept(
         name=data["name"],
         description=data.get("description", ""),
-        group_sense=data["group_sense"],
-        other_sense=data["other_sense"],
+        group_sense=data.get("group_sense", ""),
+        other_sense=data.get("other_sense", ""),
         cues=_table(Cue, data["cues"]),
         categories=_table(Category, data["categories"]),
-        senses=_table(Sense, data["senses"]),
+        senses=_table(Sense, data.get("senses", {})),
         controls=_table(Control, data.get("controls", {})),
-        interpretations=_table(Interpretation, data["interpretations"]),
+        interpretations=_table(Interpretation, data.get("interpretations", {})),
         implicit=tuple(_template("implicit", entry) for entry in data["implicit"]),
         explicit=tuple(_template("explicit", entry) for entry in data["explicit"]),
         assignment=data["assignment"],
@@ -255,62 +290,3 @@ def _template(kind: Literal["implicit", "explicit"], entry: dict[str, Any]) -> T
     order = entry["published"]
     return Template(entry["name"], entry["text"], kind, order["first"], order["word1"], entry.get("scale", ""))
 
-
-_FIELDS = {"first", "second", "word1", "word2", "positive", "negative", "marked", "unmarked"}
-_REQUIRED = {"implicit": {"first", "second", "word1", "word2"}, "explicit": {"first", "second", "positive", "negative"}}
-
-
-def template_fields(text: str) -> set[str]:
-    """Names of the {fields} in a template text."""
-    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-
-
-def _problems(concept: Concept) -> list[str]:
-    """What is inconsistent in a concept, in sentences; empty when it is sound."""
-    found = [f"{role} {name!r} is not among the senses" for role, name in (
-        ("group_sense", concept.group_sense), ("other_sense", concept.other_sense)) if name not in concept.senses]
-    for cue in concept.cues.values():
-        if not cue.marked or not cue.unmarked:
-            found.append(f"cue {cue.name!r} has no identifiers for one of the roles")
-        if cue.pairing not in ("parallel", "crossed"):
-            found.append(f"cue {cue.name!r}: pairing must be 'parallel' or 'crossed', not {cue.pairing!r}")
-        elif cue.pairing == "parallel" and len(cue.marked) != len(cue.unmarked):
-            found.append(f"cue {cue.name!r} pairs {len(cue.marked)} marked with {len(cue.unmarked)} unmarked identifiers")
-    for category in concept.categories.values():
-        if set(category.positive) & set(category.negative):
-            found.append(f"category {category.name!r} has words that are both positive and negative")
-    for template in (*concept.implicit, *concept.explicit):
-        fields = template_fields(template.text)
-        if fields - _FIELDS:
-            found.append(f"template {template.name!r} has unknown fields {sorted(fields - _FIELDS)}; known: {sorted(_FIELDS)}")
-        if _REQUIRED[template.kind] - fields:
-            found.append(f"template {template.name!r} lacks the fields {sorted(_REQUIRED[template.kind] - fields)}")
-        if template.first not in ("marked", "unmarked") or template.word1 not in ("positive", "negative"):
-            found.append(f"template {template.name!r}: published.first must be a role and published.word1 a valence")
-    if template_fields(concept.assignment) != {"word1", "option1", "word2", "option2"}:
-        found.append(f"the assignment {concept.assignment!r} must have the fields {{word1}}, {{option1}}, {{word2}} and {{option2}}")
-    for question in (*concept.interpretations.values(), *concept.selfie.values()):
-        if template_fields(question.text) != {"x"}:
-            found.append(f"interpretation {question.name!r} must have the one field {{x}}")
-    for contexts in concept.contexts.values():
-        found += _context_problems(contexts, concept)
-    for entry in concept.instructions.values():
-        if not template_fields(entry.text) <= {"marked", "unmarked"}:
-            found.append(f"instruction {entry.name!r} may have the fields {{marked}} and {{unmarked}} only")
-    if concept.awareness is not None:
-        texts = (*concept.awareness.sentences, *concept.awareness.restatements, *concept.awareness.others)
-        found += [f"awareness sentence {text!r} may have the fields {{x}} and {{y}} only" for text in texts
-                  if not template_fields(text) <= {"x", "y"}]
-    for phrase in [entry.steering for table in (concept.senses, concept.controls) for entry in _entries(table)]:
-        if template_fields(phrase) != {"marked", "unmarked"}:
-            found.append(f"steering phrase {phrase!r} must have the fields {{marked}} and {{unmarked}}")
-    return found
-
-
-def _context_problems(contexts: Contexts, concept: Concept) -> list[str]:
-    found = [] if contexts.name in concept.senses else [f"contexts {contexts.name!r} are of no sense; senses: {', '.join(concept.senses)}"]
-    wrong = [text for text in (*contexts.train, *contexts.test) if template_fields(text) != {"x", "y"}]
-    found += [f"context sentence {text!r} must have the fields {{x}} and {{y}}" for text in wrong]
-    found += [f"contexts {contexts.name!r} have no {split} sentences" for split in ("train", "test") if not getattr(contexts, split)]
-    shared = sorted(set(contexts.train) & set(contexts.test))
-    return found + [f"context sentence {text!r} is in both train and test" for text in shared]

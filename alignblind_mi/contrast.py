@@ -56,7 +56,8 @@ def contrast_pairs(model: HookedModel, concept: Concept, cue: str | Cue, *, swap
     if swap == "identifiers":
         pairs = list(_swapped_options(concept, prompts))
     else:
-        senses = (clean or concept.group_sense, corrupt or concept.other_sense)
+        group, other = concept.both_senses(cue)
+        senses = (clean or group.name, corrupt or other.name)
         pairs = list(_swapped_contexts(model, concept, prompts, senses, contexts or {}))
     model.check_known([prompt for pair in pairs for prompt in (pair.clean, pair.corrupt)])
     _check_lengths(model, pairs)

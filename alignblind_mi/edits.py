@@ -6,7 +6,7 @@ mathematics.
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,6 +19,8 @@ from alignblind_mi.prompts import Prompt
 
 Stream = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "post"]
 UNITS: dict[str, str] = {"z": "head", "post": "neuron"}    # the streams that have parts of their own, and what a part is
+PROMPT, LAST, GENERATED = "prompt", "last", "generated"
+EVERYWHERE = (PROMPT, LAST, GENERATED)    # marks that every prompt has: see `Site`
 _PREFIX = {"z": "attn.", "post": "mlp."}
 How = Literal["replace", "add", "ablate"]
 Tokens = Literal["last", "all"]
@@ -35,6 +37,9 @@ class Site:
     Beside the residual stream and what attention and MLP add to it there are, by transformer-lens' names, `z` (what the heads read, before
     the output projection mixes them) and `post` (the MLP's neurons after the activation). `units` chooses among those: indices of heads or
     of neurons, in the order in which a vector lists them (a head is d_head values, a neuron one); empty is all of them.
+
+    Three marks need not be set: `prompt` is every token of the prompt's text, `last` the last one, `generated` every token that follows it
+    (what is decoded, and given continuations), which can be edited and not read.
 
     `tokens` says which tokens of a marked word that the tokenizer splits: the last one (it carries the word's meaning) or all of them.
     `occurrence` picks one of the mark's spans (0-based, negative from the end); None means every one.
@@ -113,12 +118,48 @@ class Treatment:
     family: str = "untreated"
     details: dict[str, str] = field(default_factory=dict)
 
-    def rows(self, prompts: Iterable[Prompt]) -> list[Row]:
-        """The prompts under this treatment (the adapter is switched by the model)."""
-        return [Row(prompt.prefixed(self.prefix), self.edits) for prompt in prompts]
+    def rows(self, prompts: Iterable[Prompt], *, partial: bool = False) -> list[Row]:
+        """The prompts under this treatment (the adapter is switched by the model).
+
+        `partial`: edits at a mark that a prompt lacks are left out of its row (a text that does not mention the identifiers); without it
+        such a row is an error when it runs, so that a misspelt mark is no treatment without effect.
+        """
+        return [Row(prompt.prefixed(self.prefix), tuple(edit for edit in self.edits if not partial or _has(prompt, edit.site.mark)))
+                for prompt in prompts]
+
+    def text_rows(self, texts: Iterable[Prompt]) -> list[Row]:
+        """Running texts under this treatment: what acts on generated tokens acts on all of a text's, as if the model had written it.
+
+        Edits at the last token of a prompt (mark `last`) act with those at `generated`, once.
+        """
+        moved: dict[tuple[int, str, tuple[int, ...], How, float, int], Edit] = {}
+        for edit in self.edits:
+            site = replace(edit.site, mark=PROMPT, tokens="all", occurrence=None) if edit.site.mark in EVERYWHERE else edit.site
+            where = (site.layer, f"{site.mark}|{site.stream}|{site.occurrence}", site.units, edit.how, edit.strength, id(edit.vector))
+            moved.setdefault(where, replace(edit, site=site))
+        return replace(self, edits=tuple(moved.values())).rows(texts, partial=True)
+
+
+def _has(prompt: Prompt, mark: str) -> bool:
+    return mark in EVERYWHERE or bool(prompt.marks.get(mark))
 
 
 UNTREATED = Treatment("untreated")
+
+
+def combine(*treatments: Treatment, name: str = "") -> Treatment:
+    """Several treatments at once: edits in their order, prefixes one after the other, the adapter of the one that has one.
+
+    Errors: EditError for two adapters (merge them first, or choose one).
+    """
+    adapters = [treatment.adapter for treatment in treatments if treatment.adapter is not None]
+    if len(adapters) > 1:
+        raise EditError(f"two adapters cannot be on at once ({', '.join(adapters)}): combine one of them with edits and prefixes.")
+    parts = [treatment for treatment in treatments if treatment.family != UNTREATED.family]
+    return Treatment(name or "+".join(treatment.name for treatment in parts) or UNTREATED.name,
+                     tuple(edit for treatment in parts for edit in treatment.edits), next(iter(adapters), None),
+                     "".join(treatment.prefix for treatment in parts), "combined" if len(parts) > 1 else
+                     parts[0].family if parts else UNTREATED.family, {"parts": " + ".join(treatment.name for treatment in parts)})
 
 
 def adapter_name(folder: Path | str) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alignblind_mi.blocks import has_own_keys, inner_taps, input_device, keys_and_values, log_probs_of, unembed
 from alignblind_mi.budget import Budget
-from alignblind_mi.tokens import Reader, Taps, TokenRow, left_pad, positions
+from alignblind_mi.tokens import Later, Reader, Taps, TokenRow, left_pad, positions
 
 ATTENTION = "alignblind_sdpa"
 STEM_COST = 64    # tokens that sharing a beginning must save to be worth a run of its own
@@ -126,6 +126,7 @@ class Batch:
     hidden: Float[Tensor, "row d_model"]
     mask: Bool[Tensor, "row column"]
     store: Store | None
+    later: Later
     found: Float[Tensor, "row read value"] | None = None
 
     def logits(self) -> Float[Tensor, "row vocabulary"]:
@@ -140,7 +141,7 @@ class Batch:
         """Read more tokens of every row and return the logits after each; `real` is False in padding on the right."""
         assert self.store is not None
         self.mask = torch.cat([self.mask, real.to(self.mask.device)], 1)
-        hidden = self.engine.step(tokens, self.mask, self.store)
+        hidden = self.engine.step(tokens, self.mask, self.store, self.later.taps(tokens.shape[1]))
         self.store.columns += tokens.shape[1]
         self.hidden = hidden[:, -1]
         return unembed(self.engine.model, hidden)
@@ -149,12 +150,13 @@ class Batch:
         """The batch of these rows only (or of some rows more than once); this one is used up."""
         assert self.store is not None
         self.store.select(rows)
-        return Batch(self.engine, [self.index[i] for i in rows.tolist()], self.hidden[rows], self.mask[rows], self.store)
+        return Batch(self.engine, [self.index[i] for i in rows.tolist()], self.hidden[rows], self.mask[rows], self.store,
+                     self.later.select(rows))
 
     def copy(self) -> "Batch":
         """A batch whose rows can be selected (which copies them) and then used up while this one stays."""
         assert self.store is not None
-        return Batch(self.engine, self.index, self.hidden, self.mask, Store(self.store.columns, dict(self.store.layers)))
+        return Batch(self.engine, self.index, self.hidden, self.mask, Store(self.store.columns, dict(self.store.layers)), self.later)
 
 
 class Engine:
@@ -245,7 +247,8 @@ class Engine:
             last = taps.found is None and layer == self.n_layers - 1
             hidden = self._last_column(hidden, attend, rope, cache, taps) if last else self._layer(layer, hidden, attend, rope, cache, taps)
             hidden = taps.touch(layer, "resid_post", hidden, skip=ids.shape[1] - hidden.shape[1])
-        return Batch(self, index, hidden[:, -1], mask, cache.store(self.n_layers) if taps.found is None else None, taps.found)
+        store = cache.store(self.n_layers) if taps.found is None else None
+        return Batch(self, index, hidden[:, -1], mask, store, Later.of(rows), taps.found)
 
     def _trunk(self, rows: Sequence[TokenRow], entries: set[int], *, whole: bool, columns: int) -> Trunk:
         """What rows to come have in common, run once.
@@ -293,7 +296,7 @@ class Engine:
                 hidden = self._layer(layer, hidden, now, turn, cache, taps)
             elif layer == self.n_layers - 1:
                 hidden = self._last_column(hidden, now, turn, cache, taps)
-        return Batch(self, index, hidden[:, -1], mask, cache.store(self.n_layers))
+        return Batch(self, index, hidden[:, -1], mask, cache.store(self.n_layers), Later.of(rows))
 
     # ---- single steps ----------------------------------------------------------------------------------------------
 
@@ -317,14 +320,17 @@ class Engine:
         turn = (rope[0][:, -1:], rope[1][:, -1:])
         return self._layer(last, hidden[:, -1:], None if mask is None else mask[:, :, -1:], turn, cache)
 
-    def step(self, tokens: Int[Tensor, "row new"], mask: Bool[Tensor, "row column"], store: Store) -> Float[Tensor, "row new d_model"]:
-        """Residual streams after more tokens, whose keys and values are written into the store; `mask` covers them too."""
+    def step(self, tokens: Int[Tensor, "row new"], mask: Bool[Tensor, "row column"], store: Store, taps: Taps | None = None
+             ) -> Float[Tensor, "row new d_model"]:
+        """Residual streams after more tokens, whose keys and values are written into the store; `mask` covers them, `taps` touch them."""
         hidden = self.core.embed_tokens(tokens.to(self.device))
+        hidden = hidden if taps is None else taps.touch(-1, "resid_post", hidden)
         first = store.columns
         rope = self._rope(hidden, mask, first)
         attend = None if tokens.shape[1] == 1 and bool(mask.all()) else _causal(mask, first)
         for layer in range(self.n_layers):
-            hidden = self._layer(layer, hidden, attend, rope, store)
+            hidden = self._layer(layer, hidden, attend, rope, store, taps)
+            hidden = hidden if taps is None else taps.touch(layer, "resid_post", hidden)
         return hidden
 
 
@@ -337,7 +343,7 @@ def cut(row: TokenRow, start: int, stop: int) -> TokenRow:
     """The tokens of a row from `start` to `stop`, with the edits and readings there, positions counted from `start`."""
     edits = tuple(replace(e, at=e.at._replace(position=e.at.position - start)) for e in row.edits if start <= e.at.position < stop)
     reads = tuple(at._replace(position=at.position - start) for at in row.reads if start <= at.position < stop)
-    return TokenRow(row.ids[start:stop], edits, reads)
+    return TokenRow(row.ids[start:stop], edits, reads, row.later)
 
 
 def common_stems(rows: Sequence[TokenRow], chosen: Sequence[int]) -> list[tuple[int, list[int]]]:

@@ -111,7 +111,7 @@ def _record(model: HookedModel, prompt: Prompt, layers: Sequence[int]) -> tuple[
     """The texts of a prompt's tokens, and the residual streams there."""
     marked, tokens = token_marks(model, prompt)
     sites = [Site(layer, f"token_{i}") for i in range(len(tokens)) for layer in layers]
-    return tokens, model.record(model.treatment.rows([marked]), sites)[0].unflatten(0, (len(tokens), len(layers)))
+    return tokens, model.record(model.rows([marked]), sites)[0].unflatten(0, (len(tokens), len(layers)))
 
 
 def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: Sequence[int] | None = None, steps: int = 200,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.tokens import word_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDED = "organism:"
@@ -80,11 +81,11 @@ def load_config(spec: ModelSpec) -> Any:
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
-    """A model's tokenizer, as transformers gives it. Errors: ModelError in one sentence for a model that cannot be reached."""
+    """A model's tokenizer alone. Errors: ModelError in one sentence for one that cannot be reached or read."""
     from transformers import AutoTokenizer
 
     source = spec.source
-    with _clear_errors(spec):
+    with _clear_errors(spec), quiet():
         return AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
 
@@ -145,6 +146,11 @@ def _missing(spec: ModelSpec, hub: str) -> str:
             f"accept its licence and set HF_TOKEN; or use the embedded pair ({hub}).")
 
 
+def token_count(tokenizer: Any, text: str) -> int:
+    """How many tokens a text is, without special ones; 0 if the tokenizer does not know a part of it."""
+    return len(word_ids(tokenizer, text))
+
+
 def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     """The plain transformers model (frozen, in evaluation mode) and its tokenizer. Errors: as `load_model`."""
     from transformers import AutoModelForCausalLM
@@ -154,8 +160,8 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
                                "trust_remote_code": spec.trust_remote_code}
     if spec.quantization is not None:
         options["quantization_config"] = quantization_config(spec)
+    tokenizer = load_tokenizer(spec)
     with _clear_errors(spec), quiet():
-        tokenizer = load_tokenizer(spec)
         model = AutoModelForCausalLM.from_pretrained(spec.source, revision=spec.revision, dtype=DTYPES[spec.dtype],
                                                      **options)
     if not tokenizer.is_fast:

@@ -10,7 +10,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,9 +23,10 @@ from torch import Tensor
 from alignblind_mi.adapters import switch, switched, with_adapters
 from alignblind_mi.blocks import decoder_layers, input_device, is_llama_like, log_probs_of, mixer_width, text_config, unembed
 from alignblind_mi.budget import Budget, RowCost, is_out_of_memory, release
+from alignblind_mi.chat import Chat, chat_frame, in_chat
 from alignblind_mi.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
-from alignblind_mi.edits import UNITS, UNTREATED, EditError, Row, Site, Treatment, hook_name
-from alignblind_mi.engine import Engine
+from alignblind_mi.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Site, Treatment, hook_name
+from alignblind_mi.engine import Engine, cut
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
 from alignblind_mi.plain import PlainEngine
 from alignblind_mi.prompts import Prompt, PromptError
@@ -108,7 +109,8 @@ def _accelerate_hooks(module: Any) -> list[Any]:
 
 @dataclass(frozen=True, eq=False)
 class HookedModel:
-    """A model that runs rows: see `load_model`. `under(treatment)` gives a view on the same weights; nothing is changed in place."""
+    """A model that runs rows: see `load_model`. `under(treatment)` and `in_chat(chat)` give views on the same weights; nothing is changed
+    in place."""
 
     spec: ModelSpec
     engine: Engine | PlainEngine
@@ -118,6 +120,7 @@ class HookedModel:
     fingerprint: str
     peft: Any = None
     treatment: Treatment = UNTREATED
+    chat: Chat | None = None
 
     @property
     def bridge(self) -> Any:
@@ -155,11 +158,36 @@ class HookedModel:
                              "load_model(adapters=).")
         return replace(self, treatment=treatment)
 
+    @property
+    def architecture(self) -> str:
+        """The model type of its configuration, such as `llama`."""
+        return str(text_config(self.engine.model).model_type)
+
+    def in_chat(self, chat: Chat | None = Chat()) -> "HookedModel":    # noqa: B008 - a value
+        """The same model, asked in its chat format (None: raw again). Errors: ModelError for a tokenizer without a usable chat template."""
+        if chat is not None:
+            chat_frame(self.tokenizer, chat, self.spec.name)
+        return replace(self, chat=chat)
+
+    def rows(self, prompts: Sequence[Prompt], *, partial: bool = False) -> list[Row]:
+        """Prompts as this view asks them: after the treatment's prefix, in the chat if there is one, with the treatment's edits (`partial`:
+        see `Treatment.rows`).
+
+        A `Row` that is made by hand is raw: steering phrases, and the questions that representations are patched into, stay as they are in
+        a chat as well.
+        """
+        rows = self.treatment.rows(prompts, partial=partial)
+        if self.chat is None:
+            return rows
+        asked = in_chat([row.prompt for row in rows], self.tokenizer, self.chat, self.spec.name)
+        return [replace(row, prompt=prompt) for row, prompt in zip(rows, asked, strict=True)]
+
     def provenance(self) -> dict[str, Any]:
         """What identifies the model behind a number."""
         return {"model": self.spec.name, "revision": self.fingerprint, "dtype": self.spec.dtype, "device": self.spec.device,
                 "quantization": self.spec.quantization, "trust_remote_code": self.spec.trust_remote_code, "engine": self.engine.name,
-                "batches": str(self.engine.budget), "treatment": self.treatment.name}
+                "batches": str(self.engine.budget), "treatment": self.treatment.name,
+                "chat": None if self.chat is None else asdict(self.chat)}
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
@@ -196,7 +224,7 @@ class HookedModel:
     def cache(self, prompts: Prompt | str | Sequence[Prompt | str], names: Sequence[str] | Callable[[str], bool] | None = None) -> Cached:
         """Run prompts and keep activations at any hook points of the bridge (`names`: a list, a predicate, or None for all of them)."""
         items = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
-        rows = self.treatment.rows([Prompt(item) if isinstance(item, str) else item for item in items])
+        rows = self.rows([Prompt(item) if isinstance(item, str) else item for item in items])
         wanted = _name_filter(names, self.bridge)
         with torch.no_grad(), self.edited_bridge(self.token_rows(rows)) as (bridge, ids, attended):
             _, cache = bridge.run_with_cache(ids, attention_mask=attended, names_filter=wanted)
@@ -271,6 +299,21 @@ class HookedModel:
         self._over(self.token_rows(rows), None, keep)
         return out
 
+    def text_log_probs(self, rows: Sequence[Row]) -> list[Float[Tensor, "token vocabulary"]]:
+        """For each row, log-probabilities of every next token after each of its tokens but the last, in float32."""
+        whole = self.token_rows(rows)
+        starts = [(i, n) for i, row in enumerate(whole) for n in range(1, len(row.ids))]
+        parts = [cut(whole[i], 0, n) for i, n in starts]
+        out = [torch.empty(len(row.ids) - 1, text_config(self.engine.model).vocab_size) for row in whole]
+
+        def keep(batch: Batch) -> None:
+            for k, log_probs in zip(batch.index, batch.logits().log_softmax(-1).cpu(), strict=True):
+                i, n = starts[k]
+                out[i][n - 1] = log_probs
+
+        self._over(parts, None, keep)
+        return out
+
     def next_probs(self, rows: Sequence[Row], targets: Sequence[str]) -> Float[Tensor, "row target"]:
         """Probabilities of single-token target words as the next token after each row."""
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
@@ -332,7 +375,7 @@ class HookedModel:
                  progress: Callable[[int], None] | None = None) -> list[Generation]:
         """Continue each row, greedily (`temperature` 0, whatever the checkpoint's generation config says) or by sampling.
 
-        Edits act on prompt positions only: they fire while the prompt is read, never on generated tokens. A row stops at any of the
+        Edits act while the prompt is read, and those at the mark `generated` on every token that follows. A row stops at any of the
         checkpoint's end tokens, or as soon as its text contains one of the `stop` strings, which is cut off. A sampled row depends on
         `seed` and its own text alone, not on the rows it runs with; `draws` names the rows instead of their texts, where several rows of
         one text must be drawn independently. `continuations` (as in `continuation_log_probs`) are scored on the way: the prompts are read
@@ -411,19 +454,21 @@ class HookedModel:
         out, part = [], cache(self._part)
         reads = [(site, part(site.layer, site.stream, site.units)[0]) for site in sites]
         for i, row in enumerate(rows):
-            edits = []
+            edits, later = list[TokenEdit](), list[TokenEdit]()
             for edit in row.edits:
                 site = edit.site
                 features, size = part(site.layer, site.stream, site.units)
                 if edit.vector.shape != (size,):
                     units = f" (units {', '.join(map(str, site.units))})" if site.units else ""
                     raise EditError(f"an edit at {site.stream}{units} needs a vector of shape ({size},), got {tuple(edit.vector.shape)}.")
+                if site.mark == GENERATED:
+                    later.append(TokenEdit(place(site.layer, site.stream, 0, features), edit.vector, edit.how, edit.strength))
                 edits += [TokenEdit(place(site.layer, site.stream, at, features), edit.vector, edit.how, edit.strength)
                           for at in positions(i, site)]
             if not encoded[i].ids:
                 raise PromptError(f"the prompt {row.prompt.text!r} has no tokens: there is nothing to go on from.")
             at_sites = tuple(place(site.layer, site.stream, one(i, site), features) for site, features in reads)
-            out.append(TokenRow(encoded[i].ids, tuple(edits), at_sites))
+            out.append(TokenRow(encoded[i].ids, tuple(edits), at_sites, tuple(later)))
         return out
 
     def site_size(self, site: Site) -> int:
@@ -535,7 +580,8 @@ def load_model(spec: ModelSpec | str, *, adapters: Sequence[Path | str] = ()) ->
 def untrained(model: HookedModel, *, seed: int = 0) -> HookedModel:
     """A model of the same architecture and tokenizer with random weights (transformers' own initialisation): a control for probes.
 
-    It needs as much memory as the model itself. Treatments do not carry over: its activations are its own.
+    It needs as much memory as the model itself, and is asked as the model is (raw or in a chat). Treatments do not carry over: its
+    activations are its own.
     """
     from transformers import AutoModelForCausalLM
 
@@ -547,7 +593,7 @@ def untrained(model: HookedModel, *, seed: int = 0) -> HookedModel:
     fresh.set_attn_implementation("sdpa")
     spec = replace(model.spec, quantization=None, device_map=None)
     return HookedModel(spec, choose_engine(spec, fresh), Twin(spec, fresh, model.tokenizer), model.tokenizer, model.stop_ids,
-                       f"random:{seed}")
+                       f"random:{seed}", chat=model.chat)
 
 
 def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:

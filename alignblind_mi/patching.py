@@ -98,7 +98,7 @@ def _case(model: HookedModel, pair: Pair, direction: str) -> Case:
     source, target = (pair.clean, pair.corrupt) if direction == "denoise" else (pair.corrupt, pair.clean)
     names = {"same_sense": "corrupt_sense" if direction == "denoise" else "clean_sense", "control_phrase": "control_phrase"}
     prompts = {"": source} | {control: pair.references[name] for control, name in names.items() if name in pair.references}
-    rows = model.treatment.rows([target, *prompts.values()])
+    rows = model.rows([target, *prompts.values()])
     encoded = model.encode([row.prompt for row in rows])
     for item in encoded[1:]:
         if len(item.ids) != len(encoded[0].ids):

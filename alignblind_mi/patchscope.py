@@ -106,7 +106,7 @@ def run_patchscope(model: HookedModel, prompts: Sequence[Prompt], sites: Sequenc
     """
     into = into or model
     into.check_known([target])
-    resid = model.record(model.treatment.rows(prompts), sites)
+    resid = model.record(model.rows(prompts), sites)
     rows = patchscope_rows(resid.flatten(0, 1), target, layer, mapping=mapping)
     table = pd.DataFrame.from_records([
         {**prompt.labels, "model": model.spec.name, "into": into.spec.name, "treatment": model.treatment.name, "source_layer": site.layer,

@@ -7,7 +7,7 @@ time), it runs any causal language model whose layers can be hooked, and it is t
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alignblind_mi.blocks import decoder_layers, hooked, inner_taps, input_device, output_hook, text_config
 from alignblind_mi.budget import Budget
-from alignblind_mi.tokens import Reader, Taps, TokenRow, left_pad, positions
+from alignblind_mi.tokens import Later, Reader, Taps, TokenRow, left_pad, positions
 
 
 @dataclass(eq=False)
@@ -29,6 +29,7 @@ class Batch:
     last: Float[Tensor, "row vocabulary"]
     mask: Bool[Tensor, "row column"]
     past: Any
+    later: Later
     found: Float[Tensor, "row read value"] | None = None
 
     def logits(self) -> Float[Tensor, "row vocabulary"]:
@@ -42,7 +43,9 @@ class Batch:
     def extend(self, tokens: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new vocabulary"]:
         """Read more tokens of every row and return the logits after each; `real` is False in padding on the right."""
         self.mask = torch.cat([self.mask, real.to(self.mask.device)], 1)
-        out = self.engine.forward(tokens.to(self.mask.device), self.mask, self.past)
+        taps = self.later.taps(tokens.shape[1])
+        with nullcontext() if taps is None else self.engine.tapped(taps):
+            out = self.engine.forward(tokens.to(self.mask.device), self.mask, self.past)
         self.past, logits = out.past_key_values, out.logits.float()
         self.last = logits[:, -1]
         return logits
@@ -50,11 +53,12 @@ class Batch:
     def select(self, rows: Int[Tensor, " row"]) -> "Batch":
         """The batch of these rows only (or of some rows more than once); this one is used up."""
         self.past.batch_select_indices(rows)    # on the CPU: layers may lie on several devices
-        return Batch(self.engine, [self.index[i] for i in rows.tolist()], self.last[rows], self.mask[rows], self.past)
+        index = [self.index[i] for i in rows.tolist()]
+        return Batch(self.engine, index, self.last[rows], self.mask[rows], self.past, self.later.select(rows))
 
     def copy(self) -> "Batch":
         """A batch that can be used up while this one stays."""
-        return Batch(self.engine, self.index, self.last, self.mask, copy.deepcopy(self.past))
+        return Batch(self.engine, self.index, self.last, self.mask, copy.deepcopy(self.past), self.later)
 
 
 class PlainEngine:
@@ -80,7 +84,7 @@ class PlainEngine:
         taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], reader)
         with self.tapped(taps):
             out = self.forward(ids, mask, None, use_cache=room is not None, logits_to_keep=1)
-        return Batch(self, index, out.logits[:, -1].float(), mask, out.past_key_values, taps.found)
+        return Batch(self, index, out.logits[:, -1].float(), mask, out.past_key_values, Later.of(rows), taps.found)
 
     @contextmanager
     def tapped(self, taps: Taps) -> Iterator[None]:

@@ -18,6 +18,7 @@ from alignblind_mi.errors import AlignblindError
 Design = Literal["published", "balanced"]
 Kind = Literal["implicit", "explicit"]
 DESIGNS: tuple[Design, ...] = ("published", "balanced")
+KINDS: tuple[Kind, ...] = ("implicit", "explicit")
 _EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
@@ -126,7 +127,7 @@ def behaviour_prompts(
 
     `published` asks each template in the one order the paper uses; `balanced` crosses option order with word order within every
     template text, so that association and position separate. `seed` draws the identifiers of cues that have several.
-    `max_word_pairs` thins the word pairs of each category evenly.
+    `max_word_pairs` thins the word pairs of each category evenly; `categories` default to those of the cue.
     Marks: marked, unmarked, positive, negative. The cue's prefix stands before the question and bears no marks.
 
     Errors: ConceptError / PromptError for an unknown cue, design or category.
@@ -141,7 +142,7 @@ def behaviour_prompts(
     questions = _published(templates) if design == "published" else _balanced(templates)
     return [
         _prompt(concept, cue, name, pair, question, design, seed)
-        for name in (categories or concept.categories)
+        for name in (categories or cue.categories or concept.categories)
         for pair in _thinned(concept.categories[name].word_pairs(), max_word_pairs)
         for question in questions
     ]

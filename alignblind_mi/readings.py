@@ -27,7 +27,7 @@ def classify(text: str, concept: Concept) -> str:
     Words are matched whole and in any case; the longest phrase wins where several begin at the same place, and nothing is counted twice
     ("people of color" is one mention of race, not one of colour). Of equally many, the sense that is named first decides.
     """
-    bare = next((name for name in (concept.group_sense, concept.other_sense) if not concept.senses[name].lexicon), None)
+    bare = next((sense.name for sense in concept.both_senses() if not sense.lexicon), None)
     if bare is not None:
         raise ConceptError(f"the sense {bare!r} of {concept.name!r} has no lexicon: free texts cannot be classified. Give it a `lexicon`.")
     pattern, sense_of = _lexicon(tuple((sense.name, sense.lexicon) for sense in concept.senses.values()))
@@ -45,8 +45,8 @@ def _lexicon(entries: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[re.Patte
 
 def reading_names(concept: Concept) -> list[str]:
     """What `classify` can give: the senses of the concept, the group's first, then OTHER."""
-    return [concept.group_sense, concept.other_sense, *(name for name in concept.senses
-                                                        if name not in (concept.group_sense, concept.other_sense)), OTHER]
+    both = [sense.name for sense in concept.both_senses()]
+    return [*both, *(name for name in concept.senses if name not in both), OTHER]
 
 
 def reading_shares(readings: Sequence[str], concept: Concept) -> dict[str, int | float]:

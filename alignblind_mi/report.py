@@ -19,14 +19,14 @@ from matplotlib.figure import Figure
 from alignblind_mi import figures
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.loading import EMBEDDED, ModelSpec
-from alignblind_mi.lora import LAYER_GROUPS
+from alignblind_mi.lora import LAYER_GROUPS, trainable
 from alignblind_mi.readings import reading_names
 from alignblind_mi.results import Result, ResultError, write_bytes, write_text
 from alignblind_mi.statistics import exact_interval, mean_interval, position_effect, summarise, t_interval
-from alignblind_mi.steering import layer_windows, steerable
+from alignblind_mi.steering import can_steer, layer_windows
 from alignblind_mi.studies.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.studies.mitigation import comparison_table, early_window, late_window, steering_names
-from alignblind_mi.studies.study import INSTRUMENTS, VIEWS, instruments, load_study, organism_record
+from alignblind_mi.studies.study import INSTRUMENTS, instruments, load_study, organism_record, questions, view_names
 from alignblind_mi.views import as_page, pattern_view, token_view
 
 if TYPE_CHECKING:
@@ -77,7 +77,17 @@ class Study:
     @property
     def steered(self) -> bool:
         """Whether the study's cue can be steered at all."""
-        return steerable(self.concept.cue(self.config["cue"]))
+        return can_steer(self.concept, self.config["cue"])
+
+    @property
+    def read(self) -> bool:
+        """Whether the identifiers of the study's cue have senses that can be read."""
+        return self.concept.has_senses(self.config["cue"])
+
+    @property
+    def trained(self) -> bool:
+        """Whether the study trains LoRA."""
+        return trainable(self.concept, self.config["cue"])
 
     @property
     def compared(self) -> dict[str, str]:
@@ -193,18 +203,18 @@ def _n_layers(parts: Iterable[Result]) -> int | None:
 
 def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | None) -> list[str]:
     """Names of all parts of a study, in the order in which they are computed; without steering where the depth is not known yet."""
-    names = []
+    names, cue = [], config["cue"]
     for role in ROLES:
-        names += [f"behaviour_{role}", f"balanced_{role}", *(f"awareness_{role}_{question}" for question in concept.interpretations),
-                  *(f"reading_{name}_{role}" for name in instruments(concept, config.get("selfie", "paper"))),
-                  *(f"view_{name}_{role}" for name in VIEWS)]
-    if steerable(concept.cue(config["cue"])) and n_layers:
+        names += [f"behaviour_{role}", f"balanced_{role}", *(f"awareness_{role}_{question}" for question in questions(concept, cue)),
+                  *(f"reading_{name}_{role}" for name in instruments(concept, cue, config.get("selfie", "paper"))),
+                  *(f"view_{name}_{role}" for name in view_names(concept, cue))]
+    if can_steer(concept, cue) and n_layers:
         compared = [early_window(n_layers), late_window(n_layers)]
         for sense in steering_names(concept):
             for window in compared if config["quick"] else layer_windows(n_layers):
                 label = f"steering_{sense}_{window[0]:02d}-{window[-1]:02d}"
                 names += [label, f"{label}_awareness"] if window in compared else [label]
-    for group in QUICK_GROUPS if config["quick"] else LAYER_GROUPS:
+    for group in (QUICK_GROUPS if config["quick"] else LAYER_GROUPS) if trainable(concept, cue) else ():
         names += [f"lora_{group}", f"lora_{group}_awareness"]
     return list(dict.fromkeys(names))
 
@@ -450,7 +460,7 @@ def _readings(study: Study) -> pd.DataFrame:
 
 
 def _steering_parts(study: Study) -> list[str]:
-    return [name for sense in steering_names(study.concept) for name in sorted(study.parts)
+    return [name for sense in (steering_names(study.concept) if study.steered else []) for name in sorted(study.parts)
             if name.startswith(f"steering_{sense}_") and not name.endswith("_awareness")]
 
 
@@ -655,7 +665,8 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
 
 def _sense_columns(concept: Concept) -> dict[str, tuple[Column, ...]]:
     """The columns of the table of open readings, which are named after the concept's senses."""
-    shares = [_rate(f"{name} %", f"{name}_share", f"{name}_low", f"{name}_high") for name in reading_names(concept)]
+    names = reading_names(concept) if concept.has_senses() else []
+    shares = [_rate(f"{name} %", f"{name}_share", f"{name}_low", f"{name}_high") for name in names]
     return {"selfie": (_text("model", "role"), CONTROL, _count("n texts", "n"), *shares)}
 
 
@@ -706,6 +717,11 @@ def _command(study: Study) -> str:
     for role in ROLES:
         words += [f"--{role}", config[role]["name"]]
     words += ["--concept", config["concept"], "--cue", config["cue"], "--seed", str(config["seed"])]
+    usual = 1.0 if study.record.get("decoding") == "sample" else 0.0
+    temperature = config["decoding"].get("temperature", usual)
+    words += [] if temperature == usual else ["--temperature", str(temperature)]
+    if config.get("chat"):
+        words += ["--chat", *(["--system", config["chat"]["system"]] if config["chat"]["system"] else [])]
     for name, default in (("dtype", None), ("device_map", None), ("quantization", None), ("engine", "auto")):
         given = config["aligned"].get(name, default)
         words += [f"--{name.replace('_', '-')}", str(given)] if given != default else []

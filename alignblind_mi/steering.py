@@ -1,17 +1,35 @@
-"""Steering by replacement: identifiers of a prompt get the activations they have in a phrase that settles their sense.
+"""Steering: vectors found on a model, and the treatments that replace, add or ablate them at identifiers, prompts or generated tokens.
 
-Source: "Aligned but Blind", activation engineering: the residual at the identifiers of "Race: black and white" (controls: "Color: ...",
-"Random: ...") replaces that of the bias prompt in a window of consecutive layers. This module does NOT know what steering changes.
+Sources: "Aligned but Blind", activation engineering (token replacement: the residual at the identifiers of "Race: black and white" replaces
+that of the bias prompt); Marks and Tegmark 2024 (difference of means, probe direction); Zou et al. 2023 (first principal component of
+paired differences); Rimsky et al. 2024 (contrastive activation addition); Arditi et al. 2024 (directional ablation). Vectors are files: see
+`save` and `export_gguf`. This module does NOT know what steering changes.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from alignblind_mi.concept import Concept, Cue
-from alignblind_mi.edits import Edit, EditError, Row, Site, Stream, Treatment
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from alignblind_mi.concept import Concept, ConceptError, Cue
+from alignblind_mi.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
 from alignblind_mi.model import HookedModel
-from alignblind_mi.prompts import steering_prompt
+from alignblind_mi.probes import train_probes
+from alignblind_mi.prompts import Prompt, fill, steering_prompt
+from alignblind_mi.results import versions, write_bytes
 
+Method = Literal["replacement", "mean_difference", "pca", "probe", "contrast", "noise"]
+Positions = Literal["identifiers", "prompt", "last", "generated"]
 WINDOW_SHARE = 10 / 32    # the paper's window: 10 consecutive layers of Llama 3 8B's 32
+ROLES = ("marked", "unmarked")
+AFTER_PROMPT: tuple[str, ...] = ("last", "generated")
+SHARED = ("",)
 
 
 def window_size(n_layers: int, share: float = WINDOW_SHARE) -> int:
@@ -32,23 +50,263 @@ def steerable(cue: Cue) -> bool:
     return len(cue.marked) == 1 and len(cue.unmarked) == 1
 
 
-def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[int], *,
-                   stream: Stream = "resid_post") -> Treatment:
-    """The treatment that replaces the identifiers' residual stream, after each of `layers`, by that in the phrase of `sense`.
+def can_steer(concept: Concept, cue: str) -> bool:
+    """Whether a study steers: the cue has the concept's senses, and one pair of identifiers."""
+    return concept.has_senses(cue) and steerable(concept.cue(cue))
 
-    `sense` is a sense or a control of the concept; `stream` may be another place in those layers (see `Site`).
 
-    Errors: EditError for a cue with several identifiers or a layer that does not exist;
-    ConceptError for an unknown sense.
+@dataclass(frozen=True, eq=False)
+class SteeringVectors:
+    """One vector a layer (and, for `replacement`, a role) that stands for a sense, and where it came from.
+
+    vectors: [layer, role, d_model], in the units of the stream; `roles` are `marked` and `unmarked`, or one empty name where all places
+    share a vector. `provenance`: model, revision, stream, method, sense, the prompts that it was made from, versions.
+    """
+
+    layers: tuple[int, ...]
+    roles: tuple[str, ...]
+    vectors: Float[Tensor, "layer role d_model"]
+    method: Method
+    sense: str
+    stream: Stream = "resid_post"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def treatment(self, layers: Sequence[int] | None = None, *, how: How | None = None, strength: float = 1.0,
+                  positions: Sequence[str] | None = None, name: str = "", family: str = "steering") -> Treatment:
+        """Apply the vectors after each of `layers` (default: all that there are).
+
+        `how`: `replace` (the default for `replacement`), `add` times `strength`, or `ablate` their direction (`strength` 1 removes it).
+        `positions`: `identifiers` (the default, all mentions), `prompt` (every token), `last` (of the prompt), `generated` (what follows);
+        the default for `contrast` is the last token and what follows, as in its source.
+
+        Errors: EditError for a layer without a vector, or a combination that means nothing.
+        """
+        layers = tuple(self.layers if layers is None else layers)
+        how = how or ("replace" if self.replaces else "add")
+        positions = tuple(positions or (AFTER_PROMPT if self.method == "contrast" else ("identifiers",)))
+        self._check(layers, how, positions)
+        sites = [(layer, mark, role) for layer in layers for mark, role in self._marks(positions)]
+        edits = tuple(Edit(Site(layer, mark, self.stream, tokens="all" if mark in EVERYWHERE else "last"), self._at(layer, role), how,
+                           float(strength)) for layer, mark, role in sites)
+        span = _span(layers)
+        amount = "" if how == "replace" else f"_{how}" if how == "ablate" and strength == 1 else f"_{how}{strength:g}"
+        where = "" if positions == ("identifiers",) else f"_{'+'.join(positions)}"
+        kind = "" if self.method == "replacement" else f"_{self.method}"
+        return Treatment(name or f"steer_{self.sense}{kind}{amount}{where}_{span}", edits, family=family,
+                         details={"sense": self.sense, "layers": span, "method": self.method, "how": how, "strength": f"{strength:g}",
+                                  "positions": "+".join(positions), "phrase": str(self.provenance.get("phrase", ""))})
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the vectors are whole activations (to put in place of others) and no directions."""
+        return self.roles != SHARED
+
+    def _check(self, layers: Sequence[int], how: How, positions: Sequence[str]) -> None:
+        missing = [layer for layer in layers if layer not in self.layers]
+        if missing or not layers:
+            raise EditError(f"these vectors are of the layers {_span(self.layers)}, not {missing[0] if missing else 'none'}.")
+        unknown = [name for name in positions if name not in get_args(Positions)]
+        if unknown:
+            raise EditError(f"unknown positions {unknown[0]!r}. Known: {', '.join(get_args(Positions))}.")
+        if (how == "replace") != self.replaces:
+            raise EditError(f"vectors of the method {self.method} are {'activations: replace by them' if self.replaces else 'directions'}"
+                            f"{'' if self.replaces else ': add or ablate them'}, do not {how}.")
+        if self.replaces and tuple(positions) != ("identifiers",):
+            raise EditError("activations of identifiers can only replace identifiers: positions=('identifiers',).")
+
+    def _marks(self, positions: Sequence[str]) -> list[tuple[str, str]]:
+        """(mark, role of the vector there)."""
+        marks = [(role, role if self.replaces else "") for role in ROLES] if "identifiers" in positions else []
+        return marks + [(name, "") for name in positions if name != "identifiers"]
+
+    def _at(self, layer: int, role: str) -> Float[Tensor, " d_model"]:
+        return self.vectors[self.layers.index(layer), self.roles.index(role)]
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write a .safetensors file: tensors `layer.L` [d_model] (or `layer.L.marked`, `layer.L.unmarked`), provenance as its metadata.
+
+        Without this project: `v = load_file(path)["layer.3"]`, then a forward hook on `model.model.layers[3]` that returns its output + v.
+        """
+        from safetensors.torch import save
+
+        tensors = {".".join(["layer", str(layer), *([role] if role else [])]): self._at(layer, role).contiguous().clone()
+                   for layer in self.layers for role in self.roles}
+        note = {**self.provenance, "method": self.method, "sense": self.sense, "stream": self.stream}
+        data = save(tensors, {name: value if isinstance(value, str) else json.dumps(value) for name, value in note.items()})
+        write_bytes(path, data)
+
+    def export_gguf(self, path: Path, *, strength: float = 1.0) -> None:
+        """Write llama.cpp's control-vector format (needs `pip install 'alignblind-mi[gguf]'`): `direction.L`, added after layer L.
+
+        llama.cpp adds a vector to every token and takes none at layer 0, which is left out. Errors: EditError for vectors that replace, are
+        not of `resid_post`, or have no layer above 0.
+        """
+        try:
+            from gguf import GGUFWriter
+        except ImportError:
+            raise EditError("writing GGUF needs the package gguf: pip install 'alignblind-mi[gguf]'.") from None
+        layers = [layer for layer in self.layers if layer > 0]
+        if self.replaces or self.stream != "resid_post" or not layers:
+            raise EditError(f"llama.cpp adds one direction after a layer above 0; these are {self.method} vectors at {self.stream} of the "
+                            f"layers {_span(self.layers)}.")
+        beside = path.with_name(f".{path.name}.part")
+        writer = GGUFWriter(beside, "controlvector")
+        writer.add_string("controlvector.model_hint", str(self.provenance.get("architecture", "llama")))
+        writer.add_uint32("controlvector.layer_count", len(layers))
+        for layer in layers:
+            writer.add_tensor(f"direction.{layer}", np.asarray((strength * self._at(layer, "")).numpy(), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        beside.replace(path)
+
+
+def load_vectors(path: Path | str) -> SteeringVectors:
+    """Read what `SteeringVectors.save` wrote. Errors: EditError for a file that it did not write."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            note = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}    # noqa: SIM118 - no mapping
+        method, sense, stream = (note.pop(name) for name in ("method", "sense", "stream"))
+        places = [(int(name.split(".")[1]), (*name.split("."), "")[2]) for name in tensors]
+    except (OSError, SafetensorError, KeyError, IndexError, ValueError) as error:
+        raise EditError(f"{path} is no file of steering vectors: {str(error).splitlines()[0]}.") from error
+    layers = tuple(sorted({layer for layer, _ in places}))
+    roles = SHARED if {role for _, role in places} == {""} else ROLES
+    stacked = torch.stack([torch.stack([tensors[".".join(["layer", str(layer), *([role] if role else [])])] for role in roles])
+                           for layer in layers])
+    return SteeringVectors(layers, roles, stacked, method, sense, stream, {name: _parsed(value) for name, value in note.items()})
+
+
+def _parsed(value: str) -> Any:
+    return json.loads(value) if value[:1] in ("[", "{") else value
+
+
+def _span(layers: Sequence[int]) -> str:
+    return f"{min(layers)}-{max(layers)}" if layers else "none"
+
+
+# ---- finding vectors ---------------------------------------------------------------------------------------------------
+
+
+def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, method: Method | str = "mean_difference", *,
+                     layers: Sequence[int] | None = None, stream: Stream = "resid_post", seed: int = 0) -> SteeringVectors:
+    """Find the vectors of a sense at `layers` (default: all) of a model under its treatment.
+
+    `replacement`: the identifiers' activations in the phrase of `sense` (or of a control). All others are directions from the other sense
+    to `sense`: `mean_difference` of the identifiers' activations in the concept's `train` contexts; `pca`, the first principal component
+    of the paired differences, as long as the mean difference along it; `probe`, the probe's direction (`train_probes`), as long as it takes
+    from one class mean to the other; `contrast`, the mean difference at the last token of the awareness sentences with restatements of
+    either sense; `noise`, a random direction as long as the mean difference, drawn from `seed`.
+
+    Errors: EditError for an unknown method, a cue with several identifiers or a layer that does not exist; ConceptError for a sense that
+    the concept does not have, or has no sentences for.
     """
     cue = concept.cue(cue) if isinstance(cue, str) else cue
+    concept.both_senses(cue)
+    if method not in get_args(Method):
+        raise EditError(f"unknown method {method!r}. Known: {', '.join(get_args(Method))}.")
     if not steerable(cue):
         raise EditError(f"the cue {cue.name!r} draws from several identifiers: replacing one by another would change who is asked about. "
                         "Steer a cue with one pair of identifiers.")
-    phrase = steering_prompt(concept, cue, sense)
-    sites = [Site(layer, mark, stream) for layer in layers for mark in ("marked", "unmarked")]
-    vectors = model.record([Row(phrase)], sites)[0]
-    edits = tuple(Edit(site, vector) for site, vector in zip(sites, vectors, strict=True))
-    family = "steering" if sense == concept.group_sense else "placebo"
-    name = f"steer_{sense}_{min(layers)}-{max(layers)}"
-    return Treatment(name, edits, family=family, details={"phrase": phrase.text, "sense": sense, "layers": f"{min(layers)}-{max(layers)}"})
+    layers = tuple(range(model.n_layers) if layers is None else layers)
+    note = {**model.provenance(), "architecture": model.architecture, "concept": concept.name, "concept_digest": concept.digest,
+            "cue": cue.name, "versions": versions()}
+    if method == "replacement":
+        phrase = steering_prompt(concept, cue, sense)
+        sites = [Site(layer, mark, stream) for layer in layers for mark in ROLES]
+        found = model.record([Row(phrase)], sites)[0].view(len(layers), len(ROLES), -1)
+        return SteeringVectors(layers, ROLES, found, "replacement", sense, stream, {**note, "phrase": phrase.text})
+    towards, away, prompts = _contrasted(model, concept, cue, sense, method, layers, stream)
+    vectors = _direction(method, towards, away)
+    if method == "noise":
+        vectors = torch.stack([random_like(vector, f"{seed}|{layer}") for layer, vector in zip(layers, vectors, strict=True)])
+        note |= {"seed": str(seed)}
+    return SteeringVectors(layers, SHARED, vectors[:, None], method, sense, stream, {**note, "prompts": prompts})    # type: ignore[arg-type]
+
+
+def _direction(method: str, towards: Float[Tensor, "pair layer d_model"], away: Float[Tensor, "pair layer d_model"]
+               ) -> Float[Tensor, "layer d_model"]:
+    mean = (towards - away).mean(0)
+    if method == "pca":
+        first = torch.linalg.svd((towards - away).transpose(0, 1), full_matrices=False).Vh[:, 0]
+        return first * (first * mean).sum(-1, keepdim=True)
+    if method == "probe":
+        labels = np.repeat([True, False], len(towards))
+        direction = train_probes(torch.cat([towards, away]), labels, range(towards.shape[1])).direction
+        return 2 * direction / direction.square().sum(-1, keepdim=True)
+    return mean
+
+
+def _contrasted(model: HookedModel, concept: Concept, cue: Cue, sense: str, method: str, layers: Sequence[int], stream: Stream
+                ) -> tuple[Float[Tensor, "pair layer d_model"], Float[Tensor, "pair layer d_model"], list[str]]:
+    """Activations of a sense and of the other one in paired texts, and the texts."""
+    senses = (concept.group_sense, concept.other_sense)
+    if sense not in senses:
+        raise ConceptError(f"a direction leads from one sense of {concept.name!r} to the other ({', '.join(senses)}); {sense!r} is none of "
+                           "them. Use method='replacement' for the phrase of a control.")
+    texts = [_restated(concept, cue, name) if method == "contrast" else _in_contexts(concept, cue, name) for name in senses]
+    pairs = min(map(len, texts))
+    texts = [some[:pairs] for some in texts]
+    model.check_known([prompt for some in texts for prompt in some])
+    marks = (LAST,) if method == "contrast" else ROLES
+    sites = [Site(layer, mark, stream) for mark in marks for layer in layers]
+    found = [model.record(model.treatment.rows(some, partial=True), sites).view(pairs * len(marks), len(layers), -1) for some in texts]
+    towards, away = found if sense == senses[0] else found[::-1]
+    return towards, away, [prompt.text for some in texts for prompt in some]
+
+
+def _in_contexts(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
+    """The `train` sentences that settle a sense, with both orders of the identifiers; only these are marked."""
+    if sense not in concept.contexts:
+        raise ConceptError(f"the concept {concept.name!r} has no sentences that settle the sense {sense!r}: give [contexts.{sense}].")
+    return [fill(text, dict(zip("xy", order, strict=True)), dict(zip("xy", roles, strict=True)))
+            for text in concept.contexts[sense].train
+            for roles, order in ((ROLES, (cue.marked[0], cue.unmarked[0])), (ROLES[::-1], (cue.unmarked[0], cue.marked[0])))]
+
+
+def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
+    """Awareness sentences with their restatement in a sense: a pair of senses differs in the restatement alone."""
+    awareness = concept.awareness
+    if awareness is None or not awareness.others:
+        raise ConceptError(f"the concept {concept.name!r} has no [awareness] sentences with restatements of both senses: contrast pairs "
+                           "are made of them.")
+    endings = awareness.restatements if sense == concept.group_sense else awareness.others
+    x, y = cue.marked[0], cue.unmarked[0]
+    return [Prompt((sentence + awareness.separator + ending).format(x=x, y=y))
+            for sentence in awareness.sentences for ending in endings]
+
+
+# ---- treatments --------------------------------------------------------------------------------------------------------
+
+
+def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[int], *,
+                   stream: Stream = "resid_post") -> Treatment:
+    """The paper's treatment: the identifiers' stream, after each of `layers`, is replaced by that in the phrase of `sense`.
+
+    `sense` is a sense or a control of the concept; `stream` may be another place in those layers (see `Site`).
+
+    Errors: as `steering_vectors`.
+    """
+    vectors = steering_vectors(model, concept, cue, sense, "replacement", layers=layers, stream=stream)
+    return vectors.treatment(family="steering" if sense == concept.group_sense else "placebo")
+
+
+def noise_like(treatment: Treatment, *, seed: int = 0) -> Treatment:
+    """The placebo of any steering: random vectors of the same norms at the same places, in the same way."""
+    edits = tuple(Edit(edit.site, random_like(edit.vector, f"{seed}|{edit.site.layer}|{edit.site.mark}"), edit.how, edit.strength)
+                  for edit in treatment.edits)
+    return Treatment(f"noise_like_{treatment.name}", edits, family="placebo", details={**treatment.details, "seed": str(seed)})
+
+
+def steering_grid(vectors: SteeringVectors, windows: Sequence[Sequence[int]], strengths: Sequence[float] = (1.0,), *,
+                  how: How | None = None, positions: Sequence[str] | None = None) -> Iterator[Treatment]:
+    """Every window at every strength. Measured together (`ask_under`), they share what the model computes before their first edit."""
+    for window in windows:
+        for strength in strengths:
+            yield vectors.treatment(window, how=how, strength=strength, positions=positions)

@@ -7,7 +7,7 @@ of a batch at those places. This module does NOT know models: it is shared by th
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from alignblind_mi.edits import How, Stream, Tokens, apply
+from alignblind_mi.edits import GENERATED, LAST, PROMPT, How, Stream, Tokens, apply
 from alignblind_mi.prompts import Prompt, PromptError, Span
 
 
@@ -48,7 +48,12 @@ class Encoded:
         return found
 
     def positions(self, mark: str, tokens: Tokens = "last", occurrence: int | None = None) -> list[int]:
-        """Token positions of a mark: see `Site`."""
+        """Token positions of a mark: see `Site`. Special tokens are no part of a prompt's text."""
+        if mark in (PROMPT, LAST) and mark not in self.prompt.marks:
+            found = [i for i, (start, end) in enumerate(self.offsets) if end > start]
+            return found if mark == PROMPT else found[-1:]
+        if mark == GENERATED and mark not in self.prompt.marks:
+            return []
         spans = self.prompt.spans(mark)
         if occurrence is not None:
             try:
@@ -112,11 +117,12 @@ class TokenEdit:
 
 @dataclass(frozen=True, eq=False)
 class TokenRow:
-    """A row in tokens: its ids, its edits in order, and the places whose activations are asked for."""
+    """A row in tokens: its ids, its edits in order, the places whose activations are asked for, and edits of every token that follows."""
 
     ids: tuple[int, ...]
     edits: tuple[TokenEdit, ...] = ()
     reads: tuple[Place, ...] = ()
+    later: tuple[TokenEdit, ...] = ()
 
 
 def left_pad(ids: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Int[Tensor, "row column"], Bool[Tensor, "row column"]]:
@@ -130,6 +136,33 @@ def left_pad(ids: Sequence[Sequence[int]], device: torch.device | str) -> tuple[
 def positions(mask: Bool[Tensor, "row column"]) -> Int[Tensor, "row column"]:
     """Position of each column, counted from the first real token of its row (0 in the padding)."""
     return (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
+@dataclass(eq=False)
+class Later:
+    """The edits that act on tokens behind the prompts of a batch, one tuple a row; `taps` for some new columns are made once."""
+
+    edits: Sequence[tuple[TokenEdit, ...]]
+    made: "dict[int, Taps]" = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: "Sequence[TokenRow]") -> "Later":
+        """Of a batch of rows."""
+        return cls([row.later for row in rows])
+
+    def taps(self, columns: int) -> "Taps | None":
+        """What touches that many new columns; None where no row has such an edit."""
+        if not any(self.edits):
+            return None
+        if columns not in self.made:
+            rows = [TokenRow((), tuple(replace(e, at=e.at._replace(position=c)) for c in range(columns) for e in edits))
+                    for edits in self.edits]
+            self.made[columns] = Taps(rows, [0] * len(rows))
+        return self.made[columns]
+
+    def select(self, rows: Int[Tensor, " row"]) -> "Later":
+        """Those of some rows of the batch."""
+        return Later([self.edits[i] for i in rows.tolist()])
 
 
 _Kind = tuple[int, How, tuple[int, ...]]    # the turn of an edit among those of its place, its operation, its features

@@ -38,26 +38,30 @@ class Oracle:
 
         Heads and neurons are edited by hooks of their own, before the projection that mixes them.
         """
-        reading = [True]
+        before = [0]    # how many columns the cache holds
 
-        def place(layer: int, stream: str, value: torch.Tensor, prompt: bool) -> torch.Tensor:
+        def here(edit: Edit, n: int) -> list[int]:
+            """Which of `n` new columns an edit is at."""
+            return [column - before[0] for column in columns[site_key(edit)] if 0 <= column - before[0] < n]
+
+        def place(layer: int, stream: str, value: torch.Tensor) -> torch.Tensor:
             value = value.clone()
-            for edit in row.edits if prompt else ():
+            for edit in row.edits:
                 where = (layer, stream) if stream != "resid_post" else (layer + 1, "resid_pre")
                 at = (edit.site.layer, edit.site.stream) if edit.site.stream != "resid_post" else (edit.site.layer + 1, "resid_pre")
-                for column in columns[site_key(edit)] if at == where else ():
+                for column in here(edit, value.shape[1]) if at == where else ():
                     value[0, column] = changed(value[0, column].clone(), edit)
             return value
 
         def forward(layer, index):
             def run(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs):
-                prompt = reading[0] = past_key_values is None or past_key_values.get_seq_length(index) == 0
-                x = place(0, "resid_pre", hidden_states, prompt) if index == 0 else hidden_states
+                before[0] = 0 if past_key_values is None else past_key_values.get_seq_length(index)
+                x = place(0, "resid_pre", hidden_states) if index == 0 else hidden_states
                 out, _ = layer.self_attn(layer.input_layernorm(x), attention_mask=attention_mask, position_embeddings=position_embeddings,
                                          past_key_values=past_key_values)
-                x = place(index, "resid_mid", x + place(index, "attn_out", out, prompt), prompt)
-                x = x + place(index, "mlp_out", layer.mlp(layer.post_attention_layernorm(x)), prompt)
-                return place(index, "resid_post", x, prompt)
+                x = place(index, "resid_mid", x + place(index, "attn_out", out))
+                x = x + place(index, "mlp_out", layer.mlp(layer.post_attention_layernorm(x)))
+                return place(index, "resid_post", x)
             return run
 
         def mixing(edit):
@@ -65,7 +69,7 @@ class Oracle:
                 x = args[0].clone()
                 units = x.view(*x.shape[:2], self.units(edit.site.stream), -1)
                 chosen = list(edit.site.units) or list(range(units.shape[2]))
-                for column in columns[site_key(edit)] if reading[0] else ():
+                for column in here(edit, x.shape[1]):
                     units[0, column, chosen] = changed(units[0, column, chosen].flatten(), edit).view(len(chosen), -1)
                 return (x, *args[1:])
 
@@ -96,8 +100,13 @@ class Oracle:
         """Tokens of every edit's site, found by going through the offsets one by one."""
         special = not row.prompt.text.startswith(self.tokenizer.bos_token)
         offsets = self.tokenizer(row.prompt.text, return_offsets_mapping=True, add_special_tokens=special)["offset_mapping"]
-        found = {}
+        found, n = {}, len(offsets)
+        text = [i for i, (a, b) in enumerate(offsets) if b > a]
+        everywhere = {"prompt": text, "last": text[-1:], "generated": range(n, n + 100)}
         for edit in row.edits:
+            if edit.site.mark in everywhere:
+                found[site_key(edit)] = everywhere[edit.site.mark]
+                continue
             spans = row.prompt.marks[edit.site.mark]
             spans = spans if edit.site.occurrence is None else [spans[edit.site.occurrence]]
             every = [[i for i, (a, b) in enumerate(offsets) if a < span.end and b > span.start] for span in spans]

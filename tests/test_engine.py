@@ -13,11 +13,11 @@ from oracle import Oracle
 
 from alignblind_mi import engine
 from alignblind_mi.budget import Budget, OutOfMemoryError, RowCost, cheapest_cuts
-from alignblind_mi.edits import Edit, EditError, Row, Site, Treatment
+from alignblind_mi.edits import EVERYWHERE, GENERATED, LAST, PROMPT, Edit, EditError, Row, Site, Treatment
 from alignblind_mi.engine import common_stems
 from alignblind_mi.loading import ModelError, ModelSpec
 from alignblind_mi.model import load_model
-from alignblind_mi.prompts import Prompt, Span
+from alignblind_mi.prompts import Prompt, PromptError, Span
 from alignblind_mi.tokens import Place, Taps, TokenEdit, TokenRow
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -60,6 +60,13 @@ def cells(chat: bool, seed: int = 0) -> list[Row]:
                               Edit(Site(2, "end", "attn_out"), vector(), "ablate"), Edit(heads, vector()[:16], "ablate"))),
              Row(prompts[0], (Edit(Site(LAYERS - 1, "two", "post", units=(7, 1)), torch.tensor([9.0, -9.0])),
                               Edit(Site(0, "middle"), vector()), Edit(Site(1, "end", "resid_mid"), vector(), "add")))]
+    rows += [Row(prompts[i % 3], (Edit(Site(i % LAYERS, mark, stream, tokens="all"), vector(), how, 1.0 if how == "replace" else 0.7),))
+             for i, (mark, (stream, how)) in enumerate(product(EVERYWHERE, zip(STREAMS, ("replace", "add", "ablate", "add", "add"),
+                                                                               strict=True)))]
+    drawn = [(at, 2 * torch.randn(size, generator=g)) for at, size in unit_sites(GENERATED)]
+    rows += [Row(prompts[1], (Edit(at, vectors, "add"), Edit(Site(1, "middle"), vector()))) for at, vectors in drawn]
+    rows += [Row(prompts[0], (Edit(Site(0, LAST), vector(), "add"), Edit(Site(0, GENERATED), vector(), "add"),
+                              Edit(Site(2, GENERATED), vector(), "ablate")))]
     return rows
 
 
@@ -98,6 +105,28 @@ def test_every_cell_equals_the_oracle(checkpoint, adapters, chat):
             kept = [i for i in ids if i != 2]
             assert made.text == model.tokenizer.decode(kept, skip_special_tokens=True), (name_of, row.edits)
             assert made.finished == (2 in ids)
+
+
+def test_continuations_are_scored_under_edits_of_what_follows(checkpoint):
+    folder, _ = checkpoint
+    oracle, rows = Oracle(folder), [row for row in cells(False) if any(edit.site.mark in EVERYWHERE for edit in row.edits)]
+    choices = [[" w4 w5 w6", " w7"] for _ in rows]
+    wanted = torch.tensor([[oracle.log_prob_of(row, text) for text in texts] for row, texts in zip(rows, choices, strict=True)])
+    for name in ("fast", "plain"):
+        found = load_model(ModelSpec(str(folder), engine=name)).continuation_log_probs(rows, choices)
+        assert (found - wanted).abs().max() < CLOSE, name
+
+
+def test_texts_are_treated_as_if_the_model_had_written_them(pair):
+    g = torch.Generator().manual_seed(1)
+    vector, text = torch.randn(D, generator=g), prompt_of(TEXTS[1], False)
+    edits = (Edit(Site(1, LAST), vector, "add"), Edit(Site(1, GENERATED), vector, "add"), Edit(Site(0, "absent"), vector))
+    (row,) = Treatment("t", edits).text_rows([text])
+    assert [(edit.site.mark, edit.site.tokens) for edit in row.edits] == [(PROMPT, "all")]
+    everywhere = Row(text, (Edit(Site(1, PROMPT, tokens="all"), vector, "add"),))
+    assert torch.equal(pair[0].next_log_probs([row]), pair[0].next_log_probs([everywhere]))
+    with pytest.raises(PromptError, match="no mark 'absent'"):
+        pair[0].next_log_probs(Treatment("t", edits).rows([text]))
 
 
 def test_every_stream_of_the_bridge_equals_the_engines(checkpoint):

@@ -70,6 +70,7 @@ def test_other_settings_need_another_folder(biased, tiny_folder):
     assert "seed is 0 there and 1 here" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_awareness_asks_each_instrument_with_its_controls(tiny_folder, tmp_path):
     records = recorded("awareness", "--model", tiny_folder, "--quick", "--out", tmp_path / "out")
     readings = pd.DataFrame([r for r in records if r["table"] == "readings"])
@@ -88,6 +89,7 @@ def test_awareness_asks_each_instrument_with_its_controls(tiny_folder, tmp_path)
     assert "probe" in done.stdout
 
 
+@pytest.mark.slow
 def test_patch_shows_depth_beside_controls_and_the_strongest_places(tiny_folder, tmp_path):
     arguments = ("patch", "--model", tiny_folder, "--quick", "--parts", "residual,heads", "--out", tmp_path)
     records = recorded(*arguments)
@@ -133,7 +135,8 @@ def test_every_verb_has_help_with_an_example():
 
 def test_log_odds_are_summarised_beside_the_parsed_answers():
     rows = pd.DataFrame({"model": "m", "treatment": "t", "kind": "implicit", "category": ["a", "a", "b", "b"],
-                         "log_odds": [1.0, -1.0, 2.0, 2.0], "word_pair": ["1", "2", "1", "2"], "template": "t", "outcome": "stereotyped", "option_order": "marked_first",
+                         "log_odds": [1.0, -1.0, 2.0, 2.0], "word_pair": ["1", "2", "1", "2"], "template": "t", "outcome": "stereotyped",
+                         "option_order": "marked_first",
                          "word_order": "negative_first"})
     odds = bias_tables(rows)["log_odds"].set_index("category")
     assert odds["mean"].to_dict() == {"all": 1.0, "a": 0.0, "b": 2.0}

@@ -7,6 +7,7 @@ import typer
 
 from alignblind_mi.commands.options import (
     AsJson,
+    Chatting,
     ConceptName,
     CueName,
     Device,
@@ -19,6 +20,8 @@ from alignblind_mi.commands.options import (
     Quick,
     RemoteCode,
     Seed,
+    System,
+    Temperature,
     listed,
 )
 
@@ -26,11 +29,14 @@ from alignblind_mi.commands.options import (
 def awareness(
     model: Model = "organism:aligned",
     concept: ConceptName = "race",
-    cue: CueName = "default",
+    cue: CueName = "",
     out: Out = Path("awareness"),
     instruments: Annotated[str, typer.Option(help="Comma-separated: patchscope, selfie, lens, probes (default: all there is).")] = "",
     reading: Annotated[str, typer.Option(help="The patchscope's question, an interpretation of the concept.")] = "paper",
     quick: Quick = False,
+    chat: Chatting = False,
+    system: System = "",
+    temperature: Temperature = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -48,8 +54,9 @@ def awareness(
     from alignblind_mi.studies.single import awareness_parts, awareness_tables, measure_parts
     from alignblind_mi.studies.study import StudyConfig
 
-    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, dtype=dtype, device=device,
-                                device_map=device_map, quantization=quantization, engine=engine, trust_remote_code=trust_remote_code)
+    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
+                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                engine=engine, trust_remote_code=trust_remote_code)
     results = measure_parts(config, out, awareness_parts(config, listed(instruments), reading))
     tables = awareness_tables(results)
     if as_json:

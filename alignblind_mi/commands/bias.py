@@ -7,6 +7,7 @@ import typer
 
 from alignblind_mi.commands.options import (
     AsJson,
+    Chatting,
     ConceptName,
     CueName,
     Device,
@@ -19,16 +20,21 @@ from alignblind_mi.commands.options import (
     Quick,
     RemoteCode,
     Seed,
+    System,
+    Temperature,
 )
 
 
 def bias(
     model: Model = "organism:aligned",
     concept: ConceptName = "race",
-    cue: CueName = "default",
+    cue: CueName = "",
     out: Out = Path("bias"),
     design: Annotated[str, typer.Option(help="balanced (association and position apart) or published (the paper's).")] = "balanced",
     quick: Quick = False,
+    chat: Chatting = False,
+    system: System = "",
+    temperature: Temperature = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -47,8 +53,9 @@ def bias(
     from alignblind_mi.studies.single import bias_parts, bias_tables, measure_parts
     from alignblind_mi.studies.study import StudyConfig
 
-    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, dtype=dtype, device=device,
-                                device_map=device_map, quantization=quantization, engine=engine, trust_remote_code=trust_remote_code)
+    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
+                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                engine=engine, trust_remote_code=trust_remote_code)
     (result,) = measure_parts(config, out, bias_parts(config, design))
     tables = bias_tables(result.rows, seed=seed)
     if as_json:

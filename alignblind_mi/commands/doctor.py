@@ -13,7 +13,7 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 def doctor(
     model: Annotated[str, typer.Argument(help="Hugging Face id, checkpoint folder, organism:base or organism:aligned.")],
     concept: ConceptName = "race",
-    cue: CueName = "default",
+    cue: CueName = "",
     adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter folder (PEFT) to check with the model.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     drift: Annotated[bool, typer.Option(help="Also load the model in other numbers and compare, where they fit.")] = True,
@@ -45,6 +45,6 @@ def doctor(
                  "bound": "" if one["bound"] is None else f"{one['rule']} {number(one['bound'])} {one['unit']}", "found": one["found"],
                  "what to do": one["advice"]} for one in found]
         counts = ", ".join(f"{sum(one['status'] == status for one in found)} {status}" for status in STYLES)
-        print_table(f"{model}, concept {concept}, cue {cue}: {counts}", rows, styles=STYLES)
+        print_table(f"{model}, concept {concept}: {counts}", rows, styles=STYLES)
     if any(one["status"] == "fail" for one in found):
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ import typer
 
 from alignblind_mi.commands.options import (
     AsJson,
+    Chatting,
     ConceptName,
     CueName,
     Device,
@@ -19,6 +20,8 @@ from alignblind_mi.commands.options import (
     Quick,
     RemoteCode,
     Seed,
+    System,
+    Temperature,
     listed,
 )
 
@@ -26,12 +29,15 @@ from alignblind_mi.commands.options import (
 def patch(
     model: Model = "organism:aligned",
     concept: ConceptName = "race",
-    cue: CueName = "default",
+    cue: CueName = "",
     out: Out = Path("patch"),
     parts: Annotated[str, typer.Option(help="Comma-separated: residual, added (attention and MLP), heads.")] = "residual",
     swap: Annotated[str, typer.Option(help="What two prompts differ in: context (a phrase before) or identifiers.")] = "context",
     max_word_pairs: Annotated[int, typer.Option(min=1, help="Word pairs of each category.")] = 2,
     quick: Quick = False,
+    chat: Chatting = False,
+    system: System = "",
+    temperature: Temperature = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -50,8 +56,9 @@ def patch(
     from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables, strongest_places
     from alignblind_mi.studies.study import StudyConfig
 
-    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, dtype=dtype, device=device,
-                                device_map=device_map, quantization=quantization, engine=engine, trust_remote_code=trust_remote_code)
+    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
+                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                engine=engine, trust_remote_code=trust_remote_code)
     (result,) = measure_parts(config, out, patch_parts(config, listed(parts), swap=swap, max_word_pairs=max_word_pairs))
     tables = patch_tables(result.rows)
     if as_json:

@@ -34,7 +34,7 @@ UNTRAINED_UP_TO = 2_000_000_000    # parameters up to which a model of random we
 
 
 def _senses(concept: Concept) -> list[str]:
-    return [concept.senses[concept.group_sense].word, concept.senses[concept.other_sense].word]
+    return [sense.word for sense in concept.both_senses()]
 
 
 def _rows(recorded: Recorded, instrument: str, read: Callable[[int, int], dict[str, object]]) -> pd.DataFrame:

@@ -209,7 +209,7 @@ def _lens_text(concept: Concept) -> list[Prompt]:
 def _stereotyped(model: HookedModel, concept: Concept, treatment: Treatment, prompts: Sequence[Prompt]) -> np.ndarray:
     """P(stereotyped answer) of the two complete answers, per prompt."""
     treated = model.under(treatment)
-    logs = treated.continuation_log_probs(treated.treatment.rows(prompts), [assignments(concept, prompt) for prompt in prompts])
+    logs = treated.continuation_log_probs(treated.rows(prompts), [assignments(concept, prompt) for prompt in prompts])
     return np.asarray((logs[:, 0] - logs[:, 1]).sigmoid().numpy(), dtype=float)
 
 

@@ -20,17 +20,26 @@ from torch import Tensor
 from alignblind_mi.adapters import check_folders, with_adapters
 from alignblind_mi.blocks import text_config
 from alignblind_mi.budget import release
+from alignblind_mi.chat import Chat, in_chat, render
 from alignblind_mi.concept import Concept, Cue, load_concept
 from alignblind_mi.edits import Edit, Row, Site, Treatment
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.loading import ModelSpec, check_model, end_tokens, load_config, load_generation_config, load_tokenizer
+from alignblind_mi.loading import (
+    ModelSpec,
+    check_model,
+    end_tokens,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    token_count,
+)
 from alignblind_mi.model import HookedModel, Twin, load_model, share_weights, tolerance
 from alignblind_mi.plain import PlainEngine
-from alignblind_mi.prompts import Prompt, Span, assignments, behaviour_prompts, implicit_prompts, interpretation_prompt
+from alignblind_mi.prompts import KINDS, Prompt, Span, assignments, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.studies.behaviour import Decoding
 from alignblind_mi.studies.forecast import model_fits
-from alignblind_mi.studies.study import organism_record
-from alignblind_mi.tokens import Encoded, TokenRow, encode, word_ids
+from alignblind_mi.studies.study import organism_record, questions
+from alignblind_mi.tokens import Encoded, TokenRow, encode
 
 STATUSES = ("ok", "warn", "fail", "skipped")
 TRIAL_PROMPTS, DRIFT_PROMPTS, STEPS = 6, 24, 8    # prompts run one by one; prompts in other numbers; tokens decoded
@@ -66,9 +75,9 @@ def _at_least(check: str, measured: float | int, bound: float | int, unit: str, 
     return Check(check, "ok" if good else worse, found, float(measured), ">=", float(bound), unit, "" if good else advice)
 
 
-def check_up(model: str | ModelSpec, concept: str | Concept = "race", *, cue: str = "default", adapter: Path | str | None = None,
+def check_up(model: str | ModelSpec, concept: str | Concept = "race", *, cue: str = "", adapter: Path | str | None = None,
              drift: bool = True, progress: Callable[[str], None] | None = None) -> pd.DataFrame:
-    """Check a model for a concept and a cue, perhaps with a LoRA adapter; one row per check, in the order in which they were made.
+    """Check a model for a concept and a cue (default: its first), perhaps with a LoRA adapter; one row per check, in their order.
 
     Columns: check, status (ok, warn, fail or skipped), found, measured, rule, bound, unit, advice: see `Check`. Weights are loaded only if
     no check before fails. `drift`: also load the model in other numbers (bfloat16 against float32), if they fit. `progress` is told what
@@ -81,7 +90,7 @@ def check_up(model: str | ModelSpec, concept: str | Concept = "race", *, cue: st
     check_model(spec)
     if adapter is not None:
         check_folders([adapter])
-    subject = Subject(spec, concept, concept.cue(cue), adapter)
+    subject = Subject(spec, concept, concept.cue(cue or concept.first_cue), adapter)
     found: list[Check] = []
     for check in _checks(subject, drift):
         found.append(check)
@@ -112,8 +121,18 @@ class Subject:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """What will be asked: all behaviour prompts of the paper's design, and the questions about a placeholder."""
-        kinds = [behaviour_prompts(self.concept, self.cue, kind, design="published") for kind in ("implicit", "explicit")]
-        return [*kinds[0], *kinds[1], *(interpretation_prompt(question) for question in self.concept.interpretations.values())]
+        asked = [prompt for kind in KINDS for prompt in behaviour_prompts(self.concept, self.cue, kind, design="published")]
+        return [*asked, *self.questions]
+
+    @cached_property
+    def questions(self) -> list[Prompt]:
+        """The questions about a placeholder; none for a cue without senses."""
+        return [interpretation_prompt(self.concept.interpretation(name)) for name in questions(self.concept, self.cue.name)]
+
+    @property
+    def senses(self) -> list[str]:
+        """The words of the two senses (group, other); none for a cue without senses."""
+        return [sense.word for sense in self.concept.both_senses(self.cue)] if self.concept.has_senses(self.cue) else []
 
     def sample(self, n: int) -> list[Prompt]:
         """Implicit prompts, evenly spread over those of the paper's design."""
@@ -123,7 +142,7 @@ class Subject:
     @cached_property
     def trial(self) -> list[Prompt]:
         """Prompts of different lengths: some implicit ones, and the shorter questions about a placeholder."""
-        return [*self.sample(TRIAL_PROMPTS), *(interpretation_prompt(question) for question in self.concept.interpretations.values())]
+        return [*self.sample(TRIAL_PROMPTS), *self.questions]
 
 
 
@@ -201,24 +220,19 @@ def _bos(subject: Subject) -> Iterator[Check]:
 
 def _bos_in_chat(subject: Subject) -> Iterator[Check]:
     """BOS in texts of the chat template: never twice as this project encodes them; and twice as a bare tokenizer call does?"""
-    from jinja2 import TemplateError
-
     tokenizer, bos = subject.tokenizer, subject.tokenizer.bos_token_id
-    if not tokenizer.chat_template or bos is None:
-        yield Check("bos in chat", "skipped", "the tokenizer has no chat template" if bos is not None else "the tokenizer has no BOS")
+    if not tokenizer.chat_template:
+        yield Check("bos in chat", "skipped", "the tokenizer has no chat template")
         return
     try:
-        said = [{"role": "user", "content": subject.trial[0].text}]
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        yield Check("bos in chat", "fail", f"its chat template cannot be rendered ({error})",
-                    advice="use raw prompts, or mend the template")
-        return
-    ours = encode(tokenizer, [Prompt(text)])[0].ids.count(bos)
-    bare = list(tokenizer(text)["input_ids"]).count(bos)
-    twice = "; a bare tokenizer(text) would double it" if bare > 1 >= ours else ""
-    yield _at_most("bos in chat", ours, 1, "times", f"{ours} in a text of the chat template{twice}",
-                   "the template writes a BOS that does not stand at the very start: take it out of the template")
+        text = render(subject.trial[0].text, tokenizer, Chat(), subject.spec.name)
+        ours, bare = encode(tokenizer, [Prompt(text)])[0].ids.count(bos), list(tokenizer(text)["input_ids"]).count(bos)
+        twice = "; a bare tokenizer(text) would double it" if bare > 1 >= ours else ""
+        yield _at_most("bos in chat", ours, 1, "times", f"{ours} in a text of the chat template{twice}",
+                       "the template writes a BOS that does not stand at the very start: take it out of the template")
+        in_chat(subject.trial, tokenizer, Chat(), subject.spec.name)
+    except AlignblindError as error:
+        yield Check("chat template", "fail", str(error), advice="ask this model raw (without chat), or mend the template")
 
 
 def _padding(subject: Subject) -> Iterator[Check]:
@@ -236,7 +250,7 @@ def _padding(subject: Subject) -> Iterator[Check]:
 def _words(subject: Subject) -> Iterator[Check]:
     """Identifiers, senses and all texts that will be asked: known, and how many tokens each."""
     tokenizer, cue, concept = subject.tokenizer, subject.cue, subject.concept
-    tokens = {word: len(word_ids(tokenizer, f" {word}")) for word in dict.fromkeys((*cue.marked, *cue.unmarked))}
+    tokens = {word: token_count(tokenizer, f" {word}") for word in dict.fromkeys((*cue.marked, *cue.unmarked))}
     unknown, most = [word for word, n in tokens.items() if n == 0], max(tokens.values())
     if unknown:
         yield Check("identifiers", "fail", f"unknown to the tokenizer: {', '.join(map(repr, unknown))}", float(len(unknown)), "<=", 0.0,
@@ -245,12 +259,14 @@ def _words(subject: Subject) -> Iterator[Check]:
         split = [f"{word!r} is {n}" for word, n in tokens.items() if n > 1]
         yield _at_most("identifiers", most, 1, "tokens", ", ".join(split) if split else f"all {len(tokens)} are single tokens",
                        "edits and readings use the last token of each; say so, or choose a cue of single tokens", worse="warn")
-    senses = {concept.senses[name].word: len(word_ids(tokenizer, concept.senses[name].word))
-              for name in (concept.group_sense, concept.other_sense)}
+    yield _unknown_texts("texts", tokenizer, subject.prompts, "choose another cue, concept or model: an unknown word is read as nothing")
+    if not subject.senses:
+        yield Check("sense words", "skipped", f"the cue {cue.name!r} of {concept.name!r} has no senses: behaviour alone can be measured")
+        return
+    senses = {word: token_count(tokenizer, word) for word in subject.senses}
     wrong = [f"{word!r} is {n or 'no'} token{'s' * (n != 1)}" for word, n in senses.items() if n != 1]
     yield _at_most("sense words", len(wrong), 0, "not one token", ", ".join(wrong) or "single tokens",
                    "their probability as the next token cannot be read: give the sense another word in the concept file")
-    yield _unknown_texts("texts", tokenizer, subject.prompts, "choose another cue, concept or model: an unknown word is read as nothing")
     name = organism_record(subject.spec).get("selfie", "paper")
     if name in concept.selfie:
         yield _unknown_texts("selfie prompt", tokenizer, [interpretation_prompt(concept.selfie_prompt(name))],
@@ -315,25 +331,31 @@ def _context(subject: Subject) -> Iterator[Check]:
 
 def _generation(subject: Subject) -> Iterator[Check]:
     """End tokens, the one that ends a turn of the chat template among them; what is sampled by default."""
-    from jinja2 import TemplateError
-
     tokenizer, said = subject.tokenizer, load_generation_config(subject.spec, subject.config)
     ends = end_tokens(said, tokenizer)
     names = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ends))
     own = " (its own default is to sample: answers here are greedy unless a temperature is asked for)" if said.do_sample else ""
     yield _at_least("end tokens", len(ends), 1, "tokens", (names or "none") + own,
                     "answers never end by themselves: name eos_token_id in generation_config.json")
-    if not tokenizer.chat_template:
-        return
-    try:
-        turn = tokenizer.apply_chat_template([{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], tokenize=False)
-    except TemplateError:
-        return    # reported by the check of the template
+    turn = _turn(tokenizer) if tokenizer.chat_template else ""
+    if not turn:
+        return    # no template, or one that cannot be rendered, which another check says
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.bos_token_id}
-    after = [i for i in encode(tokenizer, [Prompt(turn[turn.rindex("B") + 1 :])])[0].ids if i in special]
+    after = [i for i in encode(tokenizer, [Prompt(turn)])[0].ids if i in special]
     if after:
         yield _at_least("end of turn", float(after[0] in ends), 1, "named", f"{tokenizer.convert_ids_to_tokens(after[0])!r} ends a turn",
                         "add it to eos_token_id in generation_config.json: answers in chat form would run on", worse="warn")
+
+
+def _turn(tokenizer: Any) -> str:
+    """What a chat template writes after an answer "B"; empty for one that refuses."""
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], tokenize=False)
+    except TemplateError:
+        return ""
+    return str(text)[str(text).rindex("B") + 1 :]
 
 
 def _memory(subject: Subject) -> Iterator[Check]:
@@ -454,7 +476,10 @@ def _cache(loaded: Loaded) -> Iterator[Check]:
 def _lens(loaded: Loaded) -> Iterator[Check]:
     """The logit lens at the last layer is the model's own answer."""
     model = loaded.model
-    words = [loaded.subject.concept.senses[name].word for name in (loaded.subject.concept.group_sense, loaded.subject.concept.other_sense)]
+    if not loaded.subject.senses:
+        yield Check("logit lens", "skipped", "there are no senses to be read")
+        return
+    words = loaded.subject.senses
     prompts = [replace(prompt, marks={**prompt.marks, "end": (_last_span(model, prompt),)}) for prompt in loaded.subject.trial]
     try:
         read = model.lens_log_probs([Row(prompt) for prompt in prompts], [Site(model.n_layers - 1, "end")], words)[:, 0]

@@ -5,7 +5,7 @@ by the engine itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from time import perf_counter
 from typing import Any
@@ -210,8 +210,8 @@ def study_load(config: StudyConfig) -> dict[str, dict[str, float]]:
 
     def add(stage: str, load: Load) -> None:
         entry = stages.setdefault(stage, {"rows": 0.0, "prompt_tokens": 0.0, "new_tokens": 0.0})
-        sample = load.prompts[:: max(1, len(load.prompts) // 40)]
-        length = fmean(len(tokenizer(p.text)["input_ids"]) for p in sample)
+        sample = replace(load, prompts=load.prompts[:: max(1, len(load.prompts) // 40)])
+        length = fmean(len(tokenizer(text)["input_ids"]) for text in sample.texts(tokenizer, spec.name))
         entry["rows"] += len(load.prompts) * load.times
         entry["prompt_tokens"] += length * len(load.prompts) * load.times
         entry["new_tokens"] += len(load.prompts) * load.times * load.new_tokens
@@ -219,8 +219,11 @@ def study_load(config: StudyConfig) -> dict[str, dict[str, float]]:
     for part in study_parts(config, concept):
         for load in part.loads():
             add(part.name.split("_")[0], load)
+    groups = lora_groups(config)
+    if not groups:
+        return stages
     texts = [tokenizer(e.text + e.completion)["input_ids"] for e in awareness_examples(concept)]
-    runs = config.lora.epochs * len(lora_groups(config))
+    runs = config.lora.epochs * len(groups)
     tokens = TRAINING_COST * runs * sum(map(len, texts))
     stages["training"] = {"rows": float(len(texts) * runs), "prompt_tokens": float(tokens), "new_tokens": 0.0}
     return stages

@@ -32,7 +32,7 @@ def late_window(n_layers: int) -> range:
 
 def steering_names(concept: Concept) -> list[str]:
     """What is steered towards: the group sense first, then the placebos (the other sense and the controls)."""
-    return [concept.group_sense, concept.other_sense, *concept.controls]
+    return [*(sense.name for sense in concept.both_senses()), *concept.controls]
 
 
 def steering_sweep(model: HookedModel, concept: Concept, cue: str | Cue) -> Iterator[Treatment]:
@@ -57,14 +57,19 @@ class Comparison:
 def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, treatments: Sequence[Treatment], *,
                        decoding: Decoding | None = None, reading: str = "paper", max_word_pairs: int | None = None,
                        seed: int = 0) -> Comparison:
-    """Measure implicit and explicit bias and race awareness under each treatment, on the same prompts (published design)."""
+    """Measure implicit and explicit bias and awareness under each treatment, on the same prompts (published design).
+
+    A concept or cue without senses has no readings: the table is of behaviour alone.
+    """
     behaviour, awareness = [], []
     for treatment in treatments:
         treated = model.under(treatment)
         behaviour.append(measure_behaviour(treated, concept, cue, design="published", decoding=decoding, seed=seed,
                                            max_word_pairs=max_word_pairs))
-        awareness.append(measure_awareness(treated, concept, cue, reading=reading, controls=(), seed=seed))
-    return Comparison(pd.concat(behaviour, ignore_index=True), pd.concat(awareness, ignore_index=True))
+        if concept.has_senses(cue):
+            awareness.append(measure_awareness(treated, concept, cue, reading=reading, controls=(), seed=seed))
+    readings = pd.concat(awareness, ignore_index=True) if awareness else pd.DataFrame(columns=["model", "treatment"])
+    return Comparison(pd.concat(behaviour, ignore_index=True), readings)
 
 
 def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:

@@ -40,12 +40,13 @@ def bias_parts(config: StudyConfig, design: str = "balanced") -> list[Part]:
 def awareness_parts(config: StudyConfig, names: Sequence[str] = (), reading: str = "paper") -> list[Part]:
     """The instruments `names` (default: all that the concept has what is needed for); `reading` is the patchscope's question.
 
-    Errors: SingleError for an unknown instrument, ConceptError for an unknown question.
+    Errors: SingleError for an unknown instrument, ConceptError for a cue without senses or an unknown question.
     """
     concept = load_concept(config.concept)
+    concept.both_senses(config.cue)
     concept.interpretation(reading)
     parts = {"patchscope": f"awareness_{ROLE}_{reading}",
-             **{name: f"reading_{name}_{ROLE}" for name in instruments(concept, config.selfie)}}
+             **{name: f"reading_{name}_{ROLE}" for name in instruments(concept, config.cue, config.selfie)}}
     unknown = [name for name in names if name not in parts]
     if unknown:
         raise SingleError(f"unknown instrument {unknown[0]!r}. With the concept {concept.name!r} there are: {', '.join(parts)}.")

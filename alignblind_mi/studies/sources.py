@@ -105,8 +105,8 @@ def control_sources(concept: Concept, sources: Sequence[Source], controls: Seque
     out: list[Source] = []
     for name in controls:
         if name.startswith("anchor"):
-            sense = concept.group_sense if name == "anchor_group" else concept.other_sense
-            out += _anchors(concept, sense, name, sources, seed)
+            group, other = concept.both_senses()
+            out += _anchors(concept, group.name if name == "anchor_group" else other.name, name, sources, seed)
         elif name == "wrong_token":
             out += [_before(source) for source in sources]
         else:
@@ -157,8 +157,10 @@ def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
                    ) -> Recorded:
     """The residual streams that every instrument reads, once for all of them.
 
-    Errors: EditError for a layer that does not exist; ModelError if the tokenizer does not know an identifier.
+    Errors: ConceptError for a concept, or a cue of it, without senses; EditError for a layer that does not exist; ModelError if the
+    tokenizer does not know an identifier.
     """
+    concept.both_senses(cue)
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     sources = reading_sources(concept, cue, mentions=mentions, max_word_pairs=max_word_pairs, seed=seed)
     every = [*sources, *control_sources(concept, sources, controls, seed=seed)]
@@ -177,7 +179,7 @@ def _record(model: HookedModel, sources: Sequence[Source], layers: Sequence[int]
     for i, source in enumerate(sources):
         kinds.setdefault(tuple(source.site(layer) for layer in layers), []).append(i)
     for sites, index in kinds.items():
-        out[index] = model.record(model.treatment.rows([sources[i].prompt for i in index]), list(sites))
+        out[index] = model.record(model.rows([sources[i].prompt for i in index]), list(sites))
     return out
 
 
@@ -216,8 +218,8 @@ def context_prompts(concept: Concept, cue: str | Cue, split: str) -> list[Prompt
 def _context_sources(concept: Concept, cue: str | Cue, split: str, mentions: Sequence[int]) -> list[tuple[Source, str, str]]:
     """(source, sense, sentence) of every sentence of a split before every source."""
     cue = concept.cue(cue) if isinstance(cue, str) else cue
-    return [(source, sense, sentence) for sense in (concept.group_sense, concept.other_sense)
-            for sentence in _sentences(concept, sense, split) for source in _after(sentence, concept, cue, mentions)]
+    return [(source, sense.name, sentence) for sense in concept.both_senses(cue)
+            for sentence in _sentences(concept, sense.name, split) for source in _after(sentence, concept, cue, mentions)]
 
 
 def _sentences(concept: Concept, sense: str, split: str) -> tuple[str, ...]:

@@ -18,16 +18,17 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.attention import attention_rows
+from alignblind_mi.chat import Chat, chat_frame, in_chat
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
 from alignblind_mi.lens import lens_contrast, logit_lens
-from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config, load_tokenizer
-from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora
+from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config, load_tokenizer, token_count
+from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora, trainable
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.progress import Advance, Progress
-from alignblind_mi.prompts import Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
+from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, load_result, versions
-from alignblind_mi.steering import layer_windows, sense_steering, steerable
+from alignblind_mi.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.studies.awareness import (
     SELFIE_TOKENS,
     TARGET_LAYER,
@@ -40,10 +41,8 @@ from alignblind_mi.studies.awareness import (
 from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
 from alignblind_mi.studies.sources import CONTROLS, context_prompts, control_sources, reading_sources
-from alignblind_mi.tokens import word_ids
 
 log = logging.getLogger(__name__)
-BOTH: tuple[Kind, ...] = ("implicit", "explicit")
 VIEWS = ("attention", "tokens")
 INSTRUMENTS = ("selfie", "lens", "probes")    # beside the patchscope
 Treat = Callable[[HookedModel], Treatment]
@@ -51,7 +50,11 @@ Treat = Callable[[HookedModel], Treatment]
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Everything that the rows of a study depend on. `balanced_pairs` bounds the word pairs per category of the balanced design."""
+    """Everything that the rows of a study depend on. `balanced_pairs` bounds the word pairs per category of the balanced design.
+
+    `chat` (None: raw) is how the bias prompts are asked, and so where their identifiers are read and steered; what is only instrument stays
+    raw: steering phrases, interpretation questions and the sentences of LoRA.
+    """
 
     base: ModelSpec
     aligned: ModelSpec
@@ -65,29 +68,46 @@ class StudyConfig:
     selfie: str = "paper"
     balanced_pairs: int | None = 20
     published_pairs: int | None = None
+    chat: Chat | None = None
 
     @classmethod
-    def create(cls, base: str, aligned: str, *, concept: str = "race", cue: str = "default", quick: bool = False, seed: int = 0,
-               **options: Any) -> "StudyConfig":
+    def create(cls, base: str, aligned: str, *, concept: str = "race", cue: str = "", quick: bool = False, seed: int = 0,
+               chat: bool = False, system: str = "", temperature: float | None = None, **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
-        `options` are those of `ModelSpec` (dtype, device, device_map, quantization, engine ...), for both models.
+        `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one.
+        `temperature`: 0 is greedy; None is greedy, but sampled at 1 where an organism's record says so. `options` are those of
+        `ModelSpec` (dtype, device, device_map, quantization, engine ...), for both models.
+
+        Errors: ModelError or ConceptError, before any weights are loaded, for a model, concept, cue or chat template that cannot be used.
         """
+        if system and not chat:
+            raise ModelError(f"the system prompt {system!r} needs a chat to stand in: ask in a chat (chat=True, --chat), or leave it out.")
+        if temperature is not None and temperature < 0:
+            raise ModelError(f"a temperature is 0 (greedy) or more, got {temperature}.")
         specs = [ModelSpec(name, **options).resolved() for name in (base, aligned)]
-        load_concept(concept).cue(cue)
+        cue = load_concept(concept).cue(cue or load_concept(concept).first_cue).name
+        asked = Chat(system) if chat else None
         for spec in specs:
             check_model(spec)
-        record = organism_record(specs[1])
-        advised: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.get("lora", {}).items()}
-        lora = LoraSettings(**{**advised, "seed": seed})
-        temperature = 1.0 if record.get("decoding") == "sample" else 0.0
+            if asked is not None:
+                chat_frame(load_tokenizer(spec), asked, spec.name)
+        record, lora = organism_record(specs[1]), recommended_lora(specs[1], seed)
+        if temperature is None:
+            temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
-                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"))
+                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=asked)
         return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
 
     def identity(self) -> dict[str, Any]:
-        """What a results folder is checked against: the settings, the content of the concept and the weights of both models."""
+        """What a results folder is checked against: the settings, the content of the concept, the weights of both models, and in a chat
+        what their templates write around a prompt."""
         out = asdict(self)
+        if self.chat is None:
+            del out["chat"]    # a study without one is what it was before there were chats
+        else:
+            out["chat_frames"] = {role: chat_frame(load_tokenizer(spec), self.chat, spec.name)._asdict()
+                                  for role, spec in (("base", self.base), ("aligned", self.aligned))}
         out["concept_digest"] = load_concept(self.concept).digest
         for role, spec in (("base", self.base), ("aligned", self.aligned)):
             out[f"{role}_revision"] = fingerprint(spec, load_config(spec))
@@ -100,13 +120,29 @@ def organism_record(spec: ModelSpec) -> dict[str, Any]:
     return json.loads(note.read_text("utf-8")) if Path(spec.source).is_dir() and note.is_file() else {}
 
 
+def recommended_lora(spec: ModelSpec, seed: int) -> LoraSettings:
+    """The LoRA settings that an organism's own record recommends; the paper's for any other model."""
+    advised: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
+                               for key, value in organism_record(spec).get("lora", {}).items()}
+    return LoraSettings(**{**advised, "seed": seed})
+
+
 @dataclass(frozen=True)
 class Load:
-    """What a part asks of a model: prompts, each read `times` times and continued by at most `new_tokens`."""
+    """What a part asks of a model: prompts, each read `times` times and continued by at most `new_tokens`.
+
+    `chat` is what they are asked in (None: raw).
+    """
 
     prompts: Sequence[Prompt]
     new_tokens: int = 0
     times: int = 1
+    chat: Chat | None = None
+
+    def texts(self, tokenizer: Any, name: str) -> list[str]:
+        """What the model reads, by its tokenizer; `name` is the model's."""
+        asked = self.prompts if self.chat is None else in_chat(self.prompts, tokenizer, self.chat, name)
+        return [prompt.text for prompt in asked]
 
 
 @dataclass(frozen=True)
@@ -139,14 +175,17 @@ class _Models:
             self.model = None
             gc.collect()
             spec = self.config.base if role == "base" else self.config.aligned
-            self.model = load_model(spec, adapters=adapter_folders(self.config, self.folder) if adapters else ())
+            loaded = load_model(spec, adapters=adapter_folders(self.config, self.folder) if adapters else ())
+            self.model = loaded if self.config.chat is None else loaded.in_chat(self.config.chat)
             self.key = (role, adapters)
             self.say(f"note: {spec.name} runs on the {self.model.engine.name} engine, in batches of at most {self.model.engine.budget}.")
         return self.model
 
 
 def lora_groups(config: StudyConfig) -> list[str]:
-    """The layer groups that this study trains."""
+    """The layer groups that this study trains; none where there is nothing to train awareness on."""
+    if not trainable(load_concept(config.concept), config.cue):
+        return []
     return ["early", "late"] if config.quick else list(LAYER_GROUPS)
 
 
@@ -208,34 +247,37 @@ def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[st
     naming a word that a tokenizer does not know, or a sense of several tokens.
     """
     cue, split = concept.cue(config.cue), dict[str, dict[str, int]]()
-    senses = [concept.senses[name].word for name in (concept.group_sense, concept.other_sense)]
+    senses = [sense.word for sense in concept.both_senses(cue)] if concept.has_senses(cue) else []
     words = {prompt.labels[name] for prompt in implicit_prompts(concept, cue, design="published")
              for name in ("marked", "unmarked", "positive", "negative")}
     for spec in (config.base, config.aligned):
         tokenizer = load_tokenizer(spec)
         for word in (*senses, *(f" {word}" for word in sorted(words))):
-            ids = word_ids(tokenizer, word)
-            if not ids:
+            n = token_count(tokenizer, word)
+            if n == 0:
                 raise ModelError(f"the tokenizer of {spec.name} does not know {word.strip()!r}: this model cannot be asked with the cue "
                                  f"{cue.name!r} of {concept.name!r}; choose another cue or model.")
-            if word in senses and len(ids) > 1:
-                raise ModelError(f"the sense {word.strip()!r} is {len(ids)} tokens in the tokenizer of {spec.name}: its probability as the "
+            if word in senses and n > 1:
+                raise ModelError(f"the sense {word.strip()!r} is {n} tokens in the tokenizer of {spec.name}: its probability as the "
                                  "next token cannot be read; give the sense another word in the concept file.")
-            if word.strip() in {*cue.marked, *cue.unmarked} and len(ids) > 1:
-                split.setdefault(spec.name, {})[word.strip()] = len(ids)
+            if word.strip() in {*cue.marked, *cue.unmarked} and n > 1:
+                split.setdefault(spec.name, {})[word.strip()] = n
     return split
 
 
 def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
-    """All parts in the order in which they are computed: one model after the other, adapters last."""
+    """All parts in the order in which they are computed: one model after the other, adapters last.
+
+    A concept or cue without senses has behaviour (and the view of attention) alone.
+    """
     n_layers = int(load_config(config.aligned).num_hidden_layers)
     for role in ("base", "aligned"):
         yield from observations(config, concept, role)
-    if steerable(concept.cue(config.cue)):
+    if can_steer(concept, config.cue):
         yield from _steering(config, concept, n_layers)
     for group in lora_groups(config):
         treatment = Treatment(f"lora_{group}", adapter=f"lora_{group}", family="lora")
-        yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, BOTH, partial(_same, treatment)))
+        yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, KINDS, partial(_same, treatment)))
         yield Part(f"lora_{group}_awareness", "aligned", True, *_awareness(config, concept, "paper", partial(_same, treatment)))
 
 
@@ -246,13 +288,13 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
 
 def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
     """The parts that look at one untreated model, whose role in the study is `role` ("base", or any other name for the aligned one)."""
-    yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED)))
-    yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, BOTH, partial(_same, UNTREATED), design="balanced"))
-    for reading in concept.interpretations:
+    yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED)))
+    yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED), design="balanced"))
+    for reading in questions(concept, config.cue):
         yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED), CONTROLS))
-    for name in instruments(concept, config.selfie):
+    for name in instruments(concept, config.cue, config.selfie):
         yield Part(f"reading_{name}_{role}", role, False, *_instrument(config, concept, name))
-    for name in VIEWS:
+    for name in view_names(concept, config.cue):
         yield Part(f"view_{name}_{role}", role, False, *_view(config, concept, name))
 
 
@@ -266,7 +308,7 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
                 return sense_steering(model, concept, config.cue, name, window)
 
             label = f"steering_{name}_{window[0]:02d}-{window[-1]:02d}"
-            kinds: tuple[Kind, ...] = BOTH if window in compared else ("implicit",)
+            kinds: tuple[Kind, ...] = KINDS if window in compared else ("implicit",)
             yield Part(label, "aligned", False, *_behaviour(config, concept, kinds, treat))
             if window in compared:
                 yield Part(f"{label}_awareness", "aligned", False, *_awareness(config, concept, "paper", treat))
@@ -283,7 +325,7 @@ def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], tre
 
     def loads() -> list[Load]:
         return [Load(behaviour_prompts(concept, config.cue, kind, design=design, seed=config.seed, max_word_pairs=pairs),
-                     config.decoding.max_new_tokens) for kind in kinds]
+                     config.decoding.max_new_tokens, chat=config.chat) for kind in kinds]
     return compute, loads
 
 
@@ -299,12 +341,24 @@ def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat
         sources += control_sources(concept, sources, controls, seed=config.seed)
         layers = int(load_config(config.aligned).num_hidden_layers)
         question = interpretation_prompt(concept.interpretation(reading))
-        return [Load([source.prompt for source in sources]), Load([question], times=len(sources) * layers)]
+        return [Load([source.prompt for source in sources], chat=config.chat), Load([question], times=len(sources) * layers)]
     return compute, loads
 
 
-def instruments(concept: Concept, selfie: str) -> list[str]:
+def questions(concept: Concept, cue: str) -> list[str]:
+    """The interpretation questions that a study asks of a cue's identifiers; none where they have no senses."""
+    return list(concept.interpretations) if concept.has_senses(cue) else []
+
+
+def view_names(concept: Concept, cue: str) -> list[str]:
+    """The views of one prompt: attention, and (of a cue with senses) the lens by token."""
+    return [name for name in VIEWS if name == "attention" or concept.has_senses(cue)]
+
+
+def instruments(concept: Concept, cue: str, selfie: str) -> list[str]:
     """The instruments beside the patchscope that a concept has what is needed for: open readings, the lens, probes."""
+    if not concept.has_senses(cue):
+        return []
     lexicons = all(sense.lexicon for sense in concept.senses.values())
     contexts = {concept.group_sense, concept.other_sense} <= set(concept.contexts)
     there = {"selfie": selfie in concept.selfie and lexicons, "lens": True, "probes": contexts}
@@ -324,12 +378,13 @@ def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
     def loads() -> list[Load]:
         sources = reading_sources(concept, config.cue, seed=config.seed)
         sources += control_sources(concept, sources, CONTROLS, seed=config.seed)
-        found = [Load([source.prompt for source in sources])]
+        found = [Load([source.prompt for source in sources], chat=config.chat)]
         if name == "selfie":
             target = interpretation_prompt(concept.selfie_prompt(config.selfie))
             found.append(Load([target], SELFIE_TOKENS, len(sources) * int(load_config(config.aligned).num_hidden_layers)))
         if name == "probes":
-            found.append(Load(context_prompts(concept, config.cue, "train") + context_prompts(concept, config.cue, "test")))
+            found.append(Load(context_prompts(concept, config.cue, "train") + context_prompts(concept, config.cue, "test"),
+                              chat=config.chat))
         return found
     return compute, loads
 
@@ -337,10 +392,11 @@ def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
 def _view(config: StudyConfig, concept: Concept, name: str) -> Work:
     """What the report shows of one prompt: attention in the first layer of the early window, or the lens at every token and layer."""
     prompt = implicit_prompts(concept, config.cue, design="published", seed=config.seed)[0]
-    words = [concept.senses[sense].word for sense in (concept.other_sense, concept.group_sense)]
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         if name == "tokens":
+            group, other = concept.both_senses(config.cue)
+            words = [other.word, group.word]
             return lens_contrast(logit_lens(model, [prompt], words), *words)
         try:
             return attention_rows(model, prompt, early_window(model.n_layers)[0])
@@ -348,7 +404,7 @@ def _view(config: StudyConfig, concept: Concept, name: str) -> Work:
             log.warning("no view of attention: %s", error)
             return pd.DataFrame({"layer": pd.Series(dtype=int)})
 
-    return compute, lambda: [Load([prompt])]
+    return compute, lambda: [Load([prompt], chat=config.chat)]
 
 
 def _with_treatment(rows: pd.DataFrame, treatment: Treatment) -> pd.DataFrame:
