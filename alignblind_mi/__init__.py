@@ -44,6 +44,7 @@ _WHERE = {
     "studies.patching": ("depth_profile", "effect_span", "measure_patching"),
     "studies.doctor": ("check_up",),
     "studies.single": ("awareness_parts", "awareness_tables", "bias_parts", "bias_tables", "measure_parts", "patch_parts", "patch_tables"),
+    "studies.study_file": ("read_study_file",),
     "studies.study": ("Part", "StudyConfig", "load_study", "run_parts", "run_study", "study_parts"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
@@ -133,6 +134,7 @@ if TYPE_CHECKING:
         patch_tables,
     )
     from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study, study_parts
+    from alignblind_mi.studies.study_file import read_study_file
     from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
 
 

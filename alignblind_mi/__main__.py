@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import typer
 
@@ -28,9 +28,11 @@ from alignblind_mi.commands.options import (
     Quick,
     RemoteCode,
     Seed,
+    StudyFile,
     System,
     Temperature,
     listed,
+    refuse_beside,
 )
 from alignblind_mi.commands.patch import patch
 from alignblind_mi.commands.power import power
@@ -57,7 +59,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
+@no_type_check
 def study(
+    context: typer.Context,
+    file: StudyFile = None,
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
     concept: ConceptName = "race",
@@ -75,16 +80,21 @@ def study(
     engine: EngineOption = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Run the whole study and write OUT/report.html.
+    """Run the whole study and write OUT/report.html; its settings are options, or all in a YAML file (see experiments/study.yaml).
 
     Example: alignblind study --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out llama3-8b
     """
     from alignblind_mi.report import write_report
     from alignblind_mi.studies.study import StudyConfig, run_study
+    from alignblind_mi.studies.study_file import read_study_file
 
-    config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
-                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine, trust_remote_code=trust_remote_code)
+    if file is not None:
+        refuse_beside(file, context, allowed=("out",))
+        config = read_study_file(file)
+    else:
+        config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
+                                    temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                    engine=engine, trust_remote_code=trust_remote_code)
     page = run_study(config, out) / "report.html"
     if not _is_current(page):
         write_report(out)
@@ -97,7 +107,10 @@ def _is_current(page: Path) -> bool:
 
 
 @app.command()
+@no_type_check
 def forecast(
+    context: typer.Context,
+    file: StudyFile = None,
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
     concept: ConceptName = "race",
@@ -109,6 +122,7 @@ def forecast(
     device: Device = None,
     device_map: DeviceMap = None,
     quantization: Quantized = None,
+    trust_remote_code: RemoteCode = False,
     rate: Annotated[bool, typer.Option(help="Measure this machine's rate on two of the model's layers, without weights.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -120,9 +134,15 @@ def forecast(
 
     from alignblind_mi.studies.forecast import forecast as forecast_study
     from alignblind_mi.studies.study import StudyConfig
+    from alignblind_mi.studies.study_file import read_study_file
 
-    found = forecast_study(StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, chat=chat, system=system, dtype=dtype,
-                                              device=device, device_map=device_map, quantization=quantization), measure=rate)
+    if file is not None:
+        refuse_beside(file, context, allowed=("rate", "as_json"))
+        config = read_study_file(file)
+    else:
+        config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, chat=chat, system=system, dtype=dtype,
+                                    device=device, device_map=device_map, quantization=quantization, trust_remote_code=trust_remote_code)
+    found = forecast_study(config, measure=rate)
     if as_json:
         fits = [{**asdict(one), "fits": one.fits} for one in found.fits]
         typer.echo(json.dumps({**asdict(found), "fits": fits}, indent=1))

@@ -1,9 +1,12 @@
 """Option types that several verbs share: one help text each. Does NOT know what a verb does."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from alignblind_mi.errors import AlignblindError
 
 Model = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, organism:base or organism:aligned.")]
 Base = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")]
@@ -22,9 +25,23 @@ EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own 
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along (read it first).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn, sampled answers among it.")]
 Out = Annotated[Path, typer.Option(help="Results folder; what is in it already is not computed again.")]
+StudyFile = Annotated[Path | None, typer.Argument(help="A YAML file with all settings (instead of options).", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")]
 
 
 def listed(text: str) -> list[str]:
     """The names of a comma-separated option."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def refuse_beside(file: Path, context: Any, *, allowed: Sequence[str]) -> None:
+    """Errors: AlignblindError for an option that is given beside a study file: a study's settings stand in one place.
+
+    `context` is typer's (of a class of its own that is not the one it documents, so that functions which take one are not type-checked).
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in ("file", *allowed)}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise AlignblindError(f"{option} was given beside the study file {file}, which holds all settings: write it into the file, or give "
+                              "options alone.")

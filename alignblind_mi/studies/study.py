@@ -85,18 +85,24 @@ class StudyConfig:
             raise ModelError(f"the system prompt {system!r} needs a chat to stand in: ask in a chat (chat=True, --chat), or leave it out.")
         if temperature is not None and temperature < 0:
             raise ModelError(f"a temperature is 0 (greedy) or more, got {temperature}.")
-        specs = [ModelSpec(name, **options).resolved() for name in (base, aligned)]
+        return cls.of(ModelSpec(base, **options), ModelSpec(aligned, **options), concept=concept, cue=cue, quick=quick, seed=seed,
+                      chat=Chat(system) if chat else None, temperature=temperature)
+
+    @classmethod
+    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = "race", cue: str = "", quick: bool = False, seed: int = 0,
+           chat: Chat | None = None, temperature: float | None = None) -> "StudyConfig":
+        """`create` for two models that are specified each for itself. Errors: as `create`."""
+        specs = [spec.resolved() for spec in (base, aligned)]
         cue = load_concept(concept).cue(cue or load_concept(concept).first_cue).name
-        asked = Chat(system) if chat else None
         for spec in specs:
             check_model(spec)
-            if asked is not None:
-                chat_frame(load_tokenizer(spec), asked, spec.name)
+            if chat is not None:
+                chat_frame(load_tokenizer(spec), chat, spec.name)
         record, lora = organism_record(specs[1]), recommended_lora(specs[1], seed)
         if temperature is None:
             temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
-                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=asked)
+                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=chat)
         return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
 
     def identity(self) -> dict[str, Any]:
