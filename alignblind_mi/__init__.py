@@ -22,6 +22,7 @@ _WHERE = {
     "errors": ("AlignblindError",),
     "loading": ("ModelSpec",),
     "model": ("HookedModel", "load_model"),
+    "bbq": ("measure_bbq", "read_bbq", "summarise_bbq"),
     "organism": ("organism_info", "organism_path"),
     "patchscope": ("description_prompt", "fit_affine", "norm_matched", "patchscope_rows", "run_patchscope", "token_identity_prompt"),
     "lens": ("lens_contrast", "logit_lens", "train_translators"),
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from alignblind_mi.adapters import merge_adapter, unmerge_adapter
     from alignblind_mi.answers import Outcome, judge, judge_explicit, judge_implicit
     from alignblind_mi.attribution import attribution_patching, screen_agreement, top_neuron_sites, unit_attribution
+    from alignblind_mi.bbq import measure_bbq, read_bbq, summarise_bbq
     from alignblind_mi.concept import Concept, load_concept
     from alignblind_mi.contrast import Pair, contrast_pairs
     from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment, combine
