@@ -24,6 +24,7 @@ _WHERE = {
     "errors": ("AlignblindError",),
     "loading": ("ModelSpec",),
     "model": ("HookedModel", "load_model"),
+    "bbq": ("measure_bbq", "read_bbq", "summarise_bbq"),
     "organism": ("organism_info", "organism_path"),
     "patchscope": ("description_prompt", "fit_affine", "norm_matched", "patchscope_rows", "run_patchscope", "token_identity_prompt"),
     "lens": ("lens_contrast", "logit_lens", "train_translators"),
@@ -44,6 +45,9 @@ _WHERE = {
                           "readings_of", "selfie_table", "summarise_readings"),
     "studies.mitigation": ("compare_treatments", "early_window", "late_window"),
     "studies.patching": ("depth_profile", "effect_span", "measure_patching"),
+    "studies.doctor": ("check_up",),
+    "studies.single": ("awareness_parts", "awareness_tables", "bias_parts", "bias_tables", "measure_parts", "patch_parts", "patch_tables"),
+    "studies.study_file": ("read_study_file",),
     "studies.study": ("Part", "StudyConfig", "load_study", "run_parts", "run_study", "study_parts"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     from alignblind_mi.adapters import merge_adapter, unmerge_adapter
     from alignblind_mi.answers import Outcome, judge, judge_explicit, judge_implicit
     from alignblind_mi.attribution import attribution_patching, screen_agreement, top_neuron_sites, unit_attribution
+    from alignblind_mi.bbq import measure_bbq, read_bbq, summarise_bbq
     from alignblind_mi.chat import Chat
     from alignblind_mi.concept import Concept, load_concept
     from alignblind_mi.concept_check import concept_problems
@@ -122,9 +127,20 @@ if TYPE_CHECKING:
         summarise_readings,
     )
     from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
+    from alignblind_mi.studies.doctor import check_up
     from alignblind_mi.studies.mitigation import compare_treatments, early_window, late_window
     from alignblind_mi.studies.patching import depth_profile, effect_span, measure_patching
+    from alignblind_mi.studies.single import (
+        awareness_parts,
+        awareness_tables,
+        bias_parts,
+        bias_tables,
+        measure_parts,
+        patch_parts,
+        patch_tables,
+    )
     from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study, study_parts
+    from alignblind_mi.studies.study_file import read_study_file
     from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
 
 

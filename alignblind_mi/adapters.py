@@ -24,12 +24,7 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) ->
     from peft import PeftModel
 
     peft = None
-    names = [adapter_name(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise ModelError(f"two adapters have the same name ({', '.join(names)}): an adapter is called as its folder; rename one.")
-    for folder, name in zip(folders, names, strict=True):
-        if not (Path(folder) / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+    for folder, name in zip(folders, check_folders(folders), strict=True):
         try:
             if peft is None:
                 peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
@@ -44,6 +39,20 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) ->
         switch(peft, None)
         peft.eval()
     return peft
+
+
+def check_folders(folders: Sequence[Path | str]) -> list[str]:
+    """The names of adapter folders. Errors: ModelError for a folder that is no adapter with safetensors weights, or two of one name."""
+    names = [adapter_name(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise ModelError(f"two adapters have the same name ({', '.join(names)}): an adapter is called as its folder; rename one.")
+    for folder in folders:
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+        if not (Path(folder) / "adapter_model.safetensors").is_file():
+            raise ModelError(f"the adapter {folder} has no adapter_model.safetensors: weights are read from safetensors files alone, never "
+                             "unpickled; convert it.")
+    return names
 
 
 def switch(peft: Any, name: str | None) -> None:

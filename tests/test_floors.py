@@ -16,7 +16,8 @@ PACKAGE = ROOT / "alignblind_mi"
 FLOORS = {
     0: ("errors", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
         "readings", "paired", "mixed", "power", "frontier"),
-    1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "gradients", "organism"),
+    1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
+        "organism"),
     2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "trainer",
         "finetuning", "sense_loss", "lora", "unlearning"),
     3: ("progress", "studies"),

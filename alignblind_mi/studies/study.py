@@ -95,19 +95,26 @@ class StudyConfig:
             raise ModelError(f"the system prompt {system!r} needs a chat to stand in: ask in a chat (chat=True, --chat), or leave it out.")
         if temperature is not None and temperature < 0:
             raise ModelError(f"a temperature is 0 (greedy) or more, got {temperature}.")
-        specs = [ModelSpec(name, **options).resolved() for name in (base, aligned)]
-        about, asked = load_concept(concept), Chat(system) if chat else None
+        return cls.of(ModelSpec(base, **options), ModelSpec(aligned, **options), concept=concept, cue=cue, quick=quick, seed=seed,
+                      chat=Chat(system) if chat else None, temperature=temperature)
+
+    @classmethod
+    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: int = 0,
+           chat: Chat | None = None, temperature: float | None = None) -> "StudyConfig":
+        """`create` for two models that are specified each for itself. Errors: as `create`."""
+        specs = [spec.resolved() for spec in (base, aligned)]
+        about = load_concept(concept)
         cue = about.cue(cue or about.first_cue).name
         for spec in specs:
             check_model(spec)
             check_organism(spec, about)
-            if asked is not None:
-                chat_frame(load_tokenizer(spec), asked, spec.name)
+            if chat is not None:
+                chat_frame(load_tokenizer(spec), chat, spec.name)
         record, lora = organism_record(specs[1]), recommended_lora(specs[1], seed)
         if temperature is None:
             temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
-                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=asked)
+                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=chat)
         return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
 
     def identity(self) -> dict[str, Any]:
@@ -291,7 +298,7 @@ def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
     """
     n_layers = int(load_config(config.aligned).num_hidden_layers)
     for role in ("base", "aligned"):
-        yield from _observations(config, concept, role)
+        yield from observations(config, concept, role)
     if can_steer(concept, config.cue):
         yield from _steering(config, concept, n_layers)
     for group in lora_groups(config):
@@ -305,7 +312,8 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
     return treatment
 
 
-def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
+def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
+    """The parts that look at one untreated model, whose role in the study is `role` ("base", or any other name for the aligned one)."""
     yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED)))
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED), design="balanced"))
     for reading in questions(concept, config.cue):
