@@ -90,6 +90,7 @@ def row(table, treatment, role="aligned"):
     return table.loc[(MODELS[role], treatment)]
 
 
+@pytest.mark.slow
 def test_alignment_hides_bias(table):
     base, aligned = row(table, "untreated", "base"), row(table, "untreated")
     assert aligned["implicit"] - base["implicit"] >= 0.2
@@ -100,12 +101,14 @@ def test_alignment_hides_bias(table):
     assert (table["invalid_share"] <= 0.15).all()
 
 
+@pytest.mark.slow
 def test_early_steering_towards_the_group_lowers_bias_and_late_does_not(table):
     untreated = row(table, "untreated")["implicit"]
     assert row(table, "steer_gender_1-3")["implicit"] == pytest.approx(0.5, abs=0.12)
     assert row(table, "steer_gender_5-7")["implicit"] == pytest.approx(untreated, abs=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placebo", ["chess", "random"])
 def test_placebos_leave_bias_unchanged(table, placebo):
     assert row(table, f"steer_{placebo}_1-3")["implicit"] == pytest.approx(row(table, "untreated")["implicit"], abs=0.08)
