@@ -3,12 +3,40 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import typer
 
 from alignblind_mi import __version__
+from alignblind_mi.commands.awareness import awareness
+from alignblind_mi.commands.bias import bias
+from alignblind_mi.commands.compare import compare
 from alignblind_mi.commands.concept import concept_app
+from alignblind_mi.commands.doctor import doctor
+from alignblind_mi.commands.lora import lora
+from alignblind_mi.commands.options import (
+    Aligned,
+    AsJson,
+    Base,
+    Chatting,
+    ConceptName,
+    CueName,
+    Device,
+    DeviceMap,
+    Dtype,
+    EngineOption,
+    Quantized,
+    Quick,
+    RemoteCode,
+    Seed,
+    StudyFile,
+    System,
+    Temperature,
+    listed,
+    refuse_beside,
+)
+from alignblind_mi.commands.patch import patch
+from alignblind_mi.commands.power import power
 from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.errors import AlignblindError
 
@@ -17,6 +45,13 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pairs: calibration devices, never evidence about a real model.")
 app.add_typer(organism_app, name="organism")
 app.add_typer(concept_app, name="concept")
+app.command("bias")(bias)
+app.command("awareness")(awareness)
+app.command("patch")(patch)
+app.command("compare")(compare)
+app.command("lora")(lora)
+app.command("doctor")(doctor)
+app.command("power")(power)
 
 
 @app.callback(invoke_without_command=True)
@@ -26,23 +61,11 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-Base = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")]
-Aligned = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:aligned.")]
-ConceptName = Annotated[str, typer.Option(help="A built-in concept or a .toml file.")]
-CueName = Annotated[str, typer.Option(help="A cue of the concept (default: its first).")]
-Quick = Annotated[bool, typer.Option("--quick", help="A few word pairs, two windows, two adapters: to see that it works.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
-DeviceMap = Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")]
-Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes; pip install 'alignblind-mi[quantized]').")]
-Chatting = Annotated[bool, typer.Option("--chat", help="Ask in the models' own chat templates (default: raw text, as the paper).")]
-System = Annotated[str, typer.Option(help="A system prompt before every prompt of the chat.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy, above it answers are sampled (default: 0; 1 for an organism).")]
-EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own forward pass), or auto: fast where both agree.")]
-
-
 @app.command()
+@no_type_check
 def study(
+    context: typer.Context,
+    file: StudyFile = None,
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
     concept: ConceptName = DEFAULT_CONCEPT,
@@ -52,23 +75,29 @@ def study(
     chat: Chatting = False,
     system: System = "",
     temperature: Temperature = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn, sampled answers among it.")] = 0,
+    seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
     quantization: Quantized = None,
     engine: EngineOption = "auto",
+    trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Run the whole study and write OUT/report.html.
+    """Run the whole study and write OUT/report.html; its settings are options, or all in a YAML file (see experiments/study.yaml).
 
     Example: alignblind study --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out llama3-8b
     """
     from alignblind_mi.report import write_report
     from alignblind_mi.studies.study import StudyConfig, run_study
+    from alignblind_mi.studies.study_file import read_study_file
 
-    config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
-                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine)
+    if file is not None:
+        refuse_beside(file, context, allowed=("out",))
+        config = read_study_file(file)
+    else:
+        config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
+                                    temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                    engine=engine, trust_remote_code=trust_remote_code)
     page = run_study(config, out) / "report.html"
     if not _is_current(page):
         write_report(out)
@@ -81,7 +110,10 @@ def _is_current(page: Path) -> bool:
 
 
 @app.command()
+@no_type_check
 def forecast(
+    context: typer.Context,
+    file: StudyFile = None,
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
     concept: ConceptName = DEFAULT_CONCEPT,
@@ -93,6 +125,7 @@ def forecast(
     device: Device = None,
     device_map: DeviceMap = None,
     quantization: Quantized = None,
+    trust_remote_code: RemoteCode = False,
     rate: Annotated[bool, typer.Option(help="Measure this machine's rate on two of the model's layers, without weights.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -104,9 +137,15 @@ def forecast(
 
     from alignblind_mi.studies.forecast import forecast as forecast_study
     from alignblind_mi.studies.study import StudyConfig
+    from alignblind_mi.studies.study_file import read_study_file
 
-    found = forecast_study(StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, chat=chat, system=system, dtype=dtype,
-                                              device=device, device_map=device_map, quantization=quantization), measure=rate)
+    if file is not None:
+        refuse_beside(file, context, allowed=("rate", "as_json"))
+        config = read_study_file(file)
+    else:
+        config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, chat=chat, system=system, dtype=dtype,
+                                    device=device, device_map=device_map, quantization=quantization, trust_remote_code=trust_remote_code)
+    found = forecast_study(config, measure=rate)
     if as_json:
         fits = [{**asdict(one), "fits": one.fits} for one in found.fits]
         typer.echo(json.dumps({**asdict(found), "fits": fits}, indent=1))
@@ -147,7 +186,7 @@ def score(
     rule: Annotated[str, typer.Option(help="robust, or published (the paper's parser).")] = "robust",
     by: Annotated[str, typer.Option(help="Comma-separated keys to group by, e.g. model,cue,category,template.")] = "",
     concept: ConceptName = DEFAULT_CONCEPT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score stored answers and interpretations without any model. Example: alignblind score study --by model,treatment,template
 
@@ -157,7 +196,7 @@ def score(
     from alignblind_mi.scoring import render
     from alignblind_mi.scoring import score as score_paths
 
-    records = score_paths(paths, rule=rule, by=[key.strip() for key in by.split(",") if key.strip()],
+    records = score_paths(paths, rule=rule, by=listed(by),
                           concept=load_concept(concept))
     if as_json:
         typer.echo(json.dumps(records, indent=1, allow_nan=False))

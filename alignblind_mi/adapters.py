@@ -1,15 +1,19 @@
-"""LoRA adapters on a model: loaded together, all of them off until one is asked for, switched and switched back.
+"""LoRA adapters on a model: loaded together, all of them off until one is asked for, switched and switched back, merged and unmerged.
 
 Knows PEFT; does NOT know rows or treatments.
 """
 
 import contextlib
+import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignblind_mi.edits import adapter_name
-from alignblind_mi.loading import ModelError, ModelSpec
+from alignblind_mi.loading import ModelError, ModelSpec, fingerprint, load_config, load_huggingface
 
 
 def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) -> Any:
@@ -20,12 +24,7 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) ->
     from peft import PeftModel
 
     peft = None
-    names = [adapter_name(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise ModelError(f"two adapters have the same name ({', '.join(names)}): an adapter is called as its folder; rename one.")
-    for folder, name in zip(folders, names, strict=True):
-        if not (Path(folder) / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+    for folder, name in zip(folders, check_folders(folders), strict=True):
         try:
             if peft is None:
                 peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
@@ -40,6 +39,20 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) ->
         switch(peft, None)
         peft.eval()
     return peft
+
+
+def check_folders(folders: Sequence[Path | str]) -> list[str]:
+    """The names of adapter folders. Errors: ModelError for a folder that is no adapter with safetensors weights, or two of one name."""
+    names = [adapter_name(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise ModelError(f"two adapters have the same name ({', '.join(names)}): an adapter is called as its folder; rename one.")
+    for folder in folders:
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+        if not (Path(folder) / "adapter_model.safetensors").is_file():
+            raise ModelError(f"the adapter {folder} has no adapter_model.safetensors: weights are read from safetensors files alone, never "
+                             "unpickled; convert it.")
+    return names
 
 
 def switch(peft: Any, name: str | None) -> None:
@@ -69,3 +82,73 @@ def switched(peft: Any, name: str | None) -> Iterator[None]:
         yield
     finally:
         switch(peft, before)
+
+
+def merge_adapter(spec: ModelSpec | str, adapter: Path | str, out: Path) -> Path:
+    """A plain transformers checkpoint `out` (safetensors, with the tokenizer) of a model with an adapter merged into its weights.
+
+    It needs no PEFT and has no latency of an adapter. In the spec's dtype: merge in float32 to keep within 1e-4 of the adapter's own
+    log-probabilities. Returns `out`, which appears whole or not at all. Errors: ModelError for a quantised model, a folder that is no
+    fitting adapter, or an `out` that is there already.
+    """
+    return _write(spec, adapter, out, merging=True)
+
+
+def unmerge_adapter(spec: ModelSpec | str, adapter: Path | str, out: Path) -> Path:
+    """The way back: a checkpoint of the model that `spec` was merged from, up to rounding. Errors: as `merge_adapter`."""
+    return _write(spec, adapter, out, merging=False)
+
+
+def _write(spec: ModelSpec | str, adapter: Path | str, out: Path, *, merging: bool) -> Path:
+    """Add what an adapter does to the weights, or take it out, and save."""
+    from peft.tuners.lora import LoraLayer
+
+    spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
+    if spec.quantization is not None:
+        raise ModelError(f"{spec.name} is to be loaded in {spec.quantization}: quantised weights cannot carry an adapter exactly. Merge "
+                         "without quantization.")
+    if out.exists():
+        raise ModelError(f"{out} is there already: give another folder for the checkpoint (nothing was touched).")
+    model, tokenizer = load_huggingface(spec)
+    peft, name = with_adapters(model, [adapter], spec), adapter_name(adapter)
+    if not merging:
+        if peft.peft_config[name].use_dora:
+            raise ModelError(f"{adapter} is a DoRA adapter: it cannot be taken out of weights again.")
+        for layer in peft.modules():
+            if isinstance(layer, LoraLayer) and name in layer.lora_A:
+                layer.merged_adapters.append(name)
+                layer.unmerge()
+    plain = peft.merge_and_unload(safe_merge=True, adapter_names=[name]) if merging else peft.unload()
+    beside = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        plain.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        note = {"model": spec.name, "revision": fingerprint(spec, load_config(spec)), "dtype": spec.dtype, "adapter": str(adapter),
+                "merged": merging}
+        (beside / "merge.json").write_text(json.dumps(note, indent=1), "utf-8")
+        beside.replace(out)
+    except OSError as error:
+        raise ModelError(f"cannot write {out}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return out
+
+
+def scaled_adapter(folder: Path, scale: float, out: Path) -> Path:
+    """A copy of an adapter folder whose update of the weights is multiplied by `scale` (its lora_alpha is): a dose of it.
+
+    Errors: ModelError for a folder that is no adapter, or an `out` that is there.
+    """
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+    if out.exists():
+        raise ModelError(f"{out} is there already: give another folder (nothing was touched).")
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        draft = Path(scratch) / out.name
+        shutil.copytree(folder, draft)
+        settings = json.loads(config.read_text("utf-8"))
+        settings["lora_alpha"] *= scale
+        (draft / "adapter_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
+        draft.rename(out)
+    return out

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.tokens import word_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDED = "organism:"
@@ -32,6 +33,9 @@ class ModelSpec:
     `dtype` and `device` default to bfloat16 on a GPU and float32 on a CPU; `device_map` (and `offload_folder`, for what it puts on disk)
     is passed on to transformers, as is `quantization` (bitsandbytes, the optional extra `quantized`). `engine`: `fast` shares work between
     rows, `plain` is transformers' own forward pass; `auto` takes the fast one where it has been seen to give the model's own numbers.
+
+    `trust_remote_code` lets a checkpoint run Python code that it brings along (transformers' option of that name): off unless asked for.
+    Weights are read from safetensors files alone, never unpickled.
     """
 
     name: str
@@ -42,6 +46,7 @@ class ModelSpec:
     offload_folder: str | None = None
     quantization: str | None = None
     engine: str = "auto"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -72,7 +77,26 @@ def load_config(spec: ModelSpec) -> Any:
 
     source = spec.source    # an embedded model's own error is clear already
     with _clear_errors(spec):
-        return AutoConfig.from_pretrained(source, revision=spec.revision)
+        return AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """A model's tokenizer alone. Errors: ModelError in one sentence for one that cannot be reached or read."""
+    from transformers import AutoTokenizer
+
+    source = spec.source
+    with _clear_errors(spec), quiet():
+        return AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+
+
+def load_generation_config(spec: ModelSpec, config: Any) -> Any:
+    """What a checkpoint says of generation (its end tokens, sampling); from its configuration where it has no file of its own for that."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(spec.source, revision=spec.revision)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 def check_model(spec: ModelSpec) -> None:
@@ -80,7 +104,8 @@ def check_model(spec: ModelSpec) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = load_config(spec)
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    own_code = spec.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
         raise ModelError(f"{spec.name} is a {config.model_type!r} model, not a causal language model.")
     if spec.quantization is not None:
         quantization_config(spec)
@@ -102,6 +127,12 @@ def _clear_errors(spec: ModelSpec) -> Iterator[None]:
         raise ModelError(_missing(spec, hub)) from None
     except (OSError, ValueError, SafetensorError) as error:
         cause = error.__cause__ if error.__cause__ is not None else error
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{spec.name} brings Python code of its own, which is not run unless you ask for it: read that code, then "
+                             "give ModelSpec(trust_remote_code=True).") from error
+        if "file named model.safetensors" in str(error):
+            raise ModelError(f"{spec.name} has no weights in safetensors files: only those are read, nothing is ever unpickled; convert it "
+                             "(load it with transformers where you trust it, then save_pretrained).") from error
         if isinstance(cause, GatedRepoError):
             raise ModelError(f"{spec.name} is gated: accept its licence on its Hugging Face page and set HF_TOKEN, or use the "
                              f"embedded pair ({hub}).") from None
@@ -115,19 +146,9 @@ def _missing(spec: ModelSpec, hub: str) -> str:
             f"accept its licence and set HF_TOKEN; or use the embedded pair ({hub}).")
 
 
-def load_tokenizer(spec: ModelSpec) -> Any:
-    """A model's tokenizer alone. Errors: ModelError in one sentence for one that cannot be reached or read."""
-    from transformers import AutoTokenizer
-
-    source = spec.source
-    with _clear_errors(spec), quiet():
-        return AutoTokenizer.from_pretrained(source, revision=spec.revision)
-
-
 def token_count(tokenizer: Any, text: str) -> int:
     """How many tokens a text is, without special ones; 0 if the tokenizer does not know a part of it."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return 0 if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids else len(ids)
+    return len(word_ids(tokenizer, text))
 
 
 def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
@@ -135,7 +156,8 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     assert spec.dtype is not None
-    options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder}
+    options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder, "use_safetensors": True,
+                               "trust_remote_code": spec.trust_remote_code}
     if spec.quantization is not None:
         options["quantization_config"] = quantization_config(spec)
     tokenizer = load_tokenizer(spec)
@@ -182,7 +204,12 @@ def quiet() -> Iterator[None]:
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every end token that the checkpoint's generation config and its tokenizer name (Llama 3 Instruct has two)."""
-    named = model.generation_config.eos_token_id
+    return end_tokens(model.generation_config, tokenizer)
+
+
+def end_tokens(generation: Any, tokenizer: Any) -> frozenset[int]:
+    """The end tokens that a generation config and a tokenizer name."""
+    named = generation.eos_token_id
     listed = named if isinstance(named, list) else [named]
     return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
 

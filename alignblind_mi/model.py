@@ -30,7 +30,7 @@ from alignblind_mi.engine import Engine, cut
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
 from alignblind_mi.plain import PlainEngine
 from alignblind_mi.prompts import Prompt, PromptError
-from alignblind_mi.tokens import Encoded, Reader, Taps, TokenEdit, TokenRow, left_pad, place
+from alignblind_mi.tokens import Encoded, Reader, Taps, TokenEdit, TokenRow, encode, left_pad, place, word_ids
 
 log = logging.getLogger(__name__)
 
@@ -185,22 +185,15 @@ class HookedModel:
     def provenance(self) -> dict[str, Any]:
         """What identifies the model behind a number."""
         return {"model": self.spec.name, "revision": self.fingerprint, "dtype": self.spec.dtype, "device": self.spec.device,
-                "quantization": self.spec.quantization, "engine": self.engine.name, "batches": str(self.engine.budget),
-                "treatment": self.treatment.name, "chat": None if self.chat is None else asdict(self.chat)}
+                "quantization": self.spec.quantization, "trust_remote_code": self.spec.trust_remote_code, "engine": self.engine.name,
+                "batches": str(self.engine.budget), "treatment": self.treatment.name,
+                "chat": None if self.chat is None else asdict(self.chat)}
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         """Tokenise prompts. Raw text gets the tokenizer's BOS; text that already begins with it (a chat template's) does not."""
-        found: dict[str, tuple[tuple[int, ...], tuple[tuple[int, int], ...]]] = {}
-        bos = self.tokenizer.bos_token
-        for with_bos in (True, False):
-            texts = [text for text in dict.fromkeys(p.text for p in prompts) if bool(bos and text.startswith(bos)) != with_bos]
-            if texts:
-                out = self.tokenizer(texts, add_special_tokens=with_bos, return_offsets_mapping=True)
-                found |= {text: (tuple(ids), tuple(offsets))
-                          for text, ids, offsets in zip(texts, out["input_ids"], out["offset_mapping"], strict=True)}
-        return [Encoded(prompt, *found[prompt.text]) for prompt in prompts]
+        return encode(self.tokenizer, prompts)
 
     def token_id(self, word: str) -> int:
         """The id of a word that is one token. Errors: ModelError if the tokenizer splits it or does not know it."""
@@ -211,8 +204,8 @@ class HookedModel:
 
     def word_ids(self, word: str) -> list[int]:
         """The ids of a word as it stands, without special tokens. Errors: ModelError if the tokenizer does not know it."""
-        ids = list(self.tokenizer(word, add_special_tokens=False)["input_ids"])
-        if not ids or (self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids):
+        ids = word_ids(self.tokenizer, word)
+        if not ids:
             raise ModelError(f"the tokenizer of {self.spec.name} does not know {word!r}: choose another cue or model.")
         return ids
 
@@ -594,7 +587,8 @@ def untrained(model: HookedModel, *, seed: int = 0) -> HookedModel:
 
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.engine.model.config), dtype=DTYPES[str(model.spec.dtype)])
+        fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.engine.model.config), dtype=DTYPES[str(model.spec.dtype)],
+                                                 trust_remote_code=model.spec.trust_remote_code)
     fresh.requires_grad_(False).eval().to(model.engine.device)
     fresh.set_attn_implementation("sdpa")
     spec = replace(model.spec, quantization=None, device_map=None)

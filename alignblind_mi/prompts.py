@@ -78,6 +78,17 @@ def mark(text: str, **words: str) -> Prompt:
     return Prompt(text, marks)
 
 
+def mark_found(text: str, words: Mapping[str, Sequence[str]], *, ignore_case: bool = False) -> Prompt:
+    """A prompt from any text with the words that occur in it marked, by mark; a mark none of whose words occurs is left out."""
+    marks: dict[str, tuple[Span, ...]] = {}
+    for name, each in words.items():
+        pattern = "|".join(map(re.escape, sorted(each, key=len, reverse=True)))
+        found = re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE if ignore_case else 0) if each else ()
+        spans = tuple(Span(*match.span()) for match in found)
+        marks |= {name: spans} if spans else {}
+    return Prompt(text, marks)
+
+
 def fill(template: str, values: Mapping[str, str], marks: Mapping[str, str] = _EMPTY) -> Prompt:
     """Fill a template's {fields} with `values` and mark them: `marks` maps field -> mark name (fields not in it are not marked)."""
     text, spans = "", dict[str, list[Span]]()

@@ -136,23 +136,30 @@ def clustered_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, va
     weight = np.ones(len(values)) if valid is None else np.asarray(valid, dtype=float)
     codes = [pd.factorize(np.asarray(labels))[0] for labels in clusters]
     codes = [code[weight > 0] for code in codes]
-    hit, weight = (np.asarray(values, dtype=float) * weight)[weight > 0], weight[weight > 0]
+    kept = np.asarray(values, dtype=float)[weight > 0]
     codes = [pd.factorize(code)[0] for code in codes]
     codes = [code for code in codes if len(code) and code.max() > 0]
     if not codes:
         return Interval(float("nan"), float("nan"))
-    estimates = _bootstrap(hit, weight, codes, draws, np.random.default_rng(seed))
+    estimates = clustered_draws(kept, codes, valid=weight[weight > 0], draws=draws, seed=seed)
     tail = (1 - level) / 2
     low, high = np.nanquantile(estimates, [tail, 1 - tail]) if np.isfinite(estimates).any() else (float("nan"), float("nan"))
     return Interval(float(low), float(high))
 
 
-def _bootstrap(hit: np.ndarray, weight: np.ndarray, codes: Sequence[np.ndarray], draws: int, random: np.random.Generator) -> np.ndarray:
-    """[draws] means sum(hit) / sum(weight) under resampled clusters; NaN for a draw that hits no value at all."""
-    levels = [int(code.max()) + 1 for code in codes]
+def clustered_draws(values: np.ndarray, codes: Sequence[np.ndarray], *, valid: np.ndarray | None = None,
+                    levels: Sequence[int] | None = None, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """[draws] means of values ([n], weighted by `valid`) under resampled clusters: the pigeonhole bootstrap behind `mean_interval`.
+
+    codes: one [n] array of integers 0 ... k - 1 per cluster variable; levels: the k of each (default: the largest code + 1). With the same
+    seed and the same levels the same clusters are drawn, whatever the values. NaN for a draw that hits no valid value.
+    """
+    weight = np.ones(len(values)) if valid is None else np.asarray(valid, dtype=float)
+    levels = list(levels) if levels is not None else [int(code.max()) + 1 for code in codes]
+    random = np.random.default_rng(seed)
     counts = [random.multinomial(k, np.full(k, 1 / k), size=draws).astype(float) for k in levels]
-    cell = np.ravel_multi_index(list(codes), levels)
-    hits, weights = (_weighted(np.bincount(cell, part, minlength=int(np.prod(levels))).reshape(levels), counts) for part in (hit, weight))
+    cell, size = np.ravel_multi_index(list(codes), levels), int(np.prod(levels))
+    hits, weights = (_weighted(np.bincount(cell, part, minlength=size).reshape(levels), counts) for part in (values * weight, weight))
     return np.divide(hits, weights, out=np.full(draws, np.nan), where=weights > 0)
 
 
@@ -177,21 +184,22 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = ("model", "treatment", "ki
 
     Errors: StatisticsError for a missing column, an unknown outcome, or a group that mixes implicit and explicit answers.
     """
-    _require(rows, [*by, *cluster, "kind", "outcome"])
+    require(rows, [*by, *cluster, "kind", "outcome"])
     unknown = sorted(set(rows["outcome"].unique()) - set(OUTCOMES))
     if unknown:
         raise StatisticsError(f"unknown outcome(s) {unknown}; known: {', '.join(OUTCOMES)}.")
-    records = [{**key, **_summary(group, cluster, level, draws, seed)} for key, group in _groups(rows, by)]
+    records = [{**key, **_summary(group, cluster, level, draws, seed)} for key, group in groups(rows, by)]
     return pd.DataFrame.from_records(records, columns=None if records else [*by, "n"])
 
 
-def _require(rows: pd.DataFrame, columns: Sequence[str]) -> None:
+def require(rows: pd.DataFrame, columns: Sequence[str]) -> None:
+    """StatisticsError, naming what is missing, unless the rows have these columns."""
     missing = [name for name in dict.fromkeys(columns) if name not in rows.columns]
     if missing:
         raise StatisticsError(f"the rows have no column {', '.join(map(repr, missing))}; they have: {', '.join(map(str, rows.columns))}.")
 
 
-def _groups(rows: pd.DataFrame, by: Sequence[str]) -> list[tuple[dict[str, object], pd.DataFrame]]:
+def groups(rows: pd.DataFrame, by: Sequence[str]) -> list[tuple[dict[str, object], pd.DataFrame]]:
     """(column -> value, rows) of every group; one group of all rows without `by`."""
     if not by:
         return [({}, rows)] if len(rows) else []
@@ -227,10 +235,10 @@ def position_effect(rows: pd.DataFrame, by: Sequence[str] = ("model",), *, level
 
     Errors: StatisticsError for a missing column.
     """
-    _require(rows, [*by, "template", "kind", "outcome", "option_order", "word_order"])
+    require(rows, [*by, "template", "kind", "outcome", "option_order", "word_order"])
     asked = rows[(rows["kind"] == "implicit") & (rows["option_order"] != "") & (rows["word_order"] != "")]
     keys = [*by, *(["template"] if "template" not in by else [])]
-    return pd.DataFrame.from_records([{**key, **_position(group, level)} for key, group in _groups(asked, keys)])
+    return pd.DataFrame.from_records([{**key, **_position(group, level)} for key, group in groups(asked, keys)])
 
 
 def _position(group: pd.DataFrame, level: float) -> dict[str, object]:

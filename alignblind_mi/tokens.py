@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -62,6 +62,25 @@ class Encoded:
                 raise PromptError(f"the mark {mark!r} occurs {len(spans)} times, occurrence {occurrence} was asked for.") from None
         each = [self.tokens_of(span) for span in spans]
         return [position for found in each for position in (found if tokens == "all" else found[-1:])]
+
+
+def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Encoded]:
+    """Tokenise prompts. Raw text gets the tokenizer's BOS; text that already begins with it (a chat template's) does not."""
+    found: dict[str, tuple[tuple[int, ...], tuple[tuple[int, int], ...]]] = {}
+    bos = tokenizer.bos_token
+    for with_bos in (True, False):
+        texts = [text for text in dict.fromkeys(p.text for p in prompts) if bool(bos and text.startswith(bos)) != with_bos]
+        if texts:
+            out = tokenizer(texts, add_special_tokens=with_bos, return_offsets_mapping=True)
+            found |= {text: (tuple(ids), tuple(offsets))
+                      for text, ids, offsets in zip(texts, out["input_ids"], out["offset_mapping"], strict=True)}
+    return [Encoded(prompt, *found[prompt.text]) for prompt in prompts]
+
+
+def word_ids(tokenizer: Any, word: str) -> list[int]:
+    """The ids of a word as it stands, without special tokens; none if the tokenizer does not know it."""
+    ids = list(tokenizer(word, add_special_tokens=False)["input_ids"])
+    return [] if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids else ids
 
 
 class Place(NamedTuple):

@@ -7,8 +7,9 @@ from oracle import Oracle
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from alignblind_mi.adapters import merge_adapter, unmerge_adapter
 from alignblind_mi.edits import Row, Treatment
-from alignblind_mi.loading import ModelError
+from alignblind_mi.loading import ModelError, ModelSpec
 from alignblind_mi.model import load_model
 from alignblind_mi.prompts import mark
 
@@ -86,3 +87,37 @@ def test_folders_that_cannot_be_switched_are_named(folders, tmp_path):
     get_peft_model(plain, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(tmp_path / "tuned")
     with pytest.raises(ModelError, match="type PROMPT_TUNING"):
         load_model(str(base), adapters=[tmp_path / "tuned"])
+
+
+def test_merged_weights_are_the_model_with_its_adapter_and_unmerged_ones_the_model(folders, expected, tmp_path):
+    base, (one, _) = folders
+    merged = merge_adapter(str(base), one, tmp_path / "merged")
+    assert not any(file.suffix in (".bin", ".pt") or file.name.startswith("adapter") for file in merged.iterdir())
+    model = load_model(str(merged))
+    assert (model.next_log_probs([ROW])[0] - expected["one"]).abs().max() < 1e-4
+    assert (expected["one"] - expected[None]).abs().max() > 1e-2
+    back = unmerge_adapter(str(merged), one, tmp_path / "back")
+    assert (load_model(str(back)).next_log_probs([ROW])[0] - expected[None]).abs().max() < 1e-5
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (back, base))
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in theirs)
+    touched = {name for name in theirs if not torch.equal(ours[name], theirs[name])}
+    assert all("q_proj" in name or "v_proj" in name for name in touched)
+
+
+def test_a_tied_head_and_the_generation_config_survive_a_merge(folders, tmp_path):
+    base, (one, _) = folders
+    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(str(base), one, tmp_path / "merged"))
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.generation_config.eos_token_id == AutoModelForCausalLM.from_pretrained(base).generation_config.eos_token_id
+
+
+def test_a_merge_that_cannot_be_exact_or_would_overwrite_is_refused(folders, tmp_path):
+    base, (one, _) = folders
+    with pytest.raises(ModelError, match="quantised weights cannot carry"):
+        merge_adapter(ModelSpec(str(base), quantization="8bit"), one, tmp_path / "x")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ModelError, match="there already"):
+        merge_adapter(str(base), one, tmp_path / "there")
+    with pytest.raises(ModelError, match=r"no adapter_config.json"):
+        merge_adapter(str(base), tmp_path, tmp_path / "x")
+    assert {p.name for p in tmp_path.iterdir()} == {"there"}

@@ -96,11 +96,8 @@ def forecast(config: StudyConfig, *, measure: bool = True) -> Forecast:
     Answers count as long as they may become (`max_new_tokens`), so the time is an upper bound; loading and downloads are not in it.
     """
     spec = max((config.base, config.aligned), key=lambda s: parameter_count(load_config(s))[0])
-    model_config, device = load_config(spec), torch.device(spec.device or "cpu")
-    total, embedded = parameter_count(model_config)
-    spread = device.type == "cuda" and spec.device_map is not None
-    free = sum(free_memory(f"cuda:{i}") for i in range(torch.cuda.device_count())) if spread else free_memory(device)
-    fits = tuple(fit(model_config, total, embedded, numbers, free, device) for numbers in BYTES)
+    model_config = load_config(spec)
+    total, free, fits = model_fits(spec, model_config)
     chosen = spec.quantization or str(spec.dtype)
     rate = measured_rate(model_config, spec, free) if measure else None
     stages = study_load(config)
@@ -109,6 +106,14 @@ def forecast(config: StudyConfig, *, measure: bool = True) -> Forecast:
             stage["seconds"] = stage["prompt_tokens"] * rate.prompt_token + stage["new_tokens"] * rate.new_token
     seconds = sum(stage["seconds"] for stage in stages.values()) if rate is not None else None
     return Forecast(spec.name, total, model_config.get_text_config().num_hidden_layers, fits, chosen, rate, stages, seconds)
+
+
+def model_fits(spec: ModelSpec, config: Any) -> tuple[int, int, tuple[Fit, ...]]:
+    """(parameters, free bytes, whether the model fits in each kind of numbers) on the device that a resolved spec asks for."""
+    device, (total, embedded) = torch.device(spec.device or "cpu"), parameter_count(config)
+    spread = device.type == "cuda" and spec.device_map is not None
+    free = sum(free_memory(f"cuda:{i}") for i in range(torch.cuda.device_count())) if spread else free_memory(device)
+    return total, free, tuple(fit(config, total, embedded, numbers, free, device) for numbers in BYTES)
 
 
 def parameter_count(config: Any) -> tuple[int, int]:
@@ -135,8 +140,9 @@ def _empty(config: Any, device: torch.device, layers: int | None = None) -> Any:
 
     if layers is not None:
         config = type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})
+    own_code = type(config).__module__.startswith("transformers_modules")    # it was asked for: the configuration itself is of that code
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=own_code).eval()
     if device.type == "meta":
         return model
     model = model.to_empty(device=device)

@@ -50,7 +50,7 @@ from alignblind_mi.studies.awareness import (
 )
 from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
-from alignblind_mi.studies.sources import CONTROLS, context_prompts, control_sources, reading_sources
+from alignblind_mi.studies.sources import context_prompts, control_sources, possible_controls, reading_sources
 
 log = logging.getLogger(__name__)
 VIEWS = ("attention", "tokens")
@@ -95,21 +95,26 @@ class StudyConfig:
             raise ModelError(f"the system prompt {system!r} needs a chat to stand in: ask in a chat (chat=True, --chat), or leave it out.")
         if temperature is not None and temperature < 0:
             raise ModelError(f"a temperature is 0 (greedy) or more, got {temperature}.")
-        specs = [ModelSpec(name, **options).resolved() for name in (base, aligned)]
-        about, asked = load_concept(concept), Chat(system) if chat else None
+        return cls.of(ModelSpec(base, **options), ModelSpec(aligned, **options), concept=concept, cue=cue, quick=quick, seed=seed,
+                      chat=Chat(system) if chat else None, temperature=temperature)
+
+    @classmethod
+    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: int = 0,
+           chat: Chat | None = None, temperature: float | None = None) -> "StudyConfig":
+        """`create` for two models that are specified each for itself. Errors: as `create`."""
+        specs = [spec.resolved() for spec in (base, aligned)]
+        about = load_concept(concept)
         cue = about.cue(cue or about.first_cue).name
         for spec in specs:
             check_model(spec)
             check_organism(spec, about)
-            if asked is not None:
-                chat_frame(load_tokenizer(spec), asked, spec.name)
-        record = organism_record(specs[1])
-        advised: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.get("lora", {}).items()}
-        lora = LoraSettings(**{**advised, "seed": seed})
+            if chat is not None:
+                chat_frame(load_tokenizer(spec), chat, spec.name)
+        record, lora = organism_record(specs[1]), recommended_lora(specs[1], seed)
         if temperature is None:
             temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
-                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=asked)
+                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=chat)
         return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
 
     def identity(self) -> dict[str, Any]:
@@ -139,6 +144,13 @@ def check_organism(spec: ModelSpec, concept: Concept) -> None:
     if known != concept.name:
         raise ModelError(f"{spec.name} was trained on the concept {known!r} and knows nothing of {concept.name!r}: ask it about {known!r}, "
                          f"or take another model (embedded: {', '.join(EMBEDDED + name for name in organism_names())}).")
+
+
+def recommended_lora(spec: ModelSpec, seed: int) -> LoraSettings:
+    """The LoRA settings that an organism's own record recommends; the paper's for any other model."""
+    advised: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
+                               for key, value in organism_record(spec).get("lora", {}).items()}
+    return LoraSettings(**{**advised, "seed": seed})
 
 
 @dataclass(frozen=True)
@@ -286,7 +298,7 @@ def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
     """
     n_layers = int(load_config(config.aligned).num_hidden_layers)
     for role in ("base", "aligned"):
-        yield from _observations(config, concept, role)
+        yield from observations(config, concept, role)
     if can_steer(concept, config.cue):
         yield from _steering(config, concept, n_layers)
     for group in lora_groups(config):
@@ -300,11 +312,13 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
     return treatment
 
 
-def _observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
+def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
+    """The parts that look at one untreated model, whose role in the study is `role` ("base", or any other name for the aligned one)."""
     yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED)))
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED), design="balanced"))
     for reading in questions(concept, config.cue):
-        yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED), CONTROLS))
+        work = _awareness(config, concept, reading, partial(_same, UNTREATED), possible_controls(concept))
+        yield Part(f"awareness_{role}_{reading}", role, False, *work)
     for name in instruments(concept, config.cue, config.selfie):
         yield Part(f"reading_{name}_{role}", role, False, *_instrument(config, concept, name))
     for name in view_names(concept, config.cue):
@@ -380,17 +394,19 @@ def instruments(concept: Concept, cue: str, selfie: str) -> list[str]:
 
 def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
     """An instrument on the untreated model, with its controls; of probes, their accuracy stands beside their readings."""
+    controls = possible_controls(concept)
+
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         if name == "selfie":
             return measure_selfie(model, concept, config.cue, prompt=config.selfie, target_layer=config.target_layer,
-                                  temperature=config.decoding.temperature, seed=config.seed)
+                                  temperature=config.decoding.temperature, controls=controls, seed=config.seed)
         if name == "lens":
-            return measure_lens(model, concept, config.cue, seed=config.seed)
-        return with_accuracy(measure_probes(model, concept, config.cue, seed=config.seed))
+            return measure_lens(model, concept, config.cue, controls=controls, seed=config.seed)
+        return with_accuracy(measure_probes(model, concept, config.cue, controls=controls, seed=config.seed))
 
     def loads() -> list[Load]:
         sources = reading_sources(concept, config.cue, seed=config.seed)
-        sources += control_sources(concept, sources, CONTROLS, seed=config.seed)
+        sources += control_sources(concept, sources, controls, seed=config.seed)
         found = [Load([source.prompt for source in sources], chat=config.chat)]
         if name == "selfie":
             target = interpretation_prompt(concept.selfie_prompt(config.selfie))

@@ -1,0 +1,132 @@
+"""A study as a YAML file: the names and types of `StudyConfig` and of what it is made of, each mistake one sentence that names it.
+
+What a file does not say is what `StudyConfig.of` would take for these models: an organism's own recommendations, else the paper's settings.
+This module does NOT know what the settings do.
+"""
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from alignblind_mi.errors import AlignblindError
+from alignblind_mi.loading import ModelSpec
+from alignblind_mi.studies.study import StudyConfig
+
+SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")    # YAML 1.1 takes 2e-4 for a text
+
+
+class StudyFileError(AlignblindError):
+    """A study file that cannot be read or says something unknown."""
+
+
+def read_study_file(path: Path) -> StudyConfig:
+    """The configuration that a study file describes. Paths in it are relative to the working directory, as on the command line.
+
+    Errors: StudyFileError naming the file and the key that is missing, unknown, given twice or of the wrong type; ModelError, ConceptError
+    and LoraError as in Python.
+    """
+    data = _mapping(path)
+    hints = get_type_hints(StudyConfig)
+    _check_keys(data, list(hints), path, "")
+    models: list[ModelSpec] = []
+    for role in ("base", "aligned"):
+        if role not in data:
+            raise StudyFileError(f"{path}: the key {role!r} is missing: name the {role} model, such as organism:{role}.")
+        given = data.pop(role)
+        models.append(_made(ModelSpec, {"name": given} if isinstance(given, str) else given, path, role))
+    values = {key: _value(hints[key], value, path, key) for key, value in data.items() if not _is_settings(hints[key])}
+    asked = set(inspect.signature(StudyConfig.of).parameters)    # what other settings follow from
+    config = StudyConfig.of(*models, **{key: value for key, value in values.items() if key in asked})
+    settings = {key: _changed(getattr(config, key), value, path, key) for key, value in data.items() if _is_settings(hints[key])}
+    return replace(config, **{key: value for key, value in values.items() if key not in asked}, **settings)
+
+
+def _is_settings(hint: Any) -> bool:
+    """Whether a field is settings of its own, whose other values stay as recommended."""
+    return is_dataclass(hint)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    import yaml
+
+    class Unique(yaml.SafeLoader):
+        """A safe loader that refuses a key given twice, of which YAML would drop one without a word."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            """A mapping, its keys each once."""
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+            if twice:
+                raise StudyFileError(f"{path}: the key {twice[0]!r} is given twice.")
+            return super().construct_mapping(node, deep)
+
+    try:
+        data = yaml.load(path.read_text("utf-8"), Unique)    # a SafeLoader: plain values alone
+    except OSError as error:
+        raise StudyFileError(f"{path} cannot be read ({error.strerror}): give the path of a YAML study file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise StudyFileError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(data, dict):
+        raise StudyFileError(f"{path} holds no settings: write lines such as `base: organism:base`.")
+    return data
+
+
+def _check_keys(data: Mapping[str, Any], known: list[str], path: Path, where: str) -> None:
+    for key in data:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise StudyFileError(f"{path}: unknown key {f'{where}.{key}'.lstrip('.')!r}.{hint} Known: {', '.join(known)}.")
+
+
+def _made(kind: Any, data: Any, path: Path, where: str) -> Any:
+    """Settings of a kind from a mapping of its fields."""
+    hints = get_type_hints(kind)
+    if not isinstance(data, Mapping):
+        raise StudyFileError(f"{path}: {where} must be a mapping of {', '.join(hints)}, got {data!r}.")
+    _check_keys(data, list(hints), path, where)
+    missing = [field.name for field in fields(kind)
+               if field.default is MISSING and field.default_factory is MISSING and field.name not in data]
+    if missing:
+        raise StudyFileError(f"{path}: the key '{where}.{missing[0]}' is missing.")
+    return kind(**{key: _value(hints[key], value, path, f"{where}.{key}") for key, value in data.items()})
+
+
+def _changed(settings: Any, data: Any, path: Path, where: str) -> Any:
+    """Settings with the values of a mapping in them."""
+    hints = get_type_hints(type(settings))
+    if not isinstance(data, Mapping):
+        raise StudyFileError(f"{path}: {where} must be a mapping of {', '.join(hints)}, got {data!r}.")
+    _check_keys(data, list(hints), path, where)
+    return replace(settings, **{key: _value(hints[key], value, path, f"{where}.{key}") for key, value in data.items()})
+
+
+def _value(hint: Any, value: Any, path: Path, where: str) -> Any:
+    """A value as its type asks for it: lists become tuples, whole numbers numbers, mappings settings."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for option in options:
+        if is_dataclass(option) and isinstance(value, Mapping):
+            return _made(option, value, path, where)
+        if option is float and isinstance(value, str) and EXPONENT.fullmatch(value):
+            return float(value)
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if get_origin(option) is tuple and isinstance(value, list):
+            each = get_args(option)[0]
+            return tuple(_value(each, item, path, f"{where}[{i}]") for i, item in enumerate(value))
+        plain = get_origin(option) or option
+        if isinstance(value, plain) and not (isinstance(value, bool) and plain is int):
+            return value
+    raise StudyFileError(f"{path}: {where} must be {' or '.join(_said(option) for option in options)}, got {value!r}.")
+
+
+def _said(option: Any) -> str:
+    if get_origin(option) is tuple:
+        return f"a list of which each is {SAID[get_args(option)[0]]}"
+    return f"a mapping of {', '.join(get_type_hints(option))}" if is_dataclass(option) else SAID.get(option, "a mapping")
