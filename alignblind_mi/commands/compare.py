@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from alignblind_mi.concept import DEFAULT_CONCEPT
+
 
 def compare(
     base: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")] = "organism:base",
     aligned: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:aligned.")] = "organism:aligned",
-    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = "race",
+    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = DEFAULT_CONCEPT,
     cue: Annotated[str, typer.Option(help="A cue of the concept (default: its first).")] = "",
     out: Annotated[Path, typer.Option(help="Results folder; a comparison that is in it already is resumed.")] = Path("comparison"),
     quick: Annotated[bool, typer.Option("--quick", help="Few word pairs, one or two treatments a family: to see that it works.")] = False,

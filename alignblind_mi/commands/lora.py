@@ -5,10 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+from alignblind_mi.concept import DEFAULT_CONCEPT
+
 
 def lora(
     model: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, organism:base or organism:aligned.")] = "organism:aligned",
-    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = "race",
+    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = DEFAULT_CONCEPT,
     layers: Annotated[str | None, typer.Option(help="early, middle, late, all, or numbers such as 0-3,7 (default: early; npo and "
                                                     "gradient_ascent: all).")] = None,
     kind: Annotated[str, typer.Option(help="aware, blind (the mirror image), placebo, npo or gradient_ascent (unlearning).")] = "aware",
