@@ -136,6 +136,14 @@ def test_an_organism_is_not_asked_about_another_concept(models, concept, trained
         StudyConfig.create(*models, concept=concept)
 
 
+def test_nor_fine_tuned_on_one(tmp_path):
+    from alignblind_mi.commands.lora import lora
+
+    with pytest.raises(ModelError, match="trained on the concept 'race' and knows nothing of 'gender'"):
+        lora("organism:aligned", concept="gender", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pair_is_built_on_concepts_with_a_lexicon_only(tmp_path):
     with pytest.raises(OrganismError, match=r"no organism can be trained on the concept 'weather'.*Known: gender, race"):
         build_organism(tmp_path / "out", concept="weather")

@@ -45,7 +45,7 @@ def lora(
     from alignblind_mi.loading import ModelSpec, check_model
     from alignblind_mi.lora import KINDS, examples_of, train_lora
     from alignblind_mi.organism.build import one_thread
-    from alignblind_mi.studies.study import organism_record, recommended_lora
+    from alignblind_mi.studies.study import check_organism, organism_record, recommended_lora
     from alignblind_mi.unlearning import METHODS, UnlearningSettings, train_unlearning
 
     if kind not in (*KINDS, *METHODS):
@@ -55,6 +55,7 @@ def lora(
     spec = ModelSpec(model, dtype=dtype, device=device, device_map=device_map, quantization=quantization).resolved()
     data = load_concept(concept)
     check_model(spec)
+    check_organism(spec, data)
     asked: dict[str, Any] = {
         "rank": rank, "learning_rate": learning_rate, "epochs": epochs,
         "modules": None if modules is None else tuple(name.strip() for name in modules.split(","))}
