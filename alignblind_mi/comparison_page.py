@@ -14,11 +14,8 @@ from alignblind_mi import figures
 from alignblind_mi.loading import EMBEDDED, ModelSpec
 from alignblind_mi.report import Column, as_uri, environment, percent, plain, save_shown, signed, version_names
 from alignblind_mi.results import write_text
+from alignblind_mi.studies.audit import CITATIONS, LEAST, MOST_INVALID, MOST_WRONG
 from alignblind_mi.studies.comparison_verdicts import (
-    CITATIONS,
-    LEAST,
-    MOST_INVALID,
-    MOST_WRONG,
     Compared,
     comparison_records,
     comparison_tables,

@@ -82,7 +82,8 @@ def test_a_scaled_adapter_is_a_dose(tmp_path, one_adapter):
     plain, whole, half = (model.under(Treatment("t", adapter=name)).record([Row(prompt)], [Site(0, "last", "z")])[0, 0]
                           for name in (None, folder.name, "halved"))
     assert (whole - plain).norm() > 0
-    weights = {name: model.peft.base_model.model.model.layers[0].self_attn.v_proj.get_delta_weight(name) for name in (folder.name, "halved")}
+    projection = model.peft.base_model.model.model.layers[0].self_attn.v_proj
+    weights = {name: projection.get_delta_weight(name) for name in (folder.name, "halved")}
     torch.testing.assert_close(weights["halved"], 0.5 * weights[folder.name])
     assert (half - plain).norm() < (whole - plain).norm()
     with pytest.raises(ModelError, match="is there already"):
@@ -215,10 +216,10 @@ def test_claims_stand_only_with_their_controls(compared):
     found = read_comparison(out)
     tables = comparison_tables(found)
     audit = tables["audit"].set_index("claim")
-    lowered = audit.loc[[claim for claim in audit.index if claim.startswith("steer_late ")][0]]
+    lowered = audit.loc[next(claim for claim in audit.index if claim.startswith("steer_late "))]
     assert lowered["verdict"] == "not supported"
     assert "FAILED: interval below 0" in lowered["controls"]
-    early = audit.loc[[claim for claim in audit.index if claim.startswith("steer_early ")][0]]
+    early = audit.loc[next(claim for claim in audit.index if claim.startswith("steer_early "))]
     assert "FAILED: at most 10 % of right answers lost" in early["controls"]
     assert audit.loc["Alignment lowers awareness (aligned less base, r_blind)", "verdict"] == "supported"
     assert set(tables["points"]["damage_measure"]) == set(DAMAGES)
@@ -283,7 +284,7 @@ def test_steer_finds_saves_and_measures(tmp_path):
     assert done.exit_code == 0, done.output
     records = json.loads(done.stdout)
     rates = {record["treatment"]: record for record in records if record["table"] == "rates"}
-    assert list(rates)[0] == "untreated"
+    assert next(iter(rates)) == "untreated"
     assert rates["steer_race_mean_difference_add1_1-3"]["rate"] < rates["untreated"]["rate"] - 0.2
     assert (out / "vectors_race_mean_difference.safetensors").is_file()
     differences = {record["treatment"]: record for record in records if record["table"] == "differences"}
