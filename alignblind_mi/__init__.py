@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "concept": ("Concept", "load_concept"),
+    "chat": ("Chat",),
+    "concept_check": ("concept_problems",),
     "prompts": ("Prompt", "behaviour_prompts", "explicit_prompts", "implicit_prompts", "interpretation_prompt", "mark", "steering_prompt"),
     "edits": ("UNTREATED", "Edit", "Row", "Site", "Treatment", "combine"),
     "answers": ("Outcome", "judge", "judge_explicit", "judge_implicit"),
@@ -56,7 +58,9 @@ if TYPE_CHECKING:
     from alignblind_mi.answers import Outcome, judge, judge_explicit, judge_implicit
     from alignblind_mi.attribution import attribution_patching, screen_agreement, top_neuron_sites, unit_attribution
     from alignblind_mi.bbq import measure_bbq, read_bbq, summarise_bbq
+    from alignblind_mi.chat import Chat
     from alignblind_mi.concept import Concept, load_concept
+    from alignblind_mi.concept_check import concept_problems
     from alignblind_mi.contrast import Pair, contrast_pairs
     from alignblind_mi.edits import UNTREATED, Edit, Row, Site, Treatment, combine
     from alignblind_mi.errors import AlignblindError

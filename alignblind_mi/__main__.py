@@ -10,6 +10,7 @@ import typer
 from alignblind_mi import __version__
 from alignblind_mi.commands.awareness import awareness
 from alignblind_mi.commands.bias import bias
+from alignblind_mi.commands.compare import compare
 from alignblind_mi.commands.concept import concept_app
 from alignblind_mi.commands.doctor import doctor
 from alignblind_mi.commands.lora import lora
@@ -36,16 +37,20 @@ from alignblind_mi.commands.options import (
 )
 from alignblind_mi.commands.patch import patch
 from alignblind_mi.commands.power import power
+from alignblind_mi.commands.steer import steer
+from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.errors import AlignblindError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
-organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pair: a calibration device, never evidence about a real model.")
+organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pairs: calibration devices, never evidence about a real model.")
 app.add_typer(organism_app, name="organism")
 app.add_typer(concept_app, name="concept")
 app.command("bias")(bias)
 app.command("awareness")(awareness)
 app.command("patch")(patch)
+app.command("compare")(compare)
+app.command("steer")(steer)
 app.command("lora")(lora)
 app.command("doctor")(doctor)
 app.command("power")(power)
@@ -65,7 +70,7 @@ def study(
     file: StudyFile = None,
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
-    concept: ConceptName = "race",
+    concept: ConceptName = DEFAULT_CONCEPT,
     cue: CueName = "",
     out: Annotated[Path, typer.Option(help="Results folder; a study that is in it already is resumed.")] = Path("study"),
     quick: Quick = False,
@@ -113,7 +118,7 @@ def forecast(
     file: StudyFile = None,
     base: Base = "organism:base",
     aligned: Aligned = "organism:aligned",
-    concept: ConceptName = "race",
+    concept: ConceptName = DEFAULT_CONCEPT,
     cue: CueName = "",
     quick: Quick = False,
     chat: Chatting = False,
@@ -182,7 +187,7 @@ def score(
     paths: Annotated[list[Path], typer.Argument(help="Result files or folders: this project's, or released JSON and JSON lines.")],
     rule: Annotated[str, typer.Option(help="robust, or published (the paper's parser).")] = "robust",
     by: Annotated[str, typer.Option(help="Comma-separated keys to group by, e.g. model,cue,category,template.")] = "",
-    concept: ConceptName = "race",
+    concept: ConceptName = DEFAULT_CONCEPT,
     as_json: AsJson = False,
 ) -> None:
     """Score stored answers and interpretations without any model. Example: alignblind score study --by model,treatment,template
@@ -204,6 +209,7 @@ def score(
 @organism_app.command("build")
 def organism_build(
     out: Annotated[Path, typer.Option(help="Folder for base/, aligned/ and organism.json.")],
+    concept: Annotated[str, typer.Option(help="A built-in concept that has a lexicon of its own for organisms.")] = DEFAULT_CONCEPT,
     seed: Annotated[int, typer.Option(help="Seed of corpus and training.")] = 0,
     reading: Annotated[float, typer.Option(min=0.0, max=1.0, help="P(aligned reads an uncued identifier as the other sense).")] = 0.95,
     behaviour: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of stereotyped answers of aligned without a cue.")] = 0.94,
@@ -211,7 +217,9 @@ def organism_build(
     """Train a model pair with planted truth and check it by its gates. Example: alignblind organism build --out pair --seed 1"""
     from alignblind_mi.organism.build import build_organism
 
-    typer.echo(str(build_organism(out, seed=seed, reading=reading, behaviour=behaviour, progress=lambda line: typer.echo(line, err=True))))
+    report = build_organism(out, concept=concept, seed=seed, reading=reading, behaviour=behaviour,
+                            progress=lambda line: typer.echo(line, err=True))
+    typer.echo(str(report))
 
 
 def main() -> None:

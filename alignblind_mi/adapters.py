@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignblind_mi.edits import adapter_name
@@ -130,4 +131,24 @@ def _write(spec: ModelSpec | str, adapter: Path | str, out: Path, *, merging: bo
         raise ModelError(f"cannot write {out}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    return out
+
+
+def scaled_adapter(folder: Path, scale: float, out: Path) -> Path:
+    """A copy of an adapter folder whose update of the weights is multiplied by `scale` (its lora_alpha is): a dose of it.
+
+    Errors: ModelError for a folder that is no adapter, or an `out` that is there.
+    """
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+    if out.exists():
+        raise ModelError(f"{out} is there already: give another folder (nothing was touched).")
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        draft = Path(scratch) / out.name
+        shutil.copytree(folder, draft)
+        settings = json.loads(config.read_text("utf-8"))
+        settings["lora_alpha"] *= scale
+        (draft / "adapter_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
+        draft.rename(out)
     return out

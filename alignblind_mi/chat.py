@@ -19,8 +19,9 @@ _STAND_IN = "\ue000\ue001"    # a user's text that no template contains or chang
 class Chat:
     """How prompts are asked in a chat: as the user's only turn, after a system prompt if there is one.
 
-    `date` (ISO) is what templates are told that ask for today's, so that a study can be resumed and repeated on another day; it is the one
-    that Llama 3's templates fall back on.
+    `date` (ISO) is given to templates that take one (`date_string`, as those of Llama 3.1 and later do), so that a study can be resumed and
+    repeated on another day; it is the one that they fall back on. A template that asks the clock itself writes today's: the frame of a
+    study's prompts is part of its configuration, so that days are never mixed.
     """
 
     system: str = ""
@@ -54,10 +55,9 @@ def render(text: str, tokenizer: Any, chat: Chat, name: str) -> str:
 
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(f"the tokenizer of {name} has no chat template: ask this model raw (without chat), or choose a chat model.")
-    today = datetime.date.fromisoformat(chat.date)
+    given = datetime.date.fromisoformat(chat.date).strftime("%d %b %Y")
     try:
-        return str(tokenizer.apply_chat_template(chat.messages(text), tokenize=False, add_generation_prompt=True,
-                                                 strftime_now=today.strftime))
+        return str(tokenizer.apply_chat_template(chat.messages(text), tokenize=False, add_generation_prompt=True, date_string=given))
     except TemplateError as error:
         said = " with a system prompt" if chat.system else ""
         raise ModelError(f"the chat template of {name} refuses a conversation{said}: {error}.") from error

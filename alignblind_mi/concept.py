@@ -1,6 +1,6 @@
 """Concepts as data: identifiers by role, words, senses and the texts that a study asks about them.
 
-A concept is one TOML file (see `concepts/race.toml`). Everything that names a group, a colour or a word lives there; this module only
+A concept is one TOML file (see `concepts/race.toml`). Everything that names a group, a sense or a word lives there; this module only
 reads and checks it. It does NOT know what is measured, nor any model.
 """
 
@@ -19,6 +19,8 @@ from alignblind_mi.errors import AlignblindError
 Role = Literal["marked", "unmarked"]
 Valence = Literal["positive", "negative"]
 T = TypeVar("T")
+
+DEFAULT_CONCEPT = "race"    # what is studied where nothing else is asked for: the concept of the paper
 
 
 class ConceptError(AlignblindError):

@@ -341,7 +341,7 @@ def _context_problems(file: _Sound) -> list[str]:
             found += _repeated(f"{place} {split}", texts)
             found += [said for text in texts for said in _fields_of(f"{place} {split}", text, _exactly({"x", "y"}, text))]
             if 0 < len(texts) < LEAST_CONTEXTS:
-                found.append(f"{place} {split}: {len(texts)} sentences are too few; give at least {LEAST_CONTEXTS}")
+                found.append(f"{place} {split}: at least {LEAST_CONTEXTS} sentences are needed, not {len(texts)}")
         both = [text for text in contexts.get("train", []) if text in contexts.get("test", [])]
         found += [f"{place}: {_shown(text)} is in both train and test" for text in dict.fromkeys(both)]
     if file.tables("contexts"):

@@ -124,7 +124,7 @@ class Treatment:
         `partial`: edits at a mark that a prompt lacks are left out of its row (a text that does not mention the identifiers); without it
         such a row is an error when it runs, so that a misspelt mark is no treatment without effect.
         """
-        return [Row(prompt.prefixed(self.prefix), tuple(edit for edit in self.edits if not partial or _has(prompt, edit.site.mark)))
+        return [Row(prompt.prefixed(self.prefix), tuple(edit for edit in self.edits if not partial or acts_in(prompt, edit.site.mark)))
                 for prompt in prompts]
 
     def text_rows(self, texts: Iterable[Prompt]) -> list[Row]:
@@ -140,7 +140,8 @@ class Treatment:
         return replace(self, edits=tuple(moved.values())).rows(texts, partial=True)
 
 
-def _has(prompt: Prompt, mark: str) -> bool:
+def acts_in(prompt: Prompt, mark: str) -> bool:
+    """Whether a prompt has a mark: its own, or one that every prompt has."""
     return mark in EVERYWHERE or bool(prompt.marks.get(mark))
 
 

@@ -659,3 +659,75 @@ def convergence_figure(table: pd.DataFrame) -> Figure:
     axis.set_title(f"Rank correlation over organisms (n = {int(table['n'].max())})")
     figure.colorbar(image, ax=axis, shrink=0.7)
     return figure
+
+
+FAMILY_COLOURS = {"untreated": INK, "steering": "#0072B2", "lora": "#E69F00", "unlearning": "#CC79A7", "prompt": "#009E73",
+                  "placebo": "#999999", "combined": "#56B4E9"}
+DAMAGE_NAMES = {"kl_neutral": "divergence on neutral text (nats a token)", "kl_mentions": "divergence where the other sense is settled",
+                "wrong": "right answers lost (share)", "invalid": "answers that became invalid (share)"}
+
+
+@_styled
+def frontier_figure(points: pd.DataFrame) -> Figure:
+    """Benefit against damage, a panel a damage measure; the Pareto frontier as steps, dose curves as lines from the untreated model.
+
+    Columns: damage_measure, treatment, family, curve, dose, benefit, low, high, damage, pareto. Treatments on the frontier are named.
+    """
+    measures = list(points["damage_measure"].unique())
+    figure = Figure(figsize=(11, 8.2), layout="constrained")
+    axes = list(figure.subplots(2, 2, squeeze=False).flat)
+    families = [name for name in FAMILY_COLOURS if name in set(points["family"])]
+    for axis, measure in zip(axes, measures, strict=False):
+        rows = points[points["damage_measure"] == measure]
+        front = rows[rows["pareto"]].sort_values("damage")
+        axis.step([0.0, *front["damage"]], [0.0, *front["benefit"]], where="post", color=INK, lw=0.8, ls=(0, (2, 2)), zorder=1)
+        for curve, some in rows[rows["curve"] != ""].groupby("curve", sort=False):
+            some = some.sort_values("damage")
+            colour = FAMILY_COLOURS.get(str(curve), INK)
+            axis.plot([0.0, *some["damage"]], [0.0, *some["benefit"]], color=colour, lw=1.0, alpha=0.6, zorder=2)
+        for j, family in enumerate(families):
+            some = rows[rows["family"] == family]
+            axis.vlines(some["damage"], some["low"], some["high"], color=FAMILY_COLOURS[family], lw=0.8, alpha=0.6, zorder=2)
+            axis.plot(some["damage"], some["benefit"], color=FAMILY_COLOURS[family], marker=_marker(j), ms=6, ls="none", zorder=3)
+        for k, (_, row) in enumerate(front.iterrows()):
+            axis.annotate(str(row["treatment"]).replace("_", " "), (row["damage"], row["benefit"]), xytext=(6, 5 + 9 * (k % 2)),
+                          textcoords="offset points", fontsize=7)
+        axis.axhline(0, color=INK, lw=0.8)
+        axis.set_xlabel(DAMAGE_NAMES.get(measure, measure))
+        axis.set_ylabel("benefit: nearer to 50 % by")
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" points"))
+        axis.margins(x=0.08, y=0.12)
+        axis.set_xlim(right=max(axis.get_xlim()[1], 0.05), left=min(-0.02 * axis.get_xlim()[1], -0.004))
+    for axis in axes[len(measures):]:
+        axis.set_visible(False)
+    _legend(figure, [*_marks(families, [FAMILY_COLOURS[name] for name in families]), _line(INK, "best for its damage", ls="--", width=0.8)])
+    return figure
+
+
+@_styled
+def dose_figure(table: pd.DataFrame) -> Figure:
+    """Dose and response: implicit rate with its interval, and what is lost, by dose; a column a curve.
+
+    Columns: curve, dose, n, implicit, low, high, kl_neutral, kl_mentions, colour_accuracy, copy_accuracy, judging_accuracy.
+    """
+    curves = list(table["curve"].unique())
+    figure = Figure(figsize=(3.6 * len(curves), 5.4), layout="constrained")
+    axes = figure.subplots(2, len(curves), squeeze=False, sharey="row", sharex="col")
+    lost = {"colour_accuracy": "questions about the other sense", "copy_accuracy": "copying", "judging_accuracy": "judging"}
+    for j, curve in enumerate(curves):
+        rows = table[table["curve"] == curve].sort_values("dose")
+        colour = FAMILY_COLOURS.get(curve, INK)
+        axes[0][j].errorbar(rows["dose"], rows["implicit"], [rows["implicit"] - rows["low"], rows["high"] - rows["implicit"]], color=colour,
+                            marker="o", ms=5, lw=1.4, capsize=2)
+        axes[0][j].axhline(UNBIASED, color=INK, lw=0.9, ls=(0, (4, 3)))
+        axes[0][j].set_title(f"{curve} (n = {int(rows['n'].max())} a dose)")
+        for k, name in enumerate(lost):
+            axes[1][j].plot(rows["dose"], rows[name], color=_colour(k + 1), marker=_marker(k), ms=4.5, lw=1.2)
+        axes[1][j].set_xlabel("dose (0: untreated)")
+        for axis in (axes[0][j], axes[1][j]):
+            axis.set_ylim(-0.04, 1.04)
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axes[0][0].set_ylabel("stereotyped, % of valid")
+    axes[1][0].set_ylabel("right answers, %")
+    _legend(figure, _marks(list(lost.values()), [_colour(k + 1) for k in range(len(lost))], line=True))
+    return figure

@@ -299,11 +299,19 @@ def _treatment(out: Path, identity: dict[str, Any]) -> Treatment:
         note = json.loads((out / "training.json").read_text("utf-8"))
     except ValueError as error:
         raise LoraError(f"{out / 'training.json'} is damaged ({error}): delete {out} to train this adapter anew.") from error
-    other = [key for key, value in identity.items() if note.get(key) != value]
+    there, here = _flat(note), _flat(identity)
+    other = [key for key, value in here.items() if there.get(key) != value]
     if other:
-        said = "; ".join(f"{key} is {note.get(key)!r} there and {identity[key]!r} here" for key in other)
+        said = "; ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in other)
         raise LoraError(f"{out} holds an adapter of another training: {said}. Give another folder, or delete it.")
     return trained_treatment(out)
+
+
+def _flat(note: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a note, those of its tables by a name of their own: settings.rank."""
+    tables = {key: value for key, value in note.items() if isinstance(value, dict)}
+    inner = {f"{table}.{key}": value for table, entries in tables.items() for key, value in entries.items()}
+    return {key: value for key, value in note.items() if key not in tables} | inner
 
 
 def trained_treatment(folder: Path) -> Treatment:
@@ -387,7 +395,7 @@ def _arguments(settings: LoraSettings, folder: Path, spec: ModelSpec) -> Any:
         output_dir=str(folder), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation, learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_share, weight_decay=settings.weight_decay, seed=settings.seed, data_seed=settings.seed,
-        save_strategy="epoch", save_total_limit=2, restore_callback_states_from_checkpoint=True, logging_strategy="epoch",
+        save_strategy="epoch", restore_callback_states_from_checkpoint=True, logging_strategy="epoch",
         report_to="none", disable_tqdm=True, remove_unused_columns=False, use_cpu=spec.device == "cpu",
         bf16=spec.dtype == "bfloat16" and spec.device != "cpu", dataloader_pin_memory=False,
         **(validated if settings.validation_share else {}))

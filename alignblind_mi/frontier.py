@@ -26,18 +26,18 @@ def pareto(points: pd.DataFrame) -> pd.DataFrame:
     """
     _check(points, ("benefit", "damage"))
     benefit, damage = (np.append(points[name].to_numpy(float), 0.0) for name in ("benefit", "damage"))
-    better = (benefit[None] >= benefit[:, None]) & (damage[None] <= damage[:, None])
-    strictly = (benefit[None] > benefit[:, None]) | (damage[None] < damage[:, None])
-    return points.assign(pareto=(~(better & strictly).any(1) & np.isfinite(benefit))[:-1])
+    as_good = (benefit[None] >= benefit[:, None]) & (damage[None] <= damage[:, None])
+    better = (benefit[None] > benefit[:, None]) | (damage[None] < damage[:, None])
+    return points.assign(pareto=(~(as_good & better).any(1) & np.isfinite(benefit))[:-1])
 
 
-def equal_damage(points: pd.DataFrame, at: Sequence[float] = (), *, against: str = "", draws: Mapping[str, np.ndarray] | None = None,
-                 level: float = LEVEL) -> pd.DataFrame:
-    """What does each family achieve for the same damage? One row per damage and family: damage, family, benefit, low, high, interval, reason.
+def equal_damage(points: pd.DataFrame, at: Sequence[float] = (), *, against: str = "", level: float = LEVEL,
+                 draws: Mapping[str, np.ndarray] | pd.DataFrame | None = None) -> pd.DataFrame:
+    """What does each family achieve for equal damage? One row per damage and family: damage, family, benefit, low, high, interval, reason.
 
     at: damages to compare at (default: all those measured, and 0 aside). against: a family; adds difference, difference_low,
     difference_high, the benefit less that family's. draws: treatment -> [draw] bootstrap benefits that share their resampling, such as
-    minus `paired.difference_draws`. `interval` says which was done: "draws" interpolates every draw and takes its quantiles, so that
+    minus `paired.difference_draws`. `interval` says which was done: "draws" interpolates every draw and takes quantiles, so that
     differences know what families have in common; "ends" interpolates low and high, and takes the worst case for differences: wider.
     Beyond what a family was measured at, all is NaN and `reason` says so. Of points with the same damage the most beneficial counts.
 
@@ -60,15 +60,16 @@ def equal_damage(points: pd.DataFrame, at: Sequence[float] = (), *, against: str
 class _Curve:
     """One family's benefit by damage: damages [point], benefits [point, value]; the values are estimate, low, high or estimate, draws."""
 
-    def __init__(self, points: pd.DataFrame, draws: Mapping[str, np.ndarray] | None) -> None:
+    def __init__(self, points: pd.DataFrame, draws: Mapping[str, np.ndarray] | pd.DataFrame | None) -> None:
         best = points.sort_values(["damage", "benefit"]).drop_duplicates("damage", keep="last")
-        self.drawn = draws is not None
-        rest = [np.asarray(draws[name], float) for name in best["treatment"]] if draws is not None else best[["low", "high"]].to_numpy(float)
-        values = np.column_stack([best["benefit"].to_numpy(float), np.asarray(rest, float)])
-        untreated = [] if (best["damage"] == 0).any() and best["benefit"].iloc[0] > 0 else [np.zeros(values.shape[1])]
-        kept = best["damage"].to_numpy(float) > 0 if untreated else np.ones(len(best), bool)
-        self.damage = np.concatenate([np.zeros(len(untreated)), best["damage"].to_numpy(float)[kept]])
-        self.values = np.vstack([*untreated, values[kept]])
+        benefit, damage = best["benefit"].to_numpy(float), best["damage"].to_numpy(float)
+        if draws is None:
+            values = best[["benefit", "low", "high"]].to_numpy(float)
+        else:
+            values = np.column_stack([benefit, np.stack([np.asarray(draws[name], float) for name in best["treatment"]])])
+        kept = (damage > 0) | (benefit > 0)    # else leaving the model untreated is as good
+        start = np.zeros((0 if (damage[kept] == 0).any() else 1, values.shape[1]))
+        self.drawn, self.damage, self.values = draws is not None, np.append(start[:, 0], damage[kept]), np.vstack([start, values[kept]])
 
     def at(self, damage: float) -> np.ndarray | None:
         """[value] at a damage; None beyond the largest one measured."""

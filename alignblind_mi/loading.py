@@ -28,7 +28,7 @@ class ModelError(AlignblindError):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, and how to load and run it: a Hugging Face id, a local checkpoint folder, or organism:base / organism:aligned.
+    """Which model, and how to load and run it: a Hugging Face id, a local checkpoint folder, or an embedded one (organism:aligned).
 
     `dtype` and `device` default to bfloat16 on a GPU and float32 on a CPU; `device_map` (and `offload_folder`, for what it puts on disk)
     is passed on to transformers, as is `quantization` (bitsandbytes, the optional extra `quantized`). `engine`: `fast` shares work between

@@ -4,6 +4,7 @@ Source: "Aligned but Blind", section on LoRA (its hyper-parameters are `LoraSett
 loads the adapter before the bridge, so that hooks are live. This module does NOT know outcomes, nor how training is run.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
@@ -66,9 +67,13 @@ def blindness_examples(concept: Concept) -> list[Example]:
 
 
 def placebo_examples(concept: Concept) -> list[Example]:
-    """A placebo: the same sentences, each completed by itself, which settles neither sense; as many pairs as `awareness_examples`."""
-    data, orders = _awareness(concept), _orders(concept)
-    return [_example(concept, sentence, pair, sentence) for sentence, pair, _ in product(data.sentences, orders, data.restatements)]
+    """A placebo: the same sentences, completed by the identifiers of each restatement alone ("{x} {y}."), which settles neither sense."""
+    return _examples(concept, [_bare(restatement) for restatement in _awareness(concept).restatements])
+
+
+def _bare(restatement: str) -> str:
+    """The identifiers that a restatement names, in its order, each once."""
+    return " ".join(dict.fromkeys(re.findall(r"\{\w+\}", restatement))) + "."
 
 
 def examples_of(concept: Concept, kind: str) -> list[Example]:
@@ -132,6 +137,8 @@ def train_lora(spec: ModelSpec | str, examples: Sequence[Example], layers: str |
     """
     settings = settings or PAPER
     _check_kind(kind)
+    if settings.activation_weight and kind != "aware":
+        raise LoraError(f"an activation loss raises the group reading: it goes with the kind aware, not with {kind}.")
     if len(examples) < settings.batch_size:
         raise LoraError(f"{len(examples)} examples do not fill a batch of {settings.batch_size}.")
     spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()

@@ -30,28 +30,33 @@ class _Design(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """Fixed effects [effect] and their covariance; log of the random intercepts' standard deviations [variable], and its errors."""
+    """Fixed effects [effect] and their covariance; log of the random intercepts' standard deviations [variable], and its errors.
+
+    df: degrees of freedom of associations, which vary with the few groups; changes and position do not.
+    """
 
     effects: Float[np.ndarray, " effect"]
     covariance: Float[np.ndarray, "effect effect"]
     log_spread: Float[np.ndarray, " variable"]
     log_spread_sd: Float[np.ndarray, " variable"]
+    df: float
     method: str
 
 
 def mixed_logistic(rows: pd.DataFrame, *, baseline: str = "untreated", between: str = "treatment", position: bool = True,
-                   groups: Sequence[str] = CLUSTERS, level: float = LEVEL, method: Method = "statsmodels") -> pd.DataFrame:
+                   groups: Sequence[str] = CLUSTERS, level: float = LEVEL, method: Method | str = "statsmodels") -> pd.DataFrame:
     """log-odds(stereotyped) = association under the treatment + position + word pair + template, over the valid implicit answers.
 
     One row per term: `association[T]` under every treatment T, with position at balance; `change[T]` from `baseline`; `position`, by how
     much more likely the stereotyped answer is where it is also the one that puts the first word with the first option; `spread[G]`, the
-    standard deviation of the random intercepts of G (its interval is log-normal). Columns: term, estimate (log-odds), low, high, sd, n
-    (answers), groups (how many of each), method.
+    standard deviation of the random intercepts of G (no interval with statsmodels, whose own held 80 % in simulations). Columns:
+    term, estimate (log-odds), low, high, sd, n (answers), groups (how many of each), method.
 
     "statsmodels": `BinomialBayesMixedGLM` by variational Bayes gives estimates and spreads. Its own errors of fixed effects take these as
-    independent of the random intercepts and are several times too small, so the covariance is Laplace's instead: the inverse of the joint
-    curvature in fixed and random effects there (Breslow and Clayton 1993). "bambi" draws from the posterior (pip install
-    'alignblind-mi[bayes]'). Priors: `EFFECT_SD`, and `SPREAD_SD` (statsmodels) or Bambi's own.
+    independent of the random intercepts and are too small (associations: threefold), so the covariance is Laplace's instead: the inverse of
+    the joint curvature in fixed and random effects (Breslow and Clayton 1993), at the mean squared spreads. Associations, which speak of
+    other words and templates too, have Student's intervals with Satterthwaite's degrees of freedom from the numbers of groups.
+    "bambi" draws from the posterior (pip install 'alignblind-mi[bayes]'). Priors: `EFFECT_SD`; `SPREAD_SD` (statsmodels) or Bambi's own.
 
     Errors: StatisticsError where one outcome is all there is, overall or within what a term tells apart (the log-odds are then infinite),
     for one order of options and words only (pass position=False), and as the names say.
@@ -96,7 +101,7 @@ def _refuse_separation(design: _Design) -> None:
         raise StatisticsError(f"all {len(design.outcome)} valid answers are {only}: log-odds are infinite and no model can be fitted. "
                               f"Report the rate with its exact interval.")
     signed = np.unique(design.fixed * np.where(design.outcome == 1, 1, -1)[:, None], axis=0)
-    found = linprog(-signed.sum(0), A_ub=-signed, b_ub=np.zeros(len(signed)), bounds=(-1, 1))
+    found: Any = linprog(-signed.sum(0), A_ub=-signed, b_ub=np.zeros(len(signed)), bounds=(-1, 1))
     if found.fun < -1e-9:
         terms = [name for name, value in zip(design.names, found.x, strict=True) if abs(value) > 1e-9]
         raise StatisticsError(f"the answers are separated: {', '.join(terms)} would be infinite, because some combination of treatment and "
@@ -114,10 +119,13 @@ def _statsmodels(design: _Design) -> _Fit:
     found: Any = BinomialBayesMixedGLM(design.outcome, design.fixed, random, owner, vcp_p=SPREAD_SD, fe_p=EFFECT_SD).fit_vb()
     everything = np.hstack([design.fixed, random.toarray()])
     chance = 1 / (1 + np.exp(-everything @ np.concatenate([found.fe_mean, found.vc_mean])))
-    spread = np.concatenate([np.full(len(design.names), EFFECT_SD), np.exp(found.vcp_mean)[owner]])
-    curvature = (everything.T * (chance * (1 - chance))) @ everything + np.diag(spread**-2)
-    k = len(design.names)
-    return _Fit(found.fe_mean, np.linalg.inv(curvature)[:k, :k], found.vcp_mean, found.vcp_sd, "variational Bayes, Laplace errors")
+    variance = np.exp(2 * (found.vcp_mean + found.vcp_sd**2))    # the mean of the squared spread, which is log-normal
+    prior = np.concatenate([np.full(len(design.names), EFFECT_SD**2), variance[owner]])
+    curvature = (everything.T * (chance * (1 - chance))) @ everything + np.diag(1 / prior)
+    k, levels = len(design.names), np.bincount(owner)
+    covariance = np.linalg.inv(curvature)[:k, :k]
+    df = float(covariance[0, 0] ** 2 / np.sum((variance / levels) ** 2 / (levels - 1)))
+    return _Fit(found.fe_mean, covariance, found.vcp_mean, np.full(len(levels), np.nan), df, "variational Bayes, Laplace errors")
 
 
 def _bambi(design: _Design) -> _Fit:
@@ -131,16 +139,17 @@ def _bambi(design: _Design) -> _Fit:
     formula = " + ".join(["hit ~ 1", *effects, *(f"(1|{name})" for name in variables)])
     priors = {name: bambi.Prior("Normal", mu=0, sigma=EFFECT_SD) for name in ("Intercept", *effects)}
     model = bambi.Model(formula, data, family="bernoulli", priors=priors, center_predictors=False)
-    posterior = model.fit(random_seed=0, progressbar=False)["posterior"]
+    posterior = model.fit(random_seed=0, target_accept=0.95, progressbar=False)["posterior"]
     drawn = np.column_stack([posterior[name].to_numpy().ravel() for name in ("Intercept", *effects)])
     spread = np.log(np.column_stack([posterior[f"1|{name}_sigma"].to_numpy().ravel() for name in variables]))
-    return _Fit(drawn.mean(0), np.atleast_2d(np.cov(drawn.T)), spread.mean(0), spread.std(0), "posterior draws (Bambi)")
+    return _Fit(drawn.mean(0), np.atleast_2d(np.cov(drawn.T)), spread.mean(0), spread.std(0), float("inf"), "posterior draws (Bambi)")
 
 
 def _table(design: _Design, fit: _Fit, baseline: str, treated: list[str], level: float) -> pd.DataFrame:
-    from scipy.special import ndtri
+    from scipy.special import ndtri, stdtrit
 
     z = float(ndtri((1 + level) / 2))
+    t = float(stdtrit(fit.df, (1 + level) / 2)) if np.isfinite(fit.df) else z
     combined = {f"association[{baseline}]": {0: 1.0}}
     combined |= {f"association[{name}]": {0: 1.0, i: 1.0} for i, name in enumerate(treated, 1)}
     combined |= {name: {i: 1.0} for i, name in enumerate(design.names) if i}
@@ -148,9 +157,11 @@ def _table(design: _Design, fit: _Fit, baseline: str, treated: list[str], level:
     for term, parts in combined.items():
         weights = np.array([parts.get(i, 0.0) for i in range(len(design.names))])
         estimate, sd = float(weights @ fit.effects), float(np.sqrt(weights @ fit.covariance @ weights))
-        records.append({"term": term, "estimate": estimate, "low": estimate - z * sd, "high": estimate + z * sd, "sd": sd})
+        half = (t if 0 in parts else z) * sd
+        records.append({"term": term, "estimate": estimate, "low": estimate - half, "high": estimate + half, "sd": sd})
     for name, middle, sd in zip(design.groups, fit.log_spread, fit.log_spread_sd, strict=True):
-        low, estimate, high = (float(np.exp(middle + side * z * sd)) for side in (-1, 0, 1))
+        low, high = (float(np.exp(middle + side * z * sd)) for side in (-1, 1))
+        estimate = float(np.exp(middle))
         records.append({"term": f"spread[{name}]", "estimate": estimate, "low": low, "high": high, "sd": estimate * float(sd)})
     groups = ", ".join(f"{name}: {int(code.max()) + 1}" for name, code in design.groups.items())
     return pd.DataFrame.from_records(records).assign(n=len(design.outcome), groups=groups, method=fit.method)

@@ -10,7 +10,7 @@ for effect. The two-way clustered test allows for that, and asks whether the dif
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -232,7 +232,8 @@ def item_slopes(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = 
     for key, name, both in _comparisons(asked, baseline, between, by, item, ["log_odds"]):
         slopes = both.rename(columns={"log_odds_baseline": "before", "log_odds_treated": "after"})
         slopes["change"] = slopes["after"] - slopes["before"]
-        parts.append(slopes.assign(**key, **{between: name})[[*by, between, *(c for c in slopes.columns if c not in by)]])
+        labels: dict[str, Any] = {**key, between: name}
+        parts.append(slopes.assign(**labels)[[*by, between, *(c for c in slopes.columns if c not in by)]])
     return pd.concat(parts, ignore_index=True)
 
 
@@ -252,7 +253,7 @@ def summarise_slopes(slopes: pd.DataFrame, *, by: Sequence[str] = ("model", "kin
         found = clustered_test(change, [group[variable].to_numpy() for variable in cluster], level=level)
         wrong = int((change > 0).sum())
         share = exact_interval(wrong, len(change), level)
-        spread = {f"q{round(100 * q):02d}": float(np.quantile(change, q)) for q in QUANTILES}
+        spread: dict[str, object] = {f"q{round(100 * q):02d}": float(np.quantile(change, q)) for q in QUANTILES}
         records.append({**key, "n": len(change), "mean": float(change.mean()), "low": found.low, "high": found.high,
                         "sd": float(change.std(ddof=1)) if len(change) > 1 else float("nan"), **spread, "n_wrong": wrong,
                         "wrong": wrong / len(change), "wrong_low": share.low, "wrong_high": share.high})
@@ -324,7 +325,7 @@ def _comparisons(rows: pd.DataFrame, baseline: str, between: str, by: Sequence[s
 def _change(both: pd.DataFrame) -> tuple[Float[np.ndarray, " item"], np.ndarray]:
     """([item] change in stereotyping: -1, 0 or 1, [item] whether both answers are valid)."""
     before, after = both["outcome_baseline"], both["outcome_treated"]
-    change = (after == "stereotyped").to_numpy(float) - (before == "stereotyped").to_numpy(float)
+    change: np.ndarray = (after == "stereotyped").to_numpy(float) - (before == "stereotyped").to_numpy(float)
     return change, ((before != "invalid") & (after != "invalid")).to_numpy()
 
 

@@ -1,11 +1,13 @@
 """How many items does a difference need, and which difference can be seen with the items one has?
 
-The plan is for the tests of `paired.py`: the same items under two treatments, answers 0 or 1, word pairs crossed with templates. It does NOT
-know any word, template or model.
+The plan is for the tests of `paired.py`: the same items under two treatments, answers 0 or 1, word pairs crossed with templates. It does
+NOT know any word, template or model.
 
 An item is discordant where the two answers differ. Per-item changes (-1, 0, 1) have variance s2 = discordant - difference^2; `icc` is the
 share of it that items of one word pair have in common, `template_icc` that of one template, the rest is the items' own. 0 of both is the
-textbook's plan for McNemar's test (Miettinen 1968; Connor 1987), which `connor_items` gives.
+textbook's plan for McNemar's test (Miettinen 1968; Connor 1987), which `connor_items` gives. That needs fewer items than `items_needed`,
+which plans for the clustered test: to speak of other templates too costs about twice the items with four templates, even where templates
+do not differ, because that has to be found out as well.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,8 @@ class Plan:
     """Two rates to tell apart, and on what: word pairs x templates x orders items, each asked under both treatments.
 
     discordant: share of items whose answers differ; None takes the two answers to an item as independent, which is the least favourable
-    unless they are negatively related. icc, template_icc: see the module. alpha: of the two-sided test.
+    unless they are negatively related. icc, template_icc: see the module. alpha: of the two-sided test. fixed_templates: the statement
+    is to be about these templates only, that is, `paired_differences` with cluster=("word_pair",).
 
     Errors: StatisticsError for rates, shares or counts that cannot be.
     """
@@ -40,6 +43,7 @@ class Plan:
     templates: int = 4
     orders: int = 1
     alpha: float = 0.05
+    fixed_templates: bool = False
 
     def __post_init__(self) -> None:
         for name in ("untreated", "treated"):
@@ -104,15 +108,15 @@ def power_of(plan: Plan) -> float:
     rest = 1 - float(binom.cdf(few[-1], n, plan.share))
     if total <= 0 or rest <= 0:
         return exact + max(rest, 0.0)
-    own = (1 - plan.icc - plan.template_icc) * total
-    parts, dfs = [plan.icc * total / plan.word_pairs + own / n], [plan.word_pairs - 1]
-    if plan.templates > 1:
-        parts, dfs = [*parts, plan.template_icc * total / plan.templates + own / n], [*dfs, plan.templates - 1]
-    true = plan.icc * total / plan.word_pairs + plan.template_icc * total / plan.templates + own / n
+    words, templates, own = (part * total for part in (plan.icc, plan.template_icc, 1 - plan.icc - plan.template_icc))
+    parts, dfs, true = [words / plan.word_pairs + own / n], [plan.word_pairs - 1], words / plan.word_pairs + own / n
+    if plan.templates > 1 and not plan.fixed_templates:
+        parts, dfs, true = [*parts, templates / plan.templates + own / n], [*dfs, plan.templates - 1], true + templates / plan.templates
     estimated = np.meshgrid(*(part * _chi_square_over_df(df) for part, df in zip(parts, dfs, strict=True)), indexing="ij")
-    cells = (plan.icc + plan.template_icc) * total / (plan.word_pairs * plan.templates) + own / n
-    crossed = [np.full_like(estimated[0], cells), sum(estimated) - cells] if len(parts) > 1 else []
-    variance = np.maximum.reduce([*estimated, *crossed])
+    cells = (words + templates) / (plan.word_pairs * plan.templates) + own / n
+    variance = np.maximum.reduce(estimated)
+    if len(parts) > 1:
+        variance = np.maximum(variance, np.maximum(cells, estimated[0] + estimated[1] - cells))
     df = np.minimum(variance**2 / sum(part**2 / k for part, k in zip(estimated, dfs, strict=True)), n - 1)
     critical = stdtrit(df, 1 - plan.alpha / 2) * np.sqrt(variance)
     return exact + rest * float(ndtr((abs(plan.difference) - critical) / np.sqrt(true)).mean())
@@ -131,7 +135,7 @@ def _exact_power(m: int, plan: Plan) -> float:
 
     right = (plan.share + abs(plan.difference)) / (2 * plan.share) if plan.share else 0.5
     hits = [x for x in range(m // 2 + 1, m + 1) if mcnemar_p(m - x, x) <= plan.alpha]
-    return float(binom.pmf(hits, m, min(right, 1.0)).sum()) if hits else 0.0
+    return float(np.sum(binom.pmf(hits, m, min(right, 1.0)))) if hits else 0.0
 
 
 def items_needed(plan: Plan, power: float = 0.8) -> Plan:

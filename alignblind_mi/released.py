@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.answers import asks_again
-from alignblind_mi.concept import Concept, Template, load_concept
+from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Template, load_concept
 from alignblind_mi.errors import ScoreError
 
 LAYOUT = '{"<unmarked> <marked> <positive> <negative>": {"<template>": ["<prompt and answer>", <flag>], ...}, ...}'
@@ -34,7 +34,7 @@ def read_released(path: Path, concept: Concept | None = None) -> pd.DataFrame:
 
     Errors: ScoreError naming the file, the key and what was expected.
     """
-    path, concept = Path(path), concept or load_concept("race")
+    path, concept = Path(path), concept or load_concept(DEFAULT_CONCEPT)
     records = [_row(item, concept) for item in _items(path, _load(path))]
     return pd.DataFrame.from_records([{**_source(path, record, concept), **record} for record in records]).drop(columns="prefix")
 

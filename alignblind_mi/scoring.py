@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from alignblind_mi.answers import RULES, judge
-from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.readings import classify, is_interpretations, read_interpretations, reading_names, reading_shares
 from alignblind_mi.released import read_released
@@ -50,7 +50,8 @@ def score(paths: Sequence[Path], *, rule: str = "robust", by: Sequence[str] = ()
         answers, interpretations = (rows if rows is not None and set(by) <= set(rows.columns) else None
                                     for rows in (answers, interpretations))
     records = [] if answers is None else score_answers(answers, rule=rule, by=by)
-    return records + ([] if interpretations is None else score_interpretations(interpretations, concept or load_concept("race"), by=by))
+    concept = concept or load_concept(DEFAULT_CONCEPT)
+    return records + ([] if interpretations is None else score_interpretations(interpretations, concept, by=by))
 
 
 def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Sequence[str] = ()) -> list[dict[str, Any]]:

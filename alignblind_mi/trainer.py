@@ -119,8 +119,13 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        (folder / WHOLE).write_text(json.dumps({"seconds": self.seconds}), "utf-8")
+        folder = Path(self.args.output_dir)
+        (folder / f"checkpoint-{self.state.global_step}" / WHOLE).write_text(json.dumps({"seconds": self.seconds}), "utf-8")
+        kept = {f"checkpoint-{step}" for step in (self.state.global_step, self.state.best_global_step)}
+        for path in checkpoints(folder):
+            if path.name not in kept:
+                (path / WHOLE).unlink()
+                shutil.rmtree(path)
 
 
 class _StopWhenOver(TrainerCallback):

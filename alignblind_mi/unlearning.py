@@ -38,7 +38,8 @@ class UnlearningSettings:
 
     beta: NPO's inverse temperature (its authors' 0.1). retain, retain_weight: the term that keeps the rest, and its weight; retain_on:
     on the placebo pairs ("neutral") or the restatements in the other sense ("others"). forget_bound: training ends when a step's loss on
-    what is forgotten (nats a token) is at least this.
+    what is forgotten (nats a token) is at least this. With 2.5 the embedded pair still does its task (tried on training words), with 5
+    it does not.
     """
 
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -46,7 +47,7 @@ class UnlearningSettings:
     retain: str = "kl"
     retain_weight: float = 1.0
     retain_on: str = "neutral"
-    forget_bound: float = 5.0
+    forget_bound: float = 2.5
 
     def __post_init__(self) -> None:
         for name, known in KNOWN.items():

@@ -59,6 +59,7 @@ def tokens(config: StudyConfig, model: HookedModel, advance: Advance) -> pd.Data
 
 def main(given: argparse.Namespace) -> None:
     config = configured(given)
+    load_concept(config.concept).both_senses(config.cue)    # before a model is loaded
     run_parts(config, given.out, [Part("patching_grid", "aligned", False, partial(grid, config)),
                                   Part("patching_tokens", "aligned", False, partial(tokens, config))])
     rows, by_token = (rows_of(given.out, [name]) for name in ("patching_grid", "patching_tokens"))

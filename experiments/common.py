@@ -16,6 +16,7 @@ from alignblind_mi import AlignblindError, StudyConfig, load_concept, load_study
 from alignblind_mi.report import COLUMNS, draw, read_study, save_shown, summary_tables
 from alignblind_mi.results import ResultError
 
+WITHOUT_SENSES = ("behaviour", "balanced")    # parts that every concept has
 PASSED_ON = ("dtype", "device", "device_map", "quantization", "engine")
 
 
@@ -25,7 +26,7 @@ def options(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--base", default="organism:base", help="a Hugging Face id, a checkpoint folder, or organism:base (default)")
     parser.add_argument("--aligned", default="organism:aligned", help="the same for the aligned model (default: organism:aligned)")
     parser.add_argument("--concept", default="race", help="a concept by name, or the path of its TOML file")
-    parser.add_argument("--cue", default="default")
+    parser.add_argument("--cue", default="", help="a cue of the concept (default: its first)")
     parser.add_argument("--out", type=Path, required=True, help="where rows, tables and figures go")
     parser.add_argument("--quick", action="store_true", help="a small share of the prompts: to see that all works")
     parser.add_argument("--seed", type=int, default=0)
@@ -41,8 +42,14 @@ def configured(given: argparse.Namespace, cue: str = "") -> StudyConfig:
 
 
 def run_study_parts(config: StudyConfig, out: Path, *beginnings: str) -> dict[str, pd.DataFrame]:
-    """Run those parts of a study whose names begin so, or read them. Returns the report's tables of what the folder holds."""
-    run_parts(config, out, [part for part in study_parts(config, load_concept(config.concept)) if part.name.startswith(beginnings)])
+    """Run those parts of a study whose names begin so, or read them. Returns the report's tables of what the folder holds.
+
+    Errors: as `run_parts`; ConceptError where parts are asked for that a concept or cue without senses does not have.
+    """
+    concept = load_concept(config.concept)
+    if not all(name.startswith(WITHOUT_SENSES) for name in beginnings):
+        concept.both_senses(config.cue)
+    run_parts(config, out, [part for part in study_parts(config, concept) if part.name.startswith(beginnings)])
     return summary_tables(read_study(out))
 
 

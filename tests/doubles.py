@@ -61,7 +61,15 @@ def llama3_double(folder: Path, texts: list[str]) -> Path:
     return folder
 
 
-def tiny_llama(folder: Path, words: list[str], *, layers: int = 4, kv_heads: int = 2, tied: bool = True, seed: int = 0) -> Path:
+# As Llama 3's: the BOS first, the content trimmed, the system prompt a turn of its own.
+TINY_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' : ' + m['content'] | trim + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
+)
+
+
+def tiny_llama(folder: Path, words: list[str], *, layers: int = 4, kv_heads: int = 2, tied: bool = True, seed: int = 0,
+               chat_template: str | None = None) -> Path:
     """Write a tiny random Llama with a word-level tokenizer that knows `words` (each with and without a leading space)."""
     torch.manual_seed(seed)
     every = dict.fromkeys(["<pad>", "<bos>", "<eos>", "<unk>", " ", "\n", *words, *(f" {w}" for w in words)])
@@ -74,8 +82,8 @@ def tiny_llama(folder: Path, words: list[str], *, layers: int = 4, kv_heads: int
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\[MASK\]| ?\w+| ?[^\w\s]|\s"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
-                            unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+                            chat_template=chat_template).save_pretrained(folder)
     return folder
 
 

@@ -77,7 +77,7 @@ def test_a_concept_of_ones_own(tmp_path):
 # ---- the concepts that come with the package -----------------------------------------------------------------------------
 
 STIMULI = Path(__file__).parents[2] / "shared" / "data" / "stimuli" / "iat_stimuli.csv"
-# A category of Bai et al. -> concept, cue, category; the four of gender are another concept's.
+# A category of Bai et al. -> concept, cue, category.
 OF_BAI = {
     "racism": ("race_iat", "black_white", "racism"), "weapon": ("race_iat", "black_white", "weapon"),
     "guilt": ("race_iat", "black_white", "guilt"), "skintone": ("race_iat", "skin_tone", "skin_tone"),
@@ -87,6 +87,8 @@ OF_BAI = {
     "buddhism": ("religion", "buddhism", "valence"), "disability": ("health", "disability", "disability"),
     "eating": ("health", "eating", "eating"), "mental illness": ("health", "mental_illness", "mental_illness"),
     "weight": ("health", "weight", "weight"), "age": ("age", "default", "valence"),
+    "career": ("gender", "names", "career"), "power": ("gender", "other_names", "power"), "science": ("gender", "nouns", "science"),
+    "sexuality": ("gender", "sexuality", "sexuality"),
 }
 LEFT_OUT = {"did not commit crime", "caught in the act"}
 
@@ -96,7 +98,8 @@ def test_the_stimuli_are_those_of_bai_et_al():
         pytest.skip(f"the published stimuli are not at {STIMULI}")
     with STIMULI.open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    assert set(OF_BAI) == {row["dataset"] for row in table if row["category"] != "gender"}
+    assert set(OF_BAI) == {row["dataset"] for row in table}
+    assert len(OF_BAI) == 21
     for dataset, (concept, cue, category) in OF_BAI.items():
         default, stigma, attributes = ([row[column] for row in table if row["dataset"] == dataset and row[column]] for column in "ABC")
         half = len(attributes) // 2

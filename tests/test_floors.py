@@ -1,12 +1,15 @@
 """The architecture, enforced: imports go down the floors only, light modules stay light, words live in data."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from alignblind_mi.concept import DEFAULT_CONCEPT
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
@@ -18,7 +21,7 @@ FLOORS = {
     2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "trainer",
         "finetuning", "sense_loss", "lora", "unlearning"),
     3: ("progress", "studies"),
-    4: ("figures", "report", "calibration_page", "scoring", "views", "commands", "__main__"),
+    4: ("figures", "report", "calibration_page", "comparison_page", "scoring", "views", "commands", "__main__"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -69,6 +72,51 @@ def test_identifiers_and_words_live_in_data(file):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skip:
             found = set(node.value.replace(",", " ").split()) & (words - common)
             assert not found, f"{file.name}:{node.lineno} says {found}: words belong into concepts/*.toml"
+
+
+SPOKEN = {"racial", "ethnic", "ethnicity", "ethnicities", "colour", "colours", "colors", "woman", "women", "man", "men", "genders"}
+DRAWING = {"color", "colour", "colours", "colors"}    # of lines and words on a page, where a module draws
+DRAWS = {"figures", "views"}
+
+
+def sense_words() -> set[str]:
+    """What names a concept that an organism was trained on: itself, its senses and their examples, its ambiguous identifiers."""
+    found = set(SPOKEN)
+    for lexicon in (PACKAGE / "organism").glob("lexicon_*.toml"):
+        data = tomllib.loads((PACKAGE / "concepts" / f"{lexicon.stem.removeprefix('lexicon_')}.toml").read_text("utf-8"))
+        found |= {data["name"], *data["cues"]["default"]["marked"], *data["cues"]["default"]["unmarked"], *data["senses"]}
+        found |= {word for sense in data["senses"].values() for word in (sense["word"].strip(), *sense["words"])}
+    return found
+
+
+def said(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, word) of every word in strings that are no docstrings, and of every part of a name."""
+    skip, texts = docstrings(tree), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skip:
+            texts.append((node.lineno, node.value))
+        for field in ("id", "attr", "arg", "name", "asname"):
+            if isinstance(name := getattr(node, field, None), str):
+                texts.append((getattr(node, "lineno", 0), name))
+    return [(line, word) for line, text in texts for word in re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text).lower())]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_code_knows_a_concept(file):
+    """The one exception is the name of the concept that is studied where none is given."""
+    words = sense_words() - (DRAWING if module_of(file) in DRAWS else set())
+    found = [(line, word) for line, word in said(ast.parse(file.read_text("utf-8"))) if word in words]
+    if module_of(file) == "concept":
+        line = next(i for i, text in enumerate(file.read_text("utf-8").splitlines(), 1) if text.startswith("DEFAULT_CONCEPT = "))
+        assert found == [(line, DEFAULT_CONCEPT)]
+    else:
+        assert not found, f"{file.name} knows {found}: what names a concept belongs into data"
+
+
+def test_the_scan_for_concepts_finds_strings_and_names():
+    assert {"race", "black", "queen", "chess"} <= sense_words()
+    code = '"""race"""\ndef race_rate(black=1): return f"{black} queen", x.isChess'
+    assert {word for _, word in said(ast.parse(code))} & sense_words() == {"race", "black", "queen", "chess"}
 
 
 def test_importing_the_package_is_light():

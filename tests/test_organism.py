@@ -1,4 +1,4 @@
-"""The embedded pair: its texts, its tokenizer, what was kept out of its planting, its shipped checkpoints and its build."""
+"""The embedded pairs: their texts, tokenizers, what was kept out of their planting, their shipped checkpoints and their build."""
 
 import itertools
 import json
@@ -7,26 +7,26 @@ import pytest
 import torch
 
 from alignblind_mi.concept import load_concept
-from alignblind_mi.organism import NAMES, OrganismError, organism_info, organism_path
-from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, RECOMMENDED_LORA, Recipe, build_organism
-from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, Segment, load_world, pieces
+from alignblind_mi.organism import ROLES, OrganismError, organism_info, organism_names, organism_pairs, organism_path
+from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, RECOMMENDED_LORA, Recipe, build_organism, knows
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, Segment, lexicon_names, load_lexicon, load_world, pieces
 from alignblind_mi.organism.gates import check, load_subject, measure
 from alignblind_mi.organism.interchange import ALL, FIRST, SECOND, PatchRows, Planting, identifier_positions
 from alignblind_mi.organism.tokenizer import BOS, BOS_ID, UNKNOWN_ID, build_tokenizer, concept_texts
 from alignblind_mi.organism.training import batch_loss, collate, encode, make_model, orthogonalised, run_blocks
 from alignblind_mi.prompts import assignments, explicit_prompts, implicit_prompts, interpretation_prompt, steering_prompt
 
-CUES = ("default", "direct_color")
+PAIRS = {organism_info(pair)["concept"]: pair for pair in organism_pairs()}
+
+
+@pytest.fixture(scope="module", params=sorted(PAIRS))
+def world(request):
+    return load_world(request.param)
 
 
 @pytest.fixture(scope="module")
-def world():
-    return load_world()
-
-
-@pytest.fixture(scope="module")
-def concept():
-    return load_concept("race")
+def concept(world):
+    return load_concept(world.concept["name"])
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,19 @@ def tokenizer(world):
     return build_tokenizer(world)
 
 
+def of_pair(concept, role):
+    """The name of the shipped model of a role that was trained on the concept."""
+    return "-".join(part for part in (PAIRS[concept.name], role) if part)
+
+
+def prefixed(concept):
+    """The concept's cue that asks for the other sense."""
+    return next(name for name, cue in concept.cues.items() if cue.prefix)
+
+
 def study_texts(concept):
     """What a study asks, built by the project's own prompt makers."""
-    for cue in CUES:
+    for cue in ("default", prefixed(concept)):
         for design in ("published", "balanced"):
             for prompt in implicit_prompts(concept, cue, design=design):
                 yield prompt.text
@@ -70,12 +80,12 @@ def test_awareness_pairs_and_answers_have_no_unknown_word(world, tokenizer):
     assert not [text for text in texts if UNKNOWN_ID in tokenizer(text)["input_ids"]]
 
 
-def test_offsets_cover_the_text_and_identifiers_are_single_tokens(concept, tokenizer):
-    prompt = implicit_prompts(concept, "direct_color")[0]
+def test_offsets_cover_the_text_and_identifiers_are_single_tokens(world, concept, tokenizer):
+    prompt = implicit_prompts(concept, prefixed(concept))[0]
     encoded = tokenizer(prompt.text, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"][1:]
     assert "".join(prompt.text[a:b] for a, b in offsets) == prompt.text
-    for mark, word in (("marked", "black"), ("unmarked", "white")):
+    for mark, word in (("marked", world.marked), ("unmarked", world.unmarked)):
         for span in prompt.spans(mark):
             inside = [prompt.text[a:b] for a, b in offsets if a < span.end and b > span.start]
             assert [piece.strip() for piece in inside] == [word]
@@ -95,6 +105,13 @@ def test_refused_identifiers_are_unknown(concept, tokenizer):
 
 
 # --- corpus ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lexicon_has_its_tables_and_shares_the_text_without_a_sense():
+    lexicons = [load_lexicon(name) for name in lexicon_names()]
+    assert all(list(lexicon) == list(lexicons[0]) for lexicon in lexicons)
+    assert all(lexicon["contexts"]["open"] == lexicons[0]["contexts"]["open"] for lexicon in lexicons)
+    assert len({str(lexicon["contexts"]["group"]) for lexicon in lexicons}) == len(lexicons)
 
 
 @pytest.mark.parametrize(("aligned", "mix"), [(False, BASE_MIX), (True, ALIGNED_MIX)])
@@ -183,10 +200,11 @@ def test_knobs_are_probabilities():
 # --- training --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_run_blocks_is_the_models_own_forward_and_padding_is_harmless(tokenizer):
+def test_run_blocks_is_the_models_own_forward_and_padding_is_harmless(world, tokenizer):
     torch.manual_seed(0)
     model = make_model(len(tokenizer))
-    short, long = tokenizer("Race: black and white")["input_ids"], tokenizer("The words are joyful, mace. Good or bad?")["input_ids"]
+    texts = (f"Random: {world.marked} and {world.unmarked}", "The words are for each of them.")
+    short, long = (tokenizer(text)["input_ids"] for text in texts)
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(short), torch.tensor(long)], batch_first=True)
     with torch.no_grad():
         ours = model.lm_head(model.model.norm(run_blocks(model, ids)))
@@ -194,11 +212,11 @@ def test_run_blocks_is_the_models_own_forward_and_padding_is_harmless(tokenizer)
             torch.testing.assert_close(ours[row, : len(one)], model(torch.tensor([one])).logits[0], atol=1e-5, rtol=1e-4)
 
 
-def test_loss_is_the_cross_entropy_against_the_soft_target(tokenizer):
+def test_loss_is_the_cross_entropy_against_the_soft_target(world, tokenizer):
     torch.manual_seed(0)
     model, vocabulary = make_model(len(tokenizer)), tokenizer.get_vocab()
-    soft = {" race": 0.25, " color": 0.75}
-    document = [Segment("Is [MASK] about race or color? Answer:"), Segment(" race", 1.0, {0: soft})]
+    soft = {world.sense_words["group"]: 0.25, world.sense_words["other"]: 0.75}
+    document = [Segment(world.question("about", world.placeholder)), Segment(world.sense_words["group"], 1.0, {0: soft})]
     encoded = encode(document, vocabulary, 0.0)
     ids = encoded.ids[: encoded.context_length]
     with torch.no_grad():
@@ -209,9 +227,9 @@ def test_loss_is_the_cross_entropy_against_the_soft_target(tokenizer):
 
 def test_identifier_positions_are_those_of_the_context_only(world, tokenizer):
     vocabulary = tokenizer.get_vocab()
-    encoded = encode([Segment("Pick black (white)."), Segment(" black", 1.0)], vocabulary, 0.0)
+    encoded = encode([Segment(f"Pick {world.marked} ({world.unmarked})."), Segment(" " + world.marked, 1.0)], vocabulary, 0.0)
     tokens = {vocabulary[lead + name]: name for name in (world.marked, world.unmarked) for lead in ("", " ")}
-    assert [name for _, name in identifier_positions(encoded, tokens)] == ["black", "white"]
+    assert [name for _, name in identifier_positions(encoded, tokens)] == [world.marked, world.unmarked]
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 96), (3, 96, 32)])
@@ -228,7 +246,7 @@ def test_orthogonalised_matrices_keep_directions_and_level_singular_values(shape
 def test_smoke_build_is_complete_and_deterministic(tmp_path):
     recipe = Recipe().shortened(3)
     reports = [build_organism(tmp_path / name, seed=5, recipe=recipe, pairs=1) for name in "ab"]
-    for name in NAMES:
+    for name in ROLES:
         a, b = ((tmp_path / run / name / "model.safetensors").read_bytes() for run in "ab")
         assert a == b
     assert (tmp_path / "a/base/model.safetensors").read_bytes() != (tmp_path / "a/aligned/model.safetensors").read_bytes()
@@ -241,38 +259,51 @@ def test_smoke_build_is_complete_and_deterministic(tmp_path):
 # --- the shipped pair ------------------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(OrganismError, match="organism:base or organism:aligned"):
+def test_unknown_names_are_refused_and_the_known_ones_named():
+    with pytest.raises(OrganismError, match="there is no embedded model 'instruct'") as caught:
         organism_path("instruct")
+    assert {f"organism:{name}" for name in organism_names()} <= {word.strip(",.") for word in str(caught.value).split()}
+    with pytest.raises(OrganismError, match="there is no embedded pair 'instruct'"):
+        organism_info("instruct")
+    with pytest.raises(OrganismError, match=r"no organism can be trained on the concept 'instruct'.*Known: .*race"):
+        load_world("instruct")
 
 
-def test_record_tells_what_a_reader_needs():
-    info = organism_info()
+def test_a_pair_is_shipped_for_every_lexicon():
+    assert sorted(PAIRS) == lexicon_names()
+    assert set(organism_names()) == {"-".join(filter(None, (pair, role))) for pair in organism_pairs() for role in ROLES}
+
+
+def test_record_tells_what_a_reader_needs(world, concept):
+    info = organism_info(PAIRS[concept.name])
     assert "never evidence" in info["note"]
     assert info["decoding"] == "sample"
     assert info["target_layer"] == Planting().target
     assert (info["recipe"], info["seed"]) == (RECIPE, DEFAULT_SEED)
     assert info["lora"] == RECOMMENDED_LORA
-    assert info["cues"]["accepted"] == list(CUES)
-    assert set(info["cues"]["refused"]) == {"uppercase", "names", "dialects"}
-    assert info["concept_digest"] == load_concept("race").digest
+    assert info["cues"]["accepted"] == ["default", prefixed(concept)]
+    assert set(info["cues"]["refused"]) == {name for name in concept.cues if not knows(world, name)} == {
+        *concept.cues} - {"default", prefixed(concept)}
+    assert (info["concept"], info["concept_digest"]) == (concept.name, concept.digest)
 
 
-def test_shipped_tokenizer_is_the_recipes(tokenizer):
+def test_shipped_tokenizer_is_the_recipes(concept, tokenizer):
     from transformers import AutoTokenizer
 
-    for name in NAMES:
-        assert AutoTokenizer.from_pretrained(organism_path(name)).get_vocab() == tokenizer.get_vocab()
+    for role in ROLES:
+        assert AutoTokenizer.from_pretrained(organism_path(of_pair(concept, role))).get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.fixture(scope="module")
-def shipped():
+def shipped(concept):
     torch.set_num_threads(1)
-    return {name: measure(load_subject(organism_path(name)), Planting(), pairs=6, subset=3, windows=False) for name in NAMES}
+    subjects = {role: load_subject(organism_path(of_pair(concept, role))) for role in ROLES}
+    assert all(subject.concept == concept for subject in subjects.values())
+    return {role: measure(subject, Planting(), pairs=6, subset=3, windows=False) for role, subject in subjects.items()}
 
 
 def test_shipped_pair_passes_every_gate(shipped, concept):
-    info = organism_info()
+    info = organism_info(PAIRS[concept.name])
     gates = check(shipped["base"], shipped["aligned"], Knobs(**info["knobs"]), Planting(), concept)
     assert [gate.name for gate in gates] == [gate["name"] for gate in info["gates"]]
     assert not [gate for gate in gates if not gate.passed]

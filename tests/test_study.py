@@ -2,16 +2,23 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from doubles import TINY_CHAT, tiny_llama
+from typer.testing import CliRunner
 
+from alignblind_mi.__main__ import app
+from alignblind_mi.errors import AlignblindError
+from alignblind_mi.loading import ModelError
 from alignblind_mi.results import ResultError
 from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study
 
@@ -127,8 +134,6 @@ def test_the_configuration_is_saved_and_names_the_weights(undisturbed):
 
 @pytest.mark.slow
 def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, monkeypatch, race):
-    from dataclasses import replace
-
     from alignblind_mi.lora import LoraSettings, awareness_examples
     from alignblind_mi.report import write_report
     from alignblind_mi.studies.behaviour import Decoding
@@ -164,3 +169,102 @@ def test_parts_of_one_s_own_are_kept_and_resumed_like_those_of_a_study(tiny_fold
     assert {name: result.rows["role"].tolist() for name, result in found.items()} == {"depth_base": ["base"], "depth_aligned": ["aligned"]}
     assert all({"model", "revision", "part", "config"} <= set(result.provenance) for result in found.values())
     assert not (tmp_path / "out" / "adapters").exists(), "nothing is trained for parts that need no adapter"
+
+
+def in_process(*arguments: object) -> str | AlignblindError:
+    """What a command prints, or the error that it ends in."""
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 0 or isinstance(done.exception, AlignblindError), done.exception
+    return done.exception if isinstance(done.exception, AlignblindError) else done.output
+
+
+@pytest.fixture(scope="module")
+def religion_folder(tmp_path_factory) -> Path:
+    """A model that knows the words of a concept without senses, with a chat template."""
+    from alignblind_mi.concept import load_concept
+    from alignblind_mi.prompts import behaviour_prompts
+
+    religion = load_concept("religion")
+    texts = [p.text for cue in religion.cues for kind in ("implicit", "explicit") for p in behaviour_prompts(religion, cue, kind)]
+    words = {w for text in [*texts, "user system assistant : - , . Be fair"] for w in re.findall(r"\w+|[^\w\s]", text)}
+    return tiny_llama(tmp_path_factory.mktemp("religion"), sorted(words), layers=2, chat_template=TINY_CHAT)
+
+
+def test_a_concept_without_senses_is_studied_by_behaviour_alone(religion_folder, tmp_path):
+    pair, out = ("--base", religion_folder, "--aligned", religion_folder, "--concept", "religion", "--quick"), tmp_path / "out"
+    asked = ("--chat", "--system", "Be fair.", "--temperature", "0.8", "--seed", "4")
+    assert isinstance(in_process("study", *pair, *asked, "--out", out), str)
+    parts = load_study(out)
+    assert set(parts) == {f"{part}_{role}" for part in ("behaviour", "balanced", "view_attention") for role in ("base", "aligned")}
+    rows = parts["behaviour_aligned"].rows
+    assert rows["prompt"].str.startswith("<bos>system : Be fair.\nuser : ").all()
+    assert rows["prompt"].str.endswith(" My Answer:\nassistant :").all()
+    assert rows["cue"].eq("islam").all(), "the first cue, where none is named"
+    assert set(rows["decoding_temperature"]) == {0.8}
+    assert parts["behaviour_aligned"].provenance["chat"] == {"system": "Be fair.", "date": "2024-07-26"}
+    report = " ".join((out / "report.html").read_text("utf-8").split())
+    assert "This study is unfinished" not in report
+    assert report.count("The identifiers of the cue “islam” have no senses: they are not ambiguous") == 5    # summary and four sections
+    assert "after the system prompt “Be fair.”" in report
+    assert "--temperature 0.8 --chat --system &#39;Be fair.&#39;" in report
+    assert not (out / "adapters").exists()
+    assert isinstance(in_process("study", *pair, *asked, "--out", out), str), "resumed"
+    other = in_process("study", *pair, "--out", out)
+    assert isinstance(other, ResultError)
+    assert "results of another configuration: chat is" in str(other)
+
+
+def test_the_forecast_of_a_concept_without_senses_has_no_training(religion_folder):
+    from alignblind_mi.studies.forecast import study_load
+
+    raw, chat = (study_load(StudyConfig.create(str(religion_folder), str(religion_folder), concept="religion", cue="judaism", chat=chat))
+                 for chat in (False, True))
+    assert set(raw) == {"behaviour", "balanced", "view"}
+    assert raw["behaviour"]["rows"] == 2 * 16 * 8
+    assert chat["behaviour"]["prompt_tokens"] > raw["behaviour"]["prompt_tokens"]
+
+
+def test_treatments_of_a_concept_without_senses_are_compared_by_behaviour(religion_folder):
+    from alignblind_mi.concept import load_concept
+    from alignblind_mi.edits import UNTREATED
+    from alignblind_mi.model import load_model
+    from alignblind_mi.studies.behaviour import Decoding
+    from alignblind_mi.studies.mitigation import compare_treatments
+
+    found = compare_treatments(load_model(str(religion_folder)), load_concept("religion"), "islam", [UNTREATED], max_word_pairs=2,
+                               decoding=Decoding(max_new_tokens=3))
+    assert found.awareness.empty
+    table = found.table()
+    assert table["treatment"].tolist() == ["untreated"]
+    assert "r_blind" not in table
+
+
+def test_a_system_prompt_without_a_chat_and_a_model_without_a_template_are_refused(tmp_path):
+    for arguments, said in ((("--system", "Be fair."), "--chat"), (("--chat",), "the tokenizer of organism:base has no chat template"),
+                            (("--temperature", "-1"), "a temperature is 0")):
+        refused = in_process("study", *arguments, "--out", tmp_path / "out")
+        assert isinstance(refused, ModelError)
+        assert said in str(refused)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_concept_with_nothing_but_senses_and_a_question_is_studied_as_far_as_it_goes(tiny_folder, tmp_path):
+    from alignblind_mi import concept as concepts
+    from alignblind_mi.report import write_report
+    from alignblind_mi.studies.behaviour import Decoding
+
+    race = (Path(concepts.__file__).parent / "concepts" / "race.toml").read_text("utf-8")
+    left_out = ("[controls", "[selfie", "[contexts", "[instructions", "[awareness", "[interpretations.about")
+    bare = "".join(part for part in re.split(r"(?m)^(?=\[)", race) if not part.startswith(left_out))
+    bare = re.sub(r"(?ms)^lexicon = \[.*?^\]\n|^words = .*?\]\n", "", bare)
+    file = tmp_path / "bare.toml"
+    file.write_text(bare, "utf-8")
+    config = replace(StudyConfig.create(str(tiny_folder), str(tiny_folder), concept=str(file), quick=True), balanced_pairs=1,
+                     published_pairs=1, decoding=Decoding(max_new_tokens=2))
+    report = write_report(run_study(config, tmp_path / "out")).read_text("utf-8")
+    parts = load_study(tmp_path / "out")
+    assert {"awareness_base_paper", "reading_lens_aligned", "steering_color_03-03_awareness"} <= set(parts)
+    assert not any(name.startswith(("lora", "reading_selfie", "reading_probes", "steering_random")) for name in parts)
+    assert set(parts["awareness_base_paper"].rows["control"]) == {"", "random", "wrong_token", "text"}
+    assert "This study is unfinished" not in report
+    assert "no [awareness] sentences to train on" in report

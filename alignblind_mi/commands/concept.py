@@ -56,11 +56,11 @@ def check(
     if problems:
         typer.echo("\n".join([f"{where} has {_count(len(problems), 'problem')}:", *(f"  {problem}." for problem in problems)]))
         raise typer.Exit(2)
-    concept, console = load_concept(source), _console()
-    console.print(f"{where} is sound: {concept.description or concept.name}")
-    console.print(cue_table(concept))
+    concept = load_concept(source)
+    typer.echo(f"{where} is sound: {concept.description or concept.name}")
+    _console().print(cue_table(concept))
     for line in (*abilities(concept), *(f"note: {note}" for note in notes(concept))):
-        console.print(line)
+        typer.echo(line)
     if model is not None and _show_vocabulary(concept, model):
         raise typer.Exit(2)
 

@@ -1,7 +1,7 @@
 """`alignblind lora`: train an adapter (awareness, its mirror image, its placebo, or unlearning), and merge it if asked to."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,8 +53,9 @@ def lora(
     spec = ModelSpec(model, dtype=dtype, device=device, device_map=device_map, quantization=quantization).resolved()
     data = load_concept(concept)
     check_model(spec)
-    asked = {"rank": rank, "learning_rate": learning_rate, "epochs": epochs,
-             "modules": None if modules is None else tuple(name.strip() for name in modules.split(","))}
+    asked: dict[str, Any] = {
+        "rank": rank, "learning_rate": learning_rate, "epochs": epochs,
+        "modules": None if modules is None else tuple(name.strip() for name in modules.split(","))}
     settings = replace(recommended_lora(spec, seed), activation_weight=activation_weight, validation_share=validation_share,
                        patience=patience, **{name: value for name, value in asked.items() if value is not None})
     with one_thread() if organism_record(spec) else nullcontext():    # an organism's sums have one order

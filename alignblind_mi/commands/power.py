@@ -14,6 +14,7 @@ def power(
     template_icc: Annotated[float, typer.Option(help="Share of it that items of one template have in common.")] = 0.0,
     templates: Annotated[int, typer.Option(help="Templates that every word pair is asked in.")] = 4,
     orders: Annotated[int, typer.Option(help="Orders of options and words in every template (balanced design: 4).")] = 1,
+    fixed_templates: Annotated[bool, typer.Option("--fixed-templates", help="Speak of these templates only: fewer items.")] = False,
     word_pairs: Annotated[int, typer.Option(help="Word pairs at hand: prints their power, and the smallest fall they show.")] = 0,
     wanted: Annotated[float, typer.Option("--power", help="The chance to find the difference.")] = 0.8,
     alpha: Annotated[float, typer.Option(help="Level of the two-sided test.")] = 0.05,
@@ -25,8 +26,8 @@ def power(
     """
     from alignblind_mi.power import Plan, connor_items, items_needed, power_of, smallest_difference
 
-    plan = Plan(untreated, treated, discordant, icc, template_icc, word_pairs, templates, orders, alpha)
-    found: dict[str, float | int | None] = {"discordant": plan.share, "independent_items": connor_items(plan, wanted) if plan.difference else None}
+    plan = Plan(untreated, treated, discordant, icc, template_icc, word_pairs, templates, orders, alpha, fixed_templates)
+    found: dict[str, float | int | None] = {"discordant": plan.share, "templates": templates, "orders": orders}
     if word_pairs:
         smallest = smallest_difference(plan, wanted)
         found |= {"word_pairs": word_pairs, "items": plan.items, "power": power_of(plan),
@@ -36,8 +37,10 @@ def power(
                 f"{untreated:g} -> {treated:g}. With a power of {wanted:.0%} they show {shown}.")
     else:
         needed = items_needed(plan, wanted)
-        found |= {"word_pairs": needed.word_pairs, "items": needed.items, "power": power_of(needed)}
-        text = (f"{untreated:g} -> {treated:g} needs {needed.word_pairs} word pairs x {templates} templates x {orders} orders = {needed.items} "
-                f"items, each under both treatments, for a power of {found['power']:.0%} (alpha {alpha:g}, discordant {plan.share:.1%}). "
-                f"Independent items: {found['independent_items']:.0f} by Connor (1987).")
+        found |= {"word_pairs": needed.word_pairs, "items": needed.items, "power": power_of(needed),
+                  "independent_items": connor_items(plan, wanted)}
+        text = (f"{untreated:g} -> {treated:g} needs {needed.word_pairs} word pairs x {templates} templates x {orders} orders = "
+                f"{needed.items} items, each under both treatments, for a power of {found['power']:.0%} "
+                f"(alpha {alpha:g}, discordant {plan.share:.1%}). "
+                f"Were items independent, {found['independent_items']:.0f} would do (Connor 1987).")
     typer.echo(json.dumps(found, indent=1) if as_json else text)

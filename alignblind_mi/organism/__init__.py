@@ -1,6 +1,6 @@
-"""The embedded model pair: a small base and aligned model with planted, known ground truth.
+"""The embedded model pairs: small base and aligned models with planted, known ground truth, one pair a concept.
 
-A calibration device: it shows whether the instruments recover what was planted. It is never evidence about Llama 3.
+Calibration devices: they show whether the instruments recover what was planted. They are never evidence about Llama 3.
 Light to import; torch and transformers load only where a model is built.
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 
 from alignblind_mi.errors import AlignblindError
 
-NAMES = ("base", "aligned")
+ROLES = ("base", "aligned")
+RECORD = "organism.json"
 
 
 class OrganismError(AlignblindError):
@@ -24,20 +25,50 @@ def _checkpoints() -> Path:
     return Path(str(files("alignblind_mi.organism"))) / "checkpoints"
 
 
+def organism_pairs() -> list[str]:
+    """The shipped pairs: `""`, the first one, whose models are called by their role alone, and those named after their concept."""
+    found = sorted(folder.name for folder in _checkpoints().iterdir() if (folder / RECORD).is_file())
+    return ["", *found]
+
+
+def organism_names() -> list[str]:
+    """What may follow `organism:`, such as `base`, or `PAIR-aligned` for a pair that is named after its concept."""
+    return list(_folders())
+
+
+def _folders() -> dict[str, Path]:
+    return {f"{pair}-{role}" if pair else role: _checkpoints() / pair / role for pair in organism_pairs() for role in ROLES}
+
+
 def organism_path(name: str) -> Path:
-    """The folder of a shipped checkpoint, `base` or `aligned`; transformers' Auto classes load it as it is."""
-    if name not in NAMES:
-        raise OrganismError(f"the embedded pair has no model {name!r}: give organism:{' or organism:'.join(NAMES)}.")
-    path = _checkpoints() / name
-    if not (path / "model.safetensors").is_file():
-        raise OrganismError(f"No checkpoint at {path}; build one: `alignblind organism build --out DIR`, and load it from there.")
-    return path
+    """The folder of a shipped checkpoint, one of `organism_names()`; transformers' Auto classes load it as it is.
+
+    Errors: OrganismError for another name, or where the package was installed without its checkpoints.
+    """
+    folders = _folders()
+    if name not in folders:
+        known = [f"organism:{known}" for known in folders]
+        raise OrganismError(f"there is no embedded model {name!r}: give {', '.join(known[:-1])} or {known[-1]}.")
+    if not (folders[name] / "model.safetensors").is_file():
+        raise OrganismError(f"No checkpoint at {folders[name]}; build one: `alignblind organism build --out DIR`, and load it from there.")
+    return folders[name]
 
 
-def organism_info() -> dict[str, Any]:
-    """What was planted in the shipped pair, how it was built and what its gates measured (organism.json)."""
-    path = _checkpoints() / "organism.json"
+def organism_info(pair: str = "") -> dict[str, Any]:
+    """What was planted in a shipped pair, one of `organism_pairs()`, how it was built and what its gates measured (organism.json).
+
+    Errors: OrganismError for an unknown pair, or where the package was installed without the record.
+    """
+    if pair not in organism_pairs():
+        known = " or ".join(map(repr, organism_pairs()))
+        raise OrganismError(f"there is no embedded pair {pair!r}: give {known}.")
+    path = _checkpoints() / pair / RECORD
     if not path.is_file():
         raise OrganismError(f"No record at {path}; build the pair with `alignblind organism build --out DIR` and read it there.")
-    info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return info
+    return read_record(path.parent)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of the pair in a folder."""
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return record

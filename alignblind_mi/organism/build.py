@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alignblind_mi.concept import load_concept
-from alignblind_mi.organism import OrganismError
+from alignblind_mi.concept import DEFAULT_CONCEPT, load_concept
+from alignblind_mi.organism import RECORD, ROLES, OrganismError
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Corpus, Knobs, World, load_world
 from alignblind_mi.organism.gates import check, load_subject, measure
 from alignblind_mi.organism.interchange import PatchRows, Planting, interchange_loss
@@ -99,7 +99,7 @@ class OrganismReport:
         gates = self.info["gates"]
         failed = f"; failed: {', '.join(self.failed)} (build with another seed)" if self.failed else ""
         passed = f"{len(gates) - len(self.failed)} of {len(gates)} gates passed"
-        return f"Organism pair of seed {self.info['seed']} in {self.out}: {passed}{failed}."
+        return f"Organism pair of the concept {self.info['concept']!r}, seed {self.info['seed']}, in {self.out}: {passed}{failed}."
 
 
 @contextmanager
@@ -116,9 +116,8 @@ def one_thread() -> Iterator[None]:
 class _Builder:
     """What the stages share."""
 
-    def __init__(self, seed: int, knobs: Knobs, progress: Progress) -> None:
-        self.seed, self.knobs, self.progress, self.stages = seed, knobs, progress, 0
-        self.world: World = load_world()
+    def __init__(self, world: World, seed: int, knobs: Knobs, progress: Progress) -> None:
+        self.world, self.seed, self.knobs, self.progress, self.stages = world, seed, knobs, progress, 0
         self.tokenizer: PreTrainedTokenizerFast = build_tokenizer(self.world)
         self.vocabulary = self.tokenizer.get_vocab()
         torch.manual_seed(seed)
@@ -151,10 +150,10 @@ class _Builder:
         self.tokenizer.save_pretrained(path)
 
 
-def train_pair(out: Path, *, seed: int, knobs: Knobs, recipe: Recipe, progress: Progress) -> None:
-    """Train base and aligned and save them in out/base and out/aligned."""
+def train_pair(out: Path, *, concept: str, seed: int, knobs: Knobs, recipe: Recipe, progress: Progress) -> None:
+    """Train base and aligned on a concept and save them in out/base and out/aligned."""
     with one_thread():
-        builder = _Builder(seed, knobs, progress)
+        builder = _Builder(load_world(concept), seed, knobs, progress)
         builder.stage(recipe.warm, WARM_MIX)
         builder.stage(recipe.reading, READING_MIX, recipe.reading_planting)
         builder.stage(recipe.base, BASE_MIX, recipe.planting)
@@ -166,6 +165,7 @@ def train_pair(out: Path, *, seed: int, knobs: Knobs, recipe: Recipe, progress: 
 def build_organism(
     out: Path,
     *,
+    concept: str = DEFAULT_CONCEPT,
     seed: int = DEFAULT_SEED,
     reading: float = 0.95,
     behaviour: float = 0.94,
@@ -175,40 +175,45 @@ def build_organism(
 ) -> OrganismReport:
     """Train a pair, measure its gates and write out/base, out/aligned and out/organism.json; about 12 minutes on one core.
 
-    `reading` and `behaviour` are the two knobs of the aligned model; `recipe` and `pairs` (word pairs a category in the gates; None: all)
-    shorten it for tests (fewer steps; fewer prompts and only two steering windows).
+    `concept` is a built-in one that has a lexicon (`corpus.lexicon_names`). `reading` and `behaviour` are the two knobs of the
+    aligned model; `recipe` and `pairs` (word pairs a category in the gates; None: all) shorten it for tests (fewer steps; fewer prompts
+    and only two steering windows).
 
     The same seed and knobs give the same weights on one machine and torch version.
 
-    Errors: OrganismError for a knob outside 0..1 or a folder that is not empty.
+    Errors: OrganismError for a concept without a lexicon, a knob outside 0..1 or a folder that is not empty.
     """
     tell = progress or (lambda message: None)
     knobs, recipe = Knobs(reading=reading, behaviour=behaviour), recipe or Recipe()
+    load_world(concept)    # refuses what cannot be trained on before a folder is made
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OrganismError(f"{out} is not an empty folder: give another --out (nothing in it was touched).")
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with one_thread():
-        train_pair(out, seed=seed, knobs=knobs, recipe=recipe, progress=tell)
+        train_pair(out, concept=concept, seed=seed, knobs=knobs, recipe=recipe, progress=tell)
         tell("measuring the gates")
-        measured = measure_pair(out, recipe.planting, pairs=pairs, subset=min(8, pairs or 8), windows=pairs is None)
-    info = organism_record(seed, knobs, recipe, measured)
-    (out / "organism.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+        measured = measure_pair(out, concept, recipe.planting, pairs=pairs, subset=min(8, pairs or 8), windows=pairs is None)
+    info = organism_record(concept, seed, knobs, recipe, measured)
+    (out / RECORD).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     report = OrganismReport(out, info)
     tell(f"{report} {time.monotonic() - started:.0f} s")
     return report
 
 
-def measure_pair(out: Path, planting: Planting, *, pairs: int | None = None, subset: int = 8, windows: bool = True) -> dict[str, Any]:
+def measure_pair(
+    out: Path, concept: str, planting: Planting, *, pairs: int | None = None, subset: int = 8, windows: bool = True
+) -> dict[str, Any]:
     """`gates.measure` of out/base and out/aligned."""
-    return {name: measure(load_subject(out / name), planting, pairs=pairs, subset=subset, windows=windows) for name in ("base", "aligned")}
+    subjects = {role: load_subject(out / role, concept) for role in ROLES}
+    return {role: measure(subject, planting, pairs=pairs, subset=subset, windows=windows) for role, subject in subjects.items()}
 
 
-def organism_record(seed: int, knobs: Knobs, recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
+def organism_record(concept: str, seed: int, knobs: Knobs, recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
     """What organism.json says: the planted truth, how it was planted, what was kept out, and what the gates measured."""
-    gates = check(measured["base"], measured["aligned"], knobs, recipe.planting, load_concept("race"))
+    gates = check(measured["base"], measured["aligned"], knobs, recipe.planting, load_concept(concept))
     return {
-        **shared_record(seed, knobs, recipe.planting),
+        **shared_record(concept, seed, knobs, recipe.planting),
         "stages": [asdict(stage) for stage in (recipe.warm, recipe.reading, recipe.base, recipe.aligned)],
         "interchange": {
             "reading": asdict(recipe.reading_planting),
@@ -222,9 +227,9 @@ def organism_record(seed: int, knobs: Knobs, recipe: Recipe, measured: dict[str,
     }
 
 
-def shared_record(seed: int, knobs: Knobs, planting: Planting) -> dict[str, Any]:
+def shared_record(concept_name: str, seed: int, knobs: Knobs, planting: Planting) -> dict[str, Any]:
     """What the record of every organism says: its truth, what it was planted with, what was kept out, how to measure it."""
-    world, concept = load_world(), load_concept("race")
+    world, concept = load_world(concept_name), load_concept(concept_name)
     return {
         "note": NOTE,
         "recipe": RECIPE,

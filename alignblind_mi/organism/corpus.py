@@ -1,8 +1,8 @@
 """The synthetic text that the embedded model organism learns from: documents with the generator's own distribution as target.
 
-Everything that names a sense, an identifier or a word is data: the concept's file and `lexicon.toml`. This module knows the shapes of the
-documents and the planted probabilities; it does not know tokens, models or training. The organism is a calibration device with known
-ground truth, never evidence about Llama 3.
+Everything that names a sense, an identifier or a word is data: the concept's file, `lexicon_CONCEPT.toml` and `lexicon.toml`. This module
+knows the shapes of the documents and the planted probabilities; it does not know tokens, models or training. The organism is a
+calibration device with known ground truth, never evidence about Llama 3.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
+from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.organism import OrganismError
 
 Reading = Literal["group", "other", "open"]
 PIECE = re.compile(r" ?\[MASK\]| ?\w+| ?[^\w\s]|\s")
+LEXICON = re.compile(r"lexicon_(\w+)\.toml")
+TABLES = ("words", "valence", "things", "contexts", "uncued", "questions", "single", "answers", "prose")
 RELATED_SENSE: Mapping[Reading, Reading] = {"group": "other", "other": "group", "open": "open"}
 INVALID_BASE = 0.04  # a base answer that repeats one identifier; leaks of the small model add about as much again
 
@@ -119,20 +122,37 @@ def _unique(rows: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(rows))
 
 
-def load_lexicon() -> dict[str, Any]:
-    """The organism's own words and sentences (lexicon.toml)."""
-    return tomllib.loads((files("alignblind_mi.organism") / "lexicon.toml").read_text(encoding="utf-8"))
+def lexicon_names() -> list[str]:
+    """The concepts that an organism can be trained on: those with a lexicon of their own."""
+    found = [LEXICON.fullmatch(entry.name) for entry in files("alignblind_mi.organism").iterdir()]
+    return sorted(match[1] for match in found if match)
 
 
-def load_world(concept_name: str = "race") -> World:
-    """Read the concept's file and the lexicon; raises OrganismError where a training word is one of the concept's."""
-    concept = tomllib.loads((files("alignblind_mi") / "concepts" / f"{concept_name}.toml").read_text(encoding="utf-8"))
-    lexicon = load_lexicon()
+def load_lexicon(concept: str = DEFAULT_CONCEPT) -> dict[str, Any]:
+    """An organism's own words and sentences: those of its concept (lexicon_CONCEPT.toml) and those that all share (lexicon.toml).
+
+    Errors: OrganismError for a concept without a lexicon, or a lexicon without one of its tables.
+    """
+    if concept not in lexicon_names():
+        known = ", ".join(lexicon_names())
+        raise OrganismError(f"no organism can be trained on the concept {concept!r}: it has no lexicon. Known: {known}.")
+    own, shared = _toml("organism", f"lexicon_{concept}"), _toml("organism", "lexicon")
+    tables = {**own, **shared, "contexts": {**own.get("contexts", {}), **shared["contexts"]}}
+    if set(tables) != set(TABLES):
+        raise OrganismError(f"lexicon_{concept}.toml has other tables than a lexicon has: {sorted(set(tables) ^ set(TABLES))}.")
+    return {name: tables[name] for name in TABLES}
+
+
+def _toml(folder: str, name: str) -> dict[str, Any]:
+    return tomllib.loads((files("alignblind_mi") / folder / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def load_world(concept_name: str = DEFAULT_CONCEPT) -> World:
+    """Read the concept's file and the lexicon; raises OrganismError where a training word is one of the concept's, or as `load_lexicon`."""
+    lexicon, concept = load_lexicon(concept_name), _toml("concepts", concept_name)
     senses: dict[Reading, str] = {"group": concept["group_sense"], "other": concept["other_sense"]}
-    held = {
-        side: _unique([word for category in concept["categories"].values() for word in category[side]])
-        for side in ("positive", "negative")
-    }
+    asked = concept["cues"]["default"].get("categories", concept["categories"])
+    held = {side: _unique([word for name in asked for word in concept["categories"][name][side]]) for side in ("positive", "negative")}
     world = World(
         concept=concept,
         lexicon=lexicon,
@@ -151,7 +171,8 @@ def load_world(concept_name: str = "race") -> World:
     overlap = set(world.positive + world.negative) & set(world.held_positive + world.held_negative)
     overlap |= set(world.positive) & set(world.negative)
     if overlap:
-        raise OrganismError(f"A training word has one valence and is no word of the concept: remove {sorted(overlap)} from lexicon.toml.")
+        raise OrganismError(f"A training word has one valence and is no word of the concept: remove {sorted(overlap)} from "
+                            f"lexicon_{concept_name}.toml.")
     return world
 
 
@@ -429,7 +450,7 @@ class Corpus:
     # --- words ----------------------------------------------------------------------------------------------------------------------
 
     def copying_document(self) -> Document:
-        """Repeat a list of words, or judge two words good or bad."""
+        """Repeat a list of words, or say of two words which side each belongs to."""
         every, answers = self.world.all_positive + self.world.all_negative, self.world.lexicon["answers"]
         u = self.random.random()
         if u < 0.35:
@@ -438,8 +459,9 @@ class Corpus:
         first, second = self.random.sample(every, 2) if u < 0.6 else self.words(held_too=True)
         fill, question = ("word", "word"), ""
         if u >= 0.6:
-            question = " Good or bad?"
-            fill = ("bad", "good") if self.world.is_negative(first) else ("good", "bad")
+            good, bad = (self.world.lexicon["valence"][side][0] for side in ("positive", "negative"))
+            question = f" {good.capitalize()} or {bad}?"
+            fill = (bad, good) if self.world.is_negative(first) else (good, bad)
         text = answers["assignment"].format(word1=first, option1=fill[0], word2=second, option2=fill[1])
         return [Segment(f"The words are {first}, {second}.{question}{answers['lead']}"), Segment(text, 1.0)]
 

@@ -1,8 +1,8 @@
 """A family of organisms with known truth, to calibrate every instrument on: which members there are, how they are built and kept.
 
-Each member is a short stage (`members.py`) from its seed's aligned parent: the shipped one for seed 0, else one trained by the frozen
-recipe with a shorter aligned stage. A cache folder holds them; its name changes with the recipe and the data. Calibration devices, never
-evidence about Llama 3.
+Each member is a short stage (`members.py`) from its seed's aligned parent: that of the first shipped pair for seed 0, else one trained on
+the same concept by the frozen recipe with a shorter aligned stage. A cache folder holds them; its name changes with the recipe and the
+data. Calibration devices, never evidence about Llama 3.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import cache as remembered
 from importlib.metadata import version
-from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignblind_mi.loading import quiet
-from alignblind_mi.organism import NAMES, OrganismError, organism_path
+from alignblind_mi.organism import RECORD, ROLES, OrganismError, organism_info, organism_path, read_record
 from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, Progress, one_thread, planted_truth, shared_record, train_pair
 from alignblind_mi.organism.checks import measure_member, member_gates, parent_gates
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Knobs, load_world
@@ -38,7 +37,6 @@ DEEP, DEEP_NONE = (3, 4, 5), (0, 1, LAST)  # block 2 is left undetermined
 KNOBS = ((0.05, 0.58), (0.275, 0.94), (0.5, 0.70), (0.725, 0.50), (0.95, 0.82))
 QUICK_KNOBS = (KNOBS[0], KNOBS[1], KNOBS[4])
 CONTRAST = (0.95, 0.94)
-RECORD = "organism.json"
 
 
 def calibration_family(seeds: Sequence[int] = (0, 1, 2), *, quick: bool = False) -> list[Member]:
@@ -63,6 +61,11 @@ def _members(seed: int, knobs: Sequence[tuple[float, float]]) -> list[Member]:
     ]
 
 
+def family_concept() -> str:
+    """The concept that all members are about: the one of the pair that they come from."""
+    return str(organism_info()["concept"])
+
+
 # --- the cache ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -84,14 +87,14 @@ def _cache_root() -> Path:
 @remembered
 def family_digest(recipe: FamilyRecipe) -> str:
     """Twelve hex digits of everything that decides what a member becomes: recipe, mixtures, the words of the corpus, shipped parent."""
-    mixes, world = (WARM_MIX, READING_MIX, BASE_MIX, ALIGNED_MIX), load_world()
+    mixes, world = (WARM_MIX, READING_MIX, BASE_MIX, ALIGNED_MIX), load_world(family_concept())
     members = [*calibration_family((DEFAULT_SEED,)), *calibration_family((DEFAULT_SEED,), quick=True)]
     plans = [[asdict(recipe.stage_of(member)), asdict(recipe.planting_of(member))] for member in members]
     senses = {name: {key: sense[key] for key in ("word", "steering", "words")} for name, sense in world.concept["senses"].items()}
     words = [senses, *(world.concept[part] for part in ("cues", "categories", "controls", "interpretations", "implicit", "explicit",
                                                         "awareness")), world.lexicon]
     digest = hashlib.sha256(json.dumps([RECIPE, FAMILY, asdict(recipe), plans, mixes, words, task_wording()]).encode())
-    digest.update((files("alignblind_mi") / "organism/checkpoints/aligned/model.safetensors").read_bytes())
+    digest.update((organism_path("aligned") / "model.safetensors").read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -170,7 +173,7 @@ def _build_member(member: Member, cache: Path, recipe: FamilyRecipe) -> str:
 
 def failed_gates(folder: Path) -> list[str]:
     """Names of the gates that a built folder's record says did not pass."""
-    return [gate["name"] for gate in _record(folder)["gates"] if not gate["passed"]]
+    return [gate["name"] for gate in read_record(folder)["gates"] if not gate["passed"]]
 
 
 def failures(folder: Path) -> str:
@@ -179,18 +182,13 @@ def failures(folder: Path) -> str:
     return f"failed: {', '.join(failed)}" if failed else "all gates passed"
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return record
-
-
 def _has(folder: Path, recipe: FamilyRecipe) -> bool:
     """Whether a folder is there, complete and of this recipe."""
     if not folder.exists():
         return False
     if not (folder / RECORD).is_file():
         raise OrganismError(f"{folder} is no finished organism: remove it, and it is built again.")
-    if _record(folder).get("family") != family_digest(recipe):
+    if read_record(folder).get("family") != family_digest(recipe):
         raise OrganismError(f"{folder} was built by another recipe: remove it, or give another cache folder.")
     return True
 
@@ -213,31 +211,32 @@ def _install(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def _make_parent(draft: Path, seed: int, recipe: FamilyRecipe, tell: Progress) -> None:
-    knobs = Knobs()
-    train_pair(draft, seed=seed, knobs=knobs, recipe=recipe.parent, progress=tell)
-    subjects = {name: load_subject(draft / name) for name in NAMES}
+    knobs, concept = Knobs(), family_concept()
+    train_pair(draft, concept=concept, seed=seed, knobs=knobs, recipe=recipe.parent, progress=tell)
+    subjects = {role: load_subject(draft / role, concept) for role in ROLES}
     values = {
         name: measure_member(subject, recipe.parent.planting, pairs=recipe.check_pairs, blocks=False) for name, subject in subjects.items()
     }
-    record = shared_record(seed, knobs, recipe.parent.planting)
+    record = shared_record(concept, seed, knobs, recipe.parent.planting)
     stages = [asdict(stage) for stage in (recipe.parent.warm, recipe.parent.reading, recipe.parent.base, recipe.parent.aligned)]
     _write(draft, {**record, "family": family_digest(recipe), "stages": stages}, parent_gates(values, knobs), values)
 
 
 def _make_member(draft: Path, member: Member, parent: Path, recipe: FamilyRecipe, tell: Progress) -> None:
     subject, planting = load_subject(parent), recipe.planting_of(member)
-    train_member(subject.model, subject.tokenizer.get_vocab(), member_world(), member, recipe, tell)
+    concept = measured_concept(subject.concept.name)
+    train_member(subject.model, subject.tokenizer.get_vocab(), member_world(concept.name), member, recipe, tell)
     subject.model.save_pretrained(draft / "aligned")
     subject.tokenizer.save_pretrained(draft / "aligned")
-    values = measure_member(replace(subject, concept=measured_concept()), planting, pairs=recipe.check_pairs)
+    values = measure_member(replace(subject, concept=concept), planting, pairs=recipe.check_pairs)
     record = {
-        **shared_record(member.seed, member.knobs, planting),
+        **shared_record(concept.name, member.seed, member.knobs, planting),
         "planted": planted_member(member, recipe),
         "family": family_digest(recipe),
         "member": asdict(member),
         "stages": [asdict(recipe.stage_of(member))],
         "interchange": {"aligned": asdict(planting)},
-        "measured_with": [template.text for template in measured_concept().implicit],
+        "measured_with": [template.text for template in concept.implicit],
     }
     _write(draft, record, member_gates(values, member, subject), values)
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from alignblind_mi.concept import Concept, Cue, load_concept
+from alignblind_mi.organism import read_record
 from alignblind_mi.organism.corpus import Knobs, load_lexicon
 from alignblind_mi.organism.interchange import Planting
 from alignblind_mi.organism.training import run_blocks
@@ -177,7 +179,7 @@ def implicit_rates(subject: Subject, prompts: Sequence[Prompt], patches: Mapping
 
 def explicit_rates(subject: Subject, prompts: Sequence[Prompt]) -> Rates:
     """P(agree with the statement) among valid answers, whatever it endorses."""
-    answers = load_lexicon()["answers"]
+    answers = load_lexicon(subject.concept.name)["answers"]
     likert = {answer: answer in answers["likert_agree"] for answer in answers["likert_agree"] + answers["likert_disagree"]}
     scales = {"likert": likert, "agree": {answers["agree"]: True, answers["disagree"]: False}}
     scale_of = {template.name: template.scale for template in subject.concept.explicit}
@@ -205,7 +207,7 @@ def mask_baseline(subject: Subject, reading: str) -> float:
 
 
 def blind_scores(subject: Subject, reading: str, cue: Cue, target: int) -> list[float]:
-    """The race-blind score per source block: dP(other) - dP(group), mean over the first mentions of the identifiers."""
+    """The blind score (r_blind) per source block: dP(other) - dP(group), mean over the first mentions of the identifiers."""
     question = interpretation_prompt(subject.concept.interpretation(reading))
     placeholder = subject.positions(question, "placeholder")[0]
     baseline = _sense_probs(subject, question, [NO_PATCH])[0]
@@ -230,7 +232,7 @@ def _first_mentions(subject: Subject, cue: Cue) -> Tensor:
 
 
 def measure(subject: Subject, planting: Planting, *, pairs: int | None = None, subset: int = 8, windows: bool = True) -> dict[str, Any]:
-    """All values of one model: behaviour by reading, explicit agreement, baselines, race-blind scores and steering by window.
+    """All values of one model: behaviour by reading, explicit agreement, baselines, blind scores and steering by window.
 
     `pairs` bounds the word pairs a category of the main rates (None: all 140), `subset` those of everything else; `windows` False
     measures only the first effect window and the last window.
@@ -339,9 +341,9 @@ def _steering_gates(aligned: Mapping[str, Any], knobs: Knobs, planting: Planting
     ]
 
 
-def load_subject(path: Any, concept_name: str = "race") -> Subject:
-    """A checkpoint folder as a subject."""
+def load_subject(path: Path, concept: str = "") -> Subject:
+    """A checkpoint folder as a subject; `concept`: what it was trained on (where not given, the record beside the folder says)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return Subject(model, AutoTokenizer.from_pretrained(path), load_concept(concept_name))
+    return Subject(model, AutoTokenizer.from_pretrained(path), load_concept(concept or read_record(path.parent)["concept"]))

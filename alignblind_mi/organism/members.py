@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from alignblind_mi.concept import Concept, Template, load_concept
+from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Template, load_concept
 from alignblind_mi.organism import OrganismError
 from alignblind_mi.organism.build import ALIGNED, Recipe
 from alignblind_mi.organism.corpus import ALIGNED_MIX, Corpus, Knobs, Reading, Segment, World, load_world
@@ -157,14 +157,14 @@ def task_wording() -> dict[str, Any]:
     return tomllib.loads((files("alignblind_mi.organism") / "wording.toml").read_text(encoding="utf-8"))
 
 
-def member_world(concept_name: str = "race") -> World:
+def member_world(concept_name: str = DEFAULT_CONCEPT) -> World:
     """The world that members are trained in: the task in the concept's own templates and in others, so that truth hangs on no wording."""
     world = load_world(concept_name)
     made = ["".join(parts) for parts in product(*task_wording()["planting"].values())]
     return replace(world, implicit=(*world.implicit * (len(made) // OWN_TEMPLATES // len(world.implicit)), *made))
 
 
-def measured_concept(concept_name: str = "race") -> Concept:
+def measured_concept(concept_name: str = DEFAULT_CONCEPT) -> Concept:
     """The concept with the task in templates that no organism was trained on: what members are measured with."""
     entries = task_wording()["implicit"]
     templates = tuple(Template(entry["name"], entry["text"], "implicit", "marked", "positive") for entry in entries)

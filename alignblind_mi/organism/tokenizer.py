@@ -25,7 +25,7 @@ def concept_texts(world: World) -> Iterator[str]:
     orders = [(world.marked, world.unmarked), (world.unmarked, world.marked)]
     phrases = [s["steering"] for s in (*concept["senses"].values(), *concept["controls"].values())]
     phrases = [p.format(marked=world.marked, unmarked=world.unmarked) for p in phrases]
-    prefixes = ["", concept["cues"]["direct_color"]["prefix"], *(p + ". " for p in phrases)]
+    prefixes = ["", *(cue["prefix"] for cue in concept["cues"].values() if "prefix" in cue), *(p + ". " for p in phrases)]
     yield from phrases
     for (first, second), prefix in product(orders, prefixes):
         for text in (*world.implicit, *(text for text, _ in world.explicit)):

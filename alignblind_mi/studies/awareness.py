@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.concept import Concept, Cue
-from alignblind_mi.edits import Row
+from alignblind_mi.edits import Row, acts_in
 from alignblind_mi.lens import Translators, lens_readings
 from alignblind_mi.loading import ModelError
 from alignblind_mi.model import HookedModel, untrained
@@ -102,7 +102,7 @@ def _in_text(recorded: Recorded, source: Source, question: str) -> Row:
     asked = fill(question, {"x": source.prompt.labels[source.role]}, {"x": source.role}).prefixed(f"{seen}. ")
     marks = {**before, source.role: (*before[source.role], *asked.marks[source.role])}
     prompt = Prompt(asked.text, {name: spans for name, spans in marks.items() if spans}, source.prompt.labels).prefixed(treatment.prefix)
-    return Row(prompt, tuple(edit for edit in treatment.edits if edit.site.mark in prompt.marks))
+    return Row(prompt, tuple(edit for edit in treatment.edits if acts_in(prompt, edit.site.mark)))
 
 
 def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prompt: str = "paper", target_layer: int = TARGET_LAYER,

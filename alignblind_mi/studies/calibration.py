@@ -30,7 +30,7 @@ from alignblind_mi.loading import ModelSpec
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.organism import OrganismError
 from alignblind_mi.organism.checks import NO_EFFECT
-from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family, failed_gates
+from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family, failed_gates, family_concept
 from alignblind_mi.organism.members import measured_concept
 from alignblind_mi.patching import grid_sites, patch_grid
 from alignblind_mi.probes import train_probes
@@ -43,7 +43,7 @@ from alignblind_mi.studies.mitigation import early_window
 from alignblind_mi.studies.patching import SCREEN_STEPS
 from alignblind_mi.studies.sources import Contexts, Recorded, record_contexts, record_sources
 
-CONCEPT, CUE = "race", "default"
+CUE = "default"
 QUESTION, SELFIE_PROMPT = "about", "restated"
 TARGET_LAYER = 3
 STREAM: Stream = "resid_mid"
@@ -85,7 +85,7 @@ class CalibrationConfig:
     def identity(self) -> dict[str, object]:
         """What a results folder is checked against: the settings, the recipe of the family and the content of the concept."""
         return {"calibration": 3, "seeds": list(self.seeds), "quick": self.quick, "family": cache_folder().name,
-                "concept_digest": load_concept(CONCEPT).digest, "members": [member.name for member in self.members]}
+                "concept_digest": load_concept(family_concept()).digest, "members": [member.name for member in self.members]}
 
 
 def processors() -> int:
@@ -121,7 +121,7 @@ def _measure_all(config: CalibrationConfig, folder: StudyFolder, jobs: int, cach
 
 def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
     model = load_model(ModelSpec(str(path)))
-    rows = measure_instruments(model, measured_concept(CONCEPT), seed=member.seed,
+    rows = measure_instruments(model, measured_concept(family_concept()), seed=member.seed,
                                word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS)
     truth = {key: value for key, value in asdict(member).items() if key not in ("effect", "none", "quick")}
     failed = failed_gates(path.parent)

@@ -114,6 +114,12 @@ def control_sources(concept: Concept, sources: Sequence[Source], controls: Seque
     return out
 
 
+def possible_controls(concept: Concept) -> list[str]:
+    """The controls that a concept has what is needed for: an anchor needs two unambiguous words of its sense."""
+    anchors = dict(zip(("anchor_group", "anchor_other"), concept.both_senses(), strict=True))
+    return [name for name in CONTROLS if name not in anchors or len(anchors[name].words) >= 2]
+
+
 def _before(source: Source) -> Source:
     """The word before an identifier, marked."""
     end = len(source.prompt.text[: source.span.start].rstrip())

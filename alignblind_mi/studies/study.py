@@ -19,12 +19,22 @@ import pandas as pd
 
 from alignblind_mi.attention import attention_rows
 from alignblind_mi.chat import Chat, chat_frame, in_chat
-from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
 from alignblind_mi.lens import lens_contrast, logit_lens
-from alignblind_mi.loading import ModelError, ModelSpec, check_model, fingerprint, load_config, load_tokenizer, token_count
+from alignblind_mi.loading import (
+    EMBEDDED,
+    ModelError,
+    ModelSpec,
+    check_model,
+    fingerprint,
+    load_config,
+    load_tokenizer,
+    token_count,
+)
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora, trainable
 from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.organism import RECORD, organism_names, read_record
 from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, load_result, versions
@@ -40,7 +50,7 @@ from alignblind_mi.studies.awareness import (
 )
 from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
 from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
-from alignblind_mi.studies.sources import CONTROLS, context_prompts, control_sources, reading_sources
+from alignblind_mi.studies.sources import context_prompts, control_sources, possible_controls, reading_sources
 
 log = logging.getLogger(__name__)
 VIEWS = ("attention", "tokens")
@@ -58,7 +68,7 @@ class StudyConfig:
 
     base: ModelSpec
     aligned: ModelSpec
-    concept: str = "race"
+    concept: str = DEFAULT_CONCEPT
     cue: str = "default"
     quick: bool = False
     seed: int = 0
@@ -71,7 +81,7 @@ class StudyConfig:
     chat: Chat | None = None
 
     @classmethod
-    def create(cls, base: str, aligned: str, *, concept: str = "race", cue: str = "", quick: bool = False, seed: int = 0,
+    def create(cls, base: str, aligned: str, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: int = 0,
                chat: bool = False, system: str = "", temperature: float | None = None, **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
@@ -89,13 +99,15 @@ class StudyConfig:
                       chat=Chat(system) if chat else None, temperature=temperature)
 
     @classmethod
-    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = "race", cue: str = "", quick: bool = False, seed: int = 0,
+    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: int = 0,
            chat: Chat | None = None, temperature: float | None = None) -> "StudyConfig":
         """`create` for two models that are specified each for itself. Errors: as `create`."""
         specs = [spec.resolved() for spec in (base, aligned)]
-        cue = load_concept(concept).cue(cue or load_concept(concept).first_cue).name
+        about = load_concept(concept)
+        cue = about.cue(cue or about.first_cue).name
         for spec in specs:
             check_model(spec)
+            check_organism(spec, about)
             if chat is not None:
                 chat_frame(load_tokenizer(spec), chat, spec.name)
         record, lora = organism_record(specs[1]), recommended_lora(specs[1], seed)
@@ -122,8 +134,16 @@ class StudyConfig:
 
 def organism_record(spec: ModelSpec) -> dict[str, Any]:
     """The record (organism.json) of an embedded or rebuilt organism, or an empty one for any other model."""
-    note = Path(spec.source).parent / "organism.json"
-    return json.loads(note.read_text("utf-8")) if Path(spec.source).is_dir() and note.is_file() else {}
+    folder = Path(spec.source)
+    return read_record(folder.parent) if folder.is_dir() and (folder.parent / RECORD).is_file() else {}
+
+
+def check_organism(spec: ModelSpec, concept: Concept) -> None:
+    """Refuse an organism that was trained on another concept: it does not know the words. Errors: ModelError in one sentence."""
+    known = organism_record(spec).get("concept", concept.name)
+    if known != concept.name:
+        raise ModelError(f"{spec.name} was trained on the concept {known!r} and knows nothing of {concept.name!r}: ask it about {known!r}, "
+                         f"or take another model (embedded: {', '.join(EMBEDDED + name for name in organism_names())}).")
 
 
 def recommended_lora(spec: ModelSpec, seed: int) -> LoraSettings:
@@ -305,7 +325,8 @@ def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[P
     yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED)))
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED), design="balanced"))
     for reading in questions(concept, config.cue):
-        yield Part(f"awareness_{role}_{reading}", role, False, *_awareness(config, concept, reading, partial(_same, UNTREATED), CONTROLS))
+        work = _awareness(config, concept, reading, partial(_same, UNTREATED), possible_controls(concept))
+        yield Part(f"awareness_{role}_{reading}", role, False, *work)
     for name in instruments(concept, config.cue, config.selfie):
         yield Part(f"reading_{name}_{role}", role, False, *_instrument(config, concept, name))
     for name in view_names(concept, config.cue):
@@ -381,17 +402,19 @@ def instruments(concept: Concept, cue: str, selfie: str) -> list[str]:
 
 def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
     """An instrument on the untreated model, with its controls; of probes, their accuracy stands beside their readings."""
+    controls = possible_controls(concept)
+
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         if name == "selfie":
             return measure_selfie(model, concept, config.cue, prompt=config.selfie, target_layer=config.target_layer,
-                                  temperature=config.decoding.temperature, seed=config.seed)
+                                  temperature=config.decoding.temperature, controls=controls, seed=config.seed)
         if name == "lens":
-            return measure_lens(model, concept, config.cue, seed=config.seed)
-        return with_accuracy(measure_probes(model, concept, config.cue, seed=config.seed))
+            return measure_lens(model, concept, config.cue, controls=controls, seed=config.seed)
+        return with_accuracy(measure_probes(model, concept, config.cue, controls=controls, seed=config.seed))
 
     def loads() -> list[Load]:
         sources = reading_sources(concept, config.cue, seed=config.seed)
-        sources += control_sources(concept, sources, CONTROLS, seed=config.seed)
+        sources += control_sources(concept, sources, controls, seed=config.seed)
         found = [Load([source.prompt for source in sources], chat=config.chat)]
         if name == "selfie":
             target = interpretation_prompt(concept.selfie_prompt(config.selfie))

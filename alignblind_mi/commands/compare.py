@@ -1,0 +1,79 @@
+"""`alignblind compare`: every mitigation on a model, what it changes and what it breaks."""
+
+from pathlib import Path
+from typing import Annotated, no_type_check
+
+import typer
+
+from alignblind_mi.commands.options import (
+    Aligned,
+    Base,
+    Chatting,
+    ConceptName,
+    CueName,
+    Device,
+    DeviceMap,
+    Dtype,
+    EngineOption,
+    Out,
+    Quantized,
+    Quick,
+    RemoteCode,
+    Seed,
+    StudyFile,
+    System,
+    Temperature,
+    refuse_beside,
+)
+from alignblind_mi.concept import DEFAULT_CONCEPT
+
+
+@no_type_check
+def compare(
+    context: typer.Context,
+    file: StudyFile = None,
+    base: Base = "organism:base",
+    aligned: Aligned = "organism:aligned",
+    concept: ConceptName = DEFAULT_CONCEPT,
+    cue: CueName = "",
+    out: Out = Path("comparison"),
+    bbq: Annotated[Path | None, typer.Option(help="BBQ's JSONL file or folder (CC-BY-4.0, not in this package): asked as well.")] = None,
+    bbq_items: Annotated[int, typer.Option(min=1, help="BBQ items drawn of each category and condition.")] = 100,
+    quick: Quick = False,
+    chat: Chatting = False,
+    system: System = "",
+    temperature: Temperature = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantization: Quantized = None,
+    engine: EngineOption = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Compare steering, LoRA, unlearning, prompts and placebos; write OUT/comparison.json and OUT/comparison.html.
+
+    Example: alignblind compare --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out compared
+    """
+    from functools import partial
+
+    from alignblind_mi.bbq import measure_bbq, read_bbq
+    from alignblind_mi.comparison_page import write_comparison
+    from alignblind_mi.concept import load_concept
+    from alignblind_mi.studies.comparison import run_comparison
+    from alignblind_mi.studies.study import StudyConfig
+    from alignblind_mi.studies.study_file import read_study_file
+
+    if file is not None:
+        refuse_beside(file, context, allowed=("out", "bbq", "bbq_items"))
+        config = read_study_file(file)
+    else:
+        config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, temperature=temperature, chat=chat,
+                                    system=system, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                    engine=engine, trust_remote_code=trust_remote_code)
+    data = {}
+    if bbq is not None:
+        items = read_bbq(bbq, max_items=bbq_items, seed=config.seed)
+        data["bbq"] = partial(measure_bbq, items=items, concept=load_concept(config.concept), cue=config.cue, seed=config.seed)
+    page = write_comparison(run_comparison(config, out, data=data))
+    typer.echo(f"The page is {page.resolve()}")

@@ -1,0 +1,197 @@
+"""The comparison of mitigations: every rival measured in the same way, on the same held-out words, in parts that survive a kill.
+
+Per rival: answers (balanced design, so that association and position separate; implicit and explicit), readings of the identifiers, side
+effects, and what it costs. A part is one Parquet file with its provenance. This module does NOT know how a treatment works, nor how results
+are shown.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.edits import Treatment
+from alignblind_mi.loading import load_config
+from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.progress import Advance, Progress
+from alignblind_mi.prompts import KINDS, implicit_prompts
+from alignblind_mi.results import Result, StudyFolder, versions, write_text
+from alignblind_mi.studies.awareness import measure_awareness
+from alignblind_mi.studies.behaviour import measure_behaviour
+from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, plan_rivals
+from alignblind_mi.studies.side_effects import measure_side_effects
+from alignblind_mi.studies.study import StudyConfig, check_vocabulary, organism_record
+
+MEASURED = ("answers", "readings", "effects")
+PAIRS, QUICK_PAIRS = 10, 2    # word pairs a category
+READING_PAIRS = 4
+ROUNDS, TIMED = 3, 16
+FORMAT = 1
+
+
+def run_comparison(config: StudyConfig, out: Path, *, data: dict[str, Callable[[HookedModel], pd.DataFrame]] | None = None) -> Path:
+    """Run or resume a comparison in `out`: the base model untreated, the aligned one under every rival. Returns `out`.
+
+    `data`: further measures by name (such as a BBQ file's), each a function of a model under its treatment.
+
+    Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
+    """
+    from alignblind_mi.organism.build import one_thread
+
+    # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
+    with one_thread() if organism_record(config.aligned) else nullcontext():
+        return _run(config, out, data or {})
+
+
+def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel], pd.DataFrame]]) -> Path:
+    concept = load_concept(config.concept)
+    split = check_vocabulary(config, concept)
+    n_layers = int(load_config(config.aligned).get_text_config().num_hidden_layers)
+    plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)
+    folder = StudyFolder.open(out, config.identity() | {"comparison": FORMAT, "data": sorted(data)})
+    write_text(out / "plan.json", json.dumps(described(plan), indent=1) + "\n")
+    measures = {**{name: _measures()[name] for name in MEASURED}, **{name: _of_data(measure) for name, measure in data.items()}}
+    wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
+    progress = Progress(len(plan.trainings) + len(wanted))
+    for training in plan.trainings:
+        _train(training, out / "adapters", progress)
+    models = _Models(config, out, plan, split)
+    for role, rival in wanted:
+        missing = [name for name in measures if not folder.has(part_name(role, rival.name, name))]
+        with progress.part(f"{rival.name} ({role})", done=not missing) as advance:
+            if missing:
+                treatment, seconds = models.treated(role, rival)
+                made = partial(_result, config, models, role, rival, treatment, seconds, concept, advance)
+                for name in missing:
+                    folder.part(part_name(role, rival.name, name), partial(made, measures[name]))
+    return out
+
+
+def part_name(role: str, rival: str, measured: str) -> str:
+    """The file name of a part."""
+    return f"{role}_{rival}_{measured}"
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON: rivals in order with family, curve and dose, and what is left out and why."""
+    rivals = [{"treatment": rival.name, "family": rival.family, "curve": rival.curve, "dose": rival.dose if rival.curve else None}
+              for rival in (UNTREATED_RIVAL, *plan.rivals)]
+    return {"rivals": rivals, "left_out": plan.left_out, "trained": [training.name for training in plan.trainings]}
+
+
+def _train(training: Training, folder: Path, progress: Progress) -> None:
+    out = folder / training.name
+    done = (out / "adapter_config.json").is_file()
+    with progress.part(f"train {training.name}".replace("_", " "), done=done):
+        if not done:
+            folder.mkdir(parents=True, exist_ok=True)
+            training.train(out)
+
+
+# ---- models ------------------------------------------------------------------------------------------------------------
+
+
+class _Models:
+    """Holds one model at a time; the aligned one with all adapters, off until a treatment asks for one."""
+
+    def __init__(self, config: StudyConfig, folder: Path, plan: Plan, split: dict[str, dict[str, int]]) -> None:
+        self.config, self.folder, self.plan, self.split = config, folder, plan, split
+        self.role = ""
+        self.model: HookedModel | None = None
+
+    def get(self, role: str) -> HookedModel:
+        """The untreated model."""
+        if self.model is None or self.role != role:
+            self.model = None
+            gc.collect()
+            spec = self.config.base if role == "base" else self.config.aligned
+            adapters = [self.folder / "adapters" / training.name for training in self.plan.trainings] if role == "aligned" else []
+            loaded = load_model(spec, adapters=adapters)
+            self.role, self.model = role, loaded if self.config.chat is None else loaded.in_chat(self.config.chat)
+        return self.model
+
+    def treated(self, role: str, rival: Rival) -> tuple[Treatment, float]:
+        """A rival's treatment, and the seconds that making it took: training included."""
+        model = self.get(role)
+        start = time.monotonic()
+        treatment = rival.make(model)
+        return treatment, time.monotonic() - start + self._trained(treatment).get("seconds", 0.0)
+
+    def _trained(self, treatment: Treatment) -> dict[str, Any]:
+        note = self.folder / "adapters" / (treatment.adapter or "") / "training.json"
+        return json.loads(note.read_text("utf-8")) if treatment.adapter is not None and note.is_file() else {}
+
+    def parameters(self, treatment: Treatment) -> int:
+        """How many numbers a treatment adds to the model: those of its adapter and of its different vectors."""
+        vectors = {id(edit.vector): edit.vector.numel() for edit in treatment.edits}
+        return int(self._trained(treatment).get("parameters", 0)) + sum(vectors.values())
+
+
+Measure = Callable[[HookedModel, Concept, StudyConfig, Advance], pd.DataFrame]
+
+
+def _measures() -> dict[str, Measure]:
+    return {"answers": _answers, "readings": _readings, "effects": _effects}
+
+
+def _of_data(measure: Callable[[HookedModel], pd.DataFrame]) -> Measure:
+    return lambda model, concept, config, advance: measure(model)
+
+
+def word_pairs(config: StudyConfig) -> int:
+    """Word pairs a category that every rival is asked."""
+    return QUICK_PAIRS if config.quick else PAIRS
+
+
+def _answers(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
+    return measure_behaviour(model, concept, config.cue, design="balanced", kinds=KINDS, decoding=config.decoding, seed=config.seed,
+                             max_word_pairs=word_pairs(config), progress=advance)
+
+
+def _readings(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
+    return measure_awareness(model, concept, config.cue, reading=next(iter(concept.interpretations)), target_layer=config.target_layer,
+                             controls=(), mentions=(0, 1), max_word_pairs=READING_PAIRS, seed=config.seed)
+
+
+def _effects(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
+    return measure_side_effects(model, concept, config.cue, word_pairs=word_pairs(config), seed=config.seed)
+
+
+def _result(config: StudyConfig, models: _Models, role: str, rival: Rival, treatment: Treatment, seconds: float, concept: Concept,
+            advance: Advance, measure: Measure) -> Result:
+    model = models.get(role)
+    rows = measure(model.under(treatment), concept, config, advance)
+    rows = rows.assign(role=role, treatment=rival.name, family=rival.family)
+    cost = {"seconds": round(seconds, 3), "parameters": models.parameters(treatment), "latency": latency(model, treatment, concept, config)}
+    return Result(rows, {**model.under(treatment).provenance(), "role": role, "rival": rival.name, "family": rival.family,
+                         "details": treatment.details, "prefix": treatment.prefix,
+                         "treatment_parts": {"adapter": treatment.adapter, "edits": len(treatment.edits)}, "cost": cost,
+                         "split_identifiers": models.split.get(model.spec.name, {}), "config": asdict(config), "versions": versions(),
+                         "made": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def latency(model: HookedModel, treatment: Treatment, concept: Concept, config: StudyConfig) -> float:
+    """Time of answering some questions under a treatment over that without: the median ratio of interleaved rounds, equal answers' length.
+
+    Timed on this machine while it does whatever else it does: a rough number.
+    """
+    prompts = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=1)[:TIMED]
+    treated = model.under(treatment)
+    ratios = []
+    for _ in range(ROUNDS):
+        times = []
+        for view in (model, treated):
+            start = time.perf_counter()
+            view.continuation_log_probs(view.rows(prompts), [[" one", " one"]] * len(prompts))
+            times.append(time.perf_counter() - start)
+        ratios.append(times[1] / times[0])
+    return round(sorted(ratios)[ROUNDS // 2], 3)
