@@ -101,7 +101,7 @@ def main() -> None:
         kind = KINDS[killed.total() % len(KINDS)]
         folder = out / "killed" / f"{kind}-{finished[kind]}"
         pid = begin(kind, config, folder)
-        time.sleep(moments.uniform(0.0, min(0.9 * seconds[kind], 1.2)))
+        time.sleep(moments.uniform(0.0, min(0.8 * seconds[kind], 0.8)))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
