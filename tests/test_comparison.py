@@ -76,17 +76,17 @@ def test_what_the_tokenizer_does_not_know_is_left_out_with_its_reason():
 
 def test_a_scaled_adapter_is_a_dose(tmp_path, one_adapter):
     folder, checkpoint = one_adapter
-    out = scaled_adapter(folder, 0.5, tmp_path / "half")
+    out = scaled_adapter(folder, 0.5, tmp_path / "halved")
     model = load_model(str(checkpoint), adapters=[folder, out])
     prompt = Prompt("w1 w2 w3 w4")
     plain, whole, half = (model.under(Treatment("t", adapter=name)).record([Row(prompt)], [Site(0, "last", "z")])[0, 0]
-                          for name in (None, folder.name, "half"))
+                          for name in (None, folder.name, "halved"))
     assert (whole - plain).norm() > 0
-    weights = {name: model.peft.base_model.model.model.layers[0].self_attn.v_proj.get_delta_weight(name) for name in (folder.name, "half")}
-    torch.testing.assert_close(weights["half"], 0.5 * weights[folder.name])
+    weights = {name: model.peft.base_model.model.model.layers[0].self_attn.v_proj.get_delta_weight(name) for name in (folder.name, "halved")}
+    torch.testing.assert_close(weights["halved"], 0.5 * weights[folder.name])
     assert (half - plain).norm() < (whole - plain).norm()
     with pytest.raises(ModelError, match="is there already"):
-        scaled_adapter(folder, 0.5, tmp_path / "half")
+        scaled_adapter(folder, 0.5, tmp_path / "halved")
     with pytest.raises(ModelError, match="no PEFT adapter folder"):
         scaled_adapter(tmp_path, 0.5, tmp_path / "other")
 
@@ -146,7 +146,7 @@ def test_each_treatment_breaks_what_it_must(effects):
     steered, written, prompted = means.loc["steer_race_1-3"], means.loc[means.index.str.contains("contrast")].iloc[0], means.loc["prompted"]
     assert steered["kl_neutral"] == pytest.approx(0, abs=1e-6)    # no identifier is mentioned there
     assert steered["kl_mentions"] > 0.1
-    assert steered["other_questions"] < 0.1    # planted: an identifier steered to the group is read as the group, whatever its sentence says
+    assert steered["other_questions"] < 0.1    # planted: an identifier steered to the group is read as it, whatever its sentence says
     assert steered["group_questions"] > 0.9
     assert written["kl_neutral"] > 0.1    # acts on every token that follows, and so on texts
     assert prompted["kl_neutral"] > 0.1

@@ -5,10 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+from alignblind_mi.concept import DEFAULT_CONCEPT
+
 
 def lora(
     model: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, organism:base or organism:aligned.")] = "organism:aligned",
-    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = "race",
+    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = DEFAULT_CONCEPT,
     layers: Annotated[str | None, typer.Option(help="early, middle, late, all, or numbers such as 0-3,7 (default: early; npo and "
                                                     "gradient_ascent: all).")] = None,
     kind: Annotated[str, typer.Option(help="aware, blind (the mirror image), placebo, npo or gradient_ascent (unlearning).")] = "aware",
@@ -43,7 +45,7 @@ def lora(
     from alignblind_mi.loading import ModelSpec, check_model
     from alignblind_mi.lora import KINDS, examples_of, train_lora
     from alignblind_mi.organism.build import one_thread
-    from alignblind_mi.studies.study import organism_record, recommended_lora
+    from alignblind_mi.studies.study import check_organism, organism_record, recommended_lora
     from alignblind_mi.unlearning import METHODS, UnlearningSettings, train_unlearning
 
     if kind not in (*KINDS, *METHODS):
@@ -53,6 +55,7 @@ def lora(
     spec = ModelSpec(model, dtype=dtype, device=device, device_map=device_map, quantization=quantization).resolved()
     data = load_concept(concept)
     check_model(spec)
+    check_organism(spec, data)
     asked: dict[str, Any] = {
         "rank": rank, "learning_rate": learning_rate, "epochs": epochs,
         "modules": None if modules is None else tuple(name.strip() for name in modules.split(","))}

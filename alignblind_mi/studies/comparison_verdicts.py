@@ -386,7 +386,7 @@ def methods_paragraph(found: Compared) -> str:
         f"al. (2025) in the wording of Sun et al. (2025), with the cue '{config['cue']}' of the concept '{config['concept']}': {n} prompts "
         f"({pairs} word pairs, {templates} templates), each asked in both orders of options and words, so that association and position "
         f"separate. Answers were {decoding} and judged as stereotyped, reversed or invalid; rates are of valid answers. Awareness is the "
-        f"race-blind score of Sun et al. (2025), read by patchscope (Ghandeharioun et al., 2024) at every layer. {len(found.notes) - 2} "
+        f"score r_blind of Sun et al. (2025), read by patchscope (Ghandeharioun et al., 2024) at every layer. {len(found.notes) - 2} "
         f"treatments ({families}) were compared with the untreated model on the same prompts. Differences are paired by item, with "
         "intervals clustered over word pairs and templates (Cameron, Gelbach and Miller, 2011), exact where counts are small, and p-values "
         "corrected after Holm (1979). Side effects are the divergence of next-token distributions on neutral text, lists copied, words "

@@ -219,7 +219,8 @@ def _steered(config: StudyConfig, plan: SteeringPlan, model: HookedModel, advanc
     vectors = plan.vectors(model, concept, config.cue, config.seed)
     treatments = list(steering_grid(vectors, plan.layers, plan.strengths, how=plan.how, positions=plan.positions))
     prompts = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=config.balanced_pairs)
-    return ask_under(model, concept, prompts, [UNTREATED, *treatments, noise_like(treatments[0], seed=config.seed)], config.decoding, advance)
+    every = [UNTREATED, *treatments, noise_like(treatments[0], seed=config.seed)]
+    return ask_under(model, concept, prompts, every, config.decoding, advance)
 
 
 def write_vectors(config: StudyConfig, plan: SteeringPlan, out: Path, gguf: Path | None = None) -> Path:
