@@ -57,8 +57,16 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     split = check_vocabulary(config, concept)
     n_layers = int(load_config(config.aligned).get_text_config().num_hidden_layers)
     plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)
-    folder = StudyFolder.open(out, config.identity() | {"comparison": FORMAT, "data": sorted(data)})
-    write_text(out / "plan.json", json.dumps(described(plan), indent=1) + "\n")
+    with StudyFolder.claim(out, config.identity() | {"comparison": FORMAT, "data": sorted(data)}) as folder:
+        write_text(out / "plan.json", json.dumps(described(plan), indent=1) + "\n")
+        _compute(config, concept, folder, plan, split, data)
+    return out
+
+
+def _compute(config: StudyConfig, concept: Concept, folder: StudyFolder, plan: Plan, split: dict[str, dict[str, int]],
+             data: dict[str, Callable[[HookedModel], pd.DataFrame]]) -> None:
+    """Train what is missing, and measure what is missing of every rival."""
+    out = folder.path
     measures = {**{name: _measures()[name] for name in MEASURED}, **{name: _of_data(measure) for name, measure in data.items()}}
     wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
     progress = Progress(len(plan.trainings) + len(wanted))
@@ -73,7 +81,6 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
                 made = partial(_result, config, models, role, rival, treatment, seconds, concept, advance)
                 for name in missing:
                     folder.part(part_name(role, rival.name, name), partial(made, measures[name]))
-    return out
 
 
 def part_name(role: str, rival: str, measured: str) -> str:
