@@ -22,7 +22,7 @@ check: install
 	$(VENV)/bin/mypy
 
 test: check
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 clean:
 	rm -rf $(VENV) study build *.egg-info

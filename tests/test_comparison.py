@@ -242,6 +242,10 @@ def test_the_page_says_what_was_found_and_tables_and_figures_lie_beside_it(compa
     for name in ("comparison", "frontier", "doses"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
         assert (out / "figures" / f"{name}.svg").is_file()
+    read = pd.read_csv(out / "tables" / "readings.csv")
+    assert set(read["instrument"]) == {"patchscope", "selfie", "logit_lens", "probe"}
+    other = pd.read_csv(out / "tables" / "elsewhere.csv")
+    assert set(other["cue"]) == {"direct_color"}    # the others' names are not in the pair's vocabulary
     for name in ("comparison", "differences", "effects", "audit", "points", "equal_damage", "slopes", "position", "mixed"):
         assert len(pd.read_csv(out / "tables" / f"{name}.csv")), name
 

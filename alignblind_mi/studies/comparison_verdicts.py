@@ -21,6 +21,7 @@ from alignblind_mi.paired import corrected, difference_draws, item_slopes, paire
 from alignblind_mi.results import ResultError, load_result
 from alignblind_mi.statistics import StatisticsError, position_effect, summarise, t_interval
 from alignblind_mi.studies.audit import alignment_claims, claim, methods_opening, rows_by, software, treatment_claim
+from alignblind_mi.studies.awareness import summarise_readings
 from alignblind_mi.studies.comparison import MEASURED, part_name
 from alignblind_mi.studies.mitigation import comparison_table
 
@@ -43,9 +44,15 @@ class Compared:
     answers: pd.DataFrame
     readings: pd.DataFrame
     effects: pd.DataFrame
+    elsewhere: pd.DataFrame
     data: dict[str, pd.DataFrame]
     notes: dict[str, dict[str, Any]]
     missing: Sequence[str]
+
+    @property
+    def blind(self) -> pd.DataFrame:
+        """The patchscope's readings."""
+        return self.readings[self.readings["instrument"] == "patchscope"]
 
     @property
     def implicit(self) -> pd.DataFrame:
@@ -76,7 +83,7 @@ def read_comparison(folder: Path) -> Compared:
     if "untreated" not in notes:
         raise ResultError(f"{folder} is a comparison without the untreated model: run `alignblind compare --out {folder}`.")
     frames = {name: pd.concat(some, ignore_index=True) for name, some in parts.items()}
-    return Compared(folder, config, plan, frames["answers"], frames["readings"], frames["effects"],
+    return Compared(folder, config, plan, frames["answers"], frames["readings"], frames["effects"], frames["elsewhere"],
                     {name: frames[name] for name in config["data"]}, notes, missing)
 
 
@@ -87,6 +94,9 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
     by_position = position_effect(found.answers.assign(template="all"), by=("treatment",))
     tables["position"] = _in_order(by_position, found)
     tables["categories"] = _in_order(summarise(found.answers, by=("treatment", "kind", "category")), found)
+    tables["readings"] = _in_order(summarise_readings(found.readings, ("treatment", "instrument")), found)
+    if len(found.elsewhere):
+        tables["elsewhere"] = _in_order(summarise(found.elsewhere, by=("treatment", "concept", "cue", "kind")), found)
     mixed, why = _mixed(found)
     if mixed is not None:
         tables["mixed"] = mixed
@@ -112,7 +122,7 @@ def _in_order(table: pd.DataFrame, found: Compared) -> pd.DataFrame:
 
 def main_table(found: Compared) -> pd.DataFrame:
     """One row a treatment: `mitigation.comparison_table`, beside family, curve, dose, side effects and cost."""
-    table = comparison_table(found.answers, found.readings)
+    table = comparison_table(found.answers, found.blind)
     about = {BASE: {"family": "untreated"}, **{rival["treatment"]: rival for rival in found.plan["rivals"]}}
     table["family"] = [about[name]["family"] for name in table["treatment"]]
     table["curve"] = [about[name].get("curve") or "" for name in table["treatment"]]
@@ -276,7 +286,7 @@ def audit_table(found: Compared, tables: dict[str, pd.DataFrame]) -> pd.DataFram
     """
     rows, implicit = rows_by(tables["comparison"]), _implicit_differences(tables)
     revision = found.notes["untreated"]["revision"]
-    records = alignment_claims(found.answers, found.readings, revision) if BASE in rows else []
+    records = alignment_claims(found.answers, found.blind, revision) if BASE in rows else []
     wrong = rows_by(tables["points"][tables["points"]["damage_measure"] == "wrong"])
     for name, row in rows.items():
         if row["family"] not in ("untreated", "placebo"):
