@@ -22,7 +22,7 @@ from alignblind_mi.model import load_model
 from alignblind_mi.organism import organism_path
 from alignblind_mi.prompts import Prompt
 from alignblind_mi.results import ResultError
-from alignblind_mi.steering import sense_steering, steering_vectors
+from alignblind_mi.steering import load_vectors, sense_steering, steering_vectors
 from alignblind_mi.studies import comparison
 from alignblind_mi.studies.comparison import run_comparison
 from alignblind_mi.studies.comparison_verdicts import DAMAGES, benefit_of, comparison_records, comparison_tables, read_comparison
@@ -290,7 +290,11 @@ def test_steer_finds_saves_and_measures(tmp_path):
     rates = {record["treatment"]: record for record in records if record["table"] == "rates"}
     assert next(iter(rates)) == "untreated"
     assert rates["steer_race_mean_difference_add1_1-3"]["rate"] < rates["untreated"]["rate"] - 0.2
-    assert (out / "vectors_race_mean_difference.safetensors").is_file()
+    (file,) = out.glob("vectors_race_mean_difference_*.safetensors")
+    assert load_vectors(file).layers == (1, 2, 3)
+    gguf = CliRunner().invoke(app, [*command, "--gguf", str(tmp_path / "v.gguf")])
+    assert gguf.exit_code == 0
+    assert (tmp_path / "v.gguf").stat().st_size > 1000
     differences = {record["treatment"]: record for record in records if record["table"] == "differences"}
     assert all(record["p_holm"] >= record["p"] for record in differences.values())
     shown = CliRunner().invoke(app, [*command[:-1]])
