@@ -339,9 +339,10 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     if not data.train or (settings.validation_share and not data.validation):
         raise LoraError(f"the tokenizer of {job.spec.name} does not know the words of any training example.")
     set_seed(settings.seed)
-    peft = get_peft_model(model, LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(settings.modules),
-        layers_to_transform=list(job.layers), task_type="CAUSAL_LM"))
+    with quiet():
+        peft = get_peft_model(model, LoraConfig(
+            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(settings.modules),
+            layers_to_transform=list(job.layers), task_type="CAUSAL_LM"))
     parameters = sum(p.numel() for p in peft.parameters() if p.requires_grad)
     pad = int(tokenizer.pad_token_id)
     done = checkpoints(folder)
