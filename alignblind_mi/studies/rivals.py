@@ -226,10 +226,18 @@ def _placebos(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, quick:
 
 
 def _wrong_concepts(concept: Concept) -> list[tuple[str, Control]]:
-    """The steering phrases of other built-in concepts' group senses."""
+    """The steering phrases of built-in concepts that are about other identifiers and whose group sense is the concept itself.
+
+    A phrase such as "People: ..." would evoke any group, this concept's too, and is no placebo.
+    """
     others = [load_concept(name) for name in concept_names() if name != concept.name]
-    return [(other.name, Control("wrong_concept", other.steering_phrase(other.group_sense))) for other in others if other.has_senses()
-            and other.steering_phrase(other.group_sense) not in {sense.steering for sense in concept.senses.values()}]
+    return [(other.name, Control("wrong_concept", other.steering_phrase(other.group_sense))) for other in others
+            if other.has_senses() and other.group_sense == other.name and not _identifiers(other) & _identifiers(concept)]
+
+
+def _identifiers(concept: Concept) -> set[str]:
+    """The words of every identifier of a concept, whatever their case."""
+    return {word for cue in concept.cues.values() for name in (*cue.marked, *cue.unmarked) for word in name.casefold().split()}
 
 
 def _noise(concept: Concept, cue: str, layers: Sequence[int], seed: int, model: HookedModel) -> Treatment:
