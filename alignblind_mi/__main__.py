@@ -37,6 +37,7 @@ from alignblind_mi.commands.options import (
 )
 from alignblind_mi.commands.patch import patch
 from alignblind_mi.commands.power import power
+from alignblind_mi.commands.steer import steer
 from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.errors import AlignblindError
 
@@ -49,6 +50,7 @@ app.command("bias")(bias)
 app.command("awareness")(awareness)
 app.command("patch")(patch)
 app.command("compare")(compare)
+app.command("steer")(steer)
 app.command("lora")(lora)
 app.command("doctor")(doctor)
 app.command("power")(power)

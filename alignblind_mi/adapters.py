@@ -30,7 +30,7 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) ->
                 peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
             else:
                 peft.load_adapter(str(folder), adapter_name=name)
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError, KeyError) as error:    # KeyError: a name that a torch module has, such as "half"
             raise ModelError(f"the adapter {folder} does not fit {spec.name}: {str(error).splitlines()[0]}") from error
         kind = peft.peft_config[name].peft_type
         if str(getattr(kind, "value", kind)) != "LORA":

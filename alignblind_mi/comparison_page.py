@@ -111,6 +111,11 @@ COLUMNS = {
         _words("damage", "damage_measure"), _value("at", "damage", plain), _words("curve", "family"),
         _interval("benefit, points", ("benefit", "low", "high"), _points),
         _interval("over unlearning, points", ("difference", "difference_low", "difference_high"), _points), _words("why not", "reason")),
+    "bbq": (
+        _words("treatment", "treatment"), _words("context", "condition"), _value("n", "n", _count),
+        _value("questions", "questions", _count), _rates("accuracy %", ("accuracy", "accuracy_low", "accuracy_high")),
+        _value("unknown %", "unknown_share", percent),
+        _interval("bias score", ("bias", "low", "high"), signed)),
     "audit": (
         _words("claim", "claim"), _interval("estimate", ("estimate", "low", "high"), signed), _value("n", "n", _count),
         _words("verdict", "verdict"), _words("controls", "controls"), _words("revision", "revision")),

@@ -683,7 +683,8 @@ def frontier_figure(points: pd.DataFrame) -> Figure:
         axis.step([0.0, *front["damage"]], [0.0, *front["benefit"]], where="post", color=INK, lw=0.8, ls=(0, (2, 2)), zorder=1)
         for curve, some in rows[rows["curve"] != ""].groupby("curve", sort=False):
             some = some.sort_values("damage")
-            axis.plot([0.0, *some["damage"]], [0.0, *some["benefit"]], color=FAMILY_COLOURS.get(str(curve), INK), lw=1.0, alpha=0.6, zorder=2)
+            colour = FAMILY_COLOURS.get(str(curve), INK)
+            axis.plot([0.0, *some["damage"]], [0.0, *some["benefit"]], color=colour, lw=1.0, alpha=0.6, zorder=2)
         for j, family in enumerate(families):
             some = rows[rows["family"] == family]
             axis.vlines(some["damage"], some["low"], some["high"], color=FAMILY_COLOURS[family], lw=0.8, alpha=0.6, zorder=2)

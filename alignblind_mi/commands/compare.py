@@ -1,37 +1,79 @@
 """`alignblind compare`: every mitigation on a model, what it changes and what it breaks."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import typer
 
+from alignblind_mi.commands.options import (
+    Aligned,
+    Base,
+    Chatting,
+    ConceptName,
+    CueName,
+    Device,
+    DeviceMap,
+    Dtype,
+    EngineOption,
+    Out,
+    Quantized,
+    Quick,
+    RemoteCode,
+    Seed,
+    StudyFile,
+    System,
+    Temperature,
+    refuse_beside,
+)
+from alignblind_mi.concept import DEFAULT_CONCEPT
 
+
+@no_type_check
 def compare(
-    base: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")] = "organism:base",
-    aligned: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:aligned.")] = "organism:aligned",
-    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = "race",
-    cue: Annotated[str, typer.Option(help="A cue of the concept (default: its first).")] = "",
-    out: Annotated[Path, typer.Option(help="Results folder; a comparison that is in it already is resumed.")] = Path("comparison"),
-    quick: Annotated[bool, typer.Option("--quick", help="Few word pairs, one or two treatments a family: to see that it works.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: greedy; the embedded pair is sampled at 1).")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
-    system: Annotated[str, typer.Option(help="System prompt of the chat.")] = "",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes).")] = None,
-    engine: Annotated[str, typer.Option(help="fast, plain, or auto: fast where both agree.")] = "auto",
+    context: typer.Context,
+    file: StudyFile = None,
+    base: Base = "organism:base",
+    aligned: Aligned = "organism:aligned",
+    concept: ConceptName = DEFAULT_CONCEPT,
+    cue: CueName = "",
+    out: Out = Path("comparison"),
+    bbq: Annotated[Path | None, typer.Option(help="BBQ's JSONL file or folder (CC-BY-4.0, not in this package): asked as well.")] = None,
+    bbq_items: Annotated[int, typer.Option(min=1, help="BBQ items drawn of each category and condition.")] = 100,
+    quick: Quick = False,
+    chat: Chatting = False,
+    system: System = "",
+    temperature: Temperature = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantization: Quantized = None,
+    engine: EngineOption = "auto",
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Compare steering, LoRA, unlearning, prompts and placebos; write OUT/comparison.json and OUT/comparison.html.
 
     Example: alignblind compare --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out compared
     """
+    from functools import partial
+
+    from alignblind_mi.bbq import measure_bbq, read_bbq
     from alignblind_mi.comparison_page import write_comparison
+    from alignblind_mi.concept import load_concept
     from alignblind_mi.studies.comparison import run_comparison
     from alignblind_mi.studies.study import StudyConfig
+    from alignblind_mi.studies.study_file import read_study_file
 
-    config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, temperature=temperature, chat=chat,
-                                system=system, dtype=dtype, device=device, device_map=device_map, quantization=quantization, engine=engine)
-    page = write_comparison(run_comparison(config, out))
+    if file is not None:
+        refuse_beside(file, context, allowed=("out", "bbq", "bbq_items"))
+        config = read_study_file(file)
+    else:
+        config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, temperature=temperature, chat=chat,
+                                    system=system, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                    engine=engine, trust_remote_code=trust_remote_code)
+    data = {}
+    if bbq is not None:
+        items = read_bbq(bbq, max_items=bbq_items, seed=config.seed)
+        data["bbq"] = partial(measure_bbq, items=items, concept=load_concept(config.concept), cue=config.cue, seed=config.seed)
+    page = write_comparison(run_comparison(config, out, data=data))
     typer.echo(f"The page is {page.resolve()}")

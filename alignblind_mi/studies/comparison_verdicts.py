@@ -1,7 +1,7 @@
 """What a comparison says: records, paired differences, side effects, doses, benefit at equal damage, and the audit of its claims.
 
-Reads saved rows (see `comparison.py`) and computes nothing on a model. Every difference is paired by item; many treatments are corrected for
-being many (Holm); a claim stands only with its controls.
+Reads saved rows (see `comparison.py`) and runs no model. Every difference is paired by item; many treatments are corrected for being many
+(Holm); a claim stands only with its controls.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from alignblind_mi.bbq import summarise_bbq
 from alignblind_mi.frontier import equal_damage, pareto
 from alignblind_mi.mixed import mixed_logistic
 from alignblind_mi.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
@@ -30,6 +31,7 @@ ACCURACIES = {"other_questions": "colour_accuracy", "copying": "copy_accuracy", 
 LEAST = 0.1    # a reduction of the rate that counts as one
 MOST_INVALID = 0.1
 MOST_WRONG = 0.1
+POINT_COLUMNS = ("damage_measure", "treatment", "family", "curve", "dose", "benefit", "low", "high", "damage", "pareto")
 AWARE, FORGETTING = ("steering", "lora"), "unlearning"
 
 
@@ -90,6 +92,8 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
     mixed, why = _mixed(found)
     if mixed is not None:
         tables["mixed"] = mixed
+    if "bbq" in found.data:
+        tables["bbq"] = _in_order(summarise_bbq(found.data["bbq"], by=("treatment",)), found)
     tables["left_out"] = pd.DataFrame([{"treatment": name, "reason": reason} for name, reason in found.plan["left_out"].items()]
                                       + ([{"treatment": "mixed model", "reason": why}] if why else []), columns=["treatment", "reason"])
     tables["points"] = points_table(found, tables["comparison"], tables["effects"], tables["differences"])
@@ -180,7 +184,7 @@ def points_table(found: Compared, table: pd.DataFrame, effects: pd.DataFrame, di
     rows = rows_by(table)
     treated = {name: row for name, row in rows.items() if name not in (BASE, "untreated")}
     if not treated:
-        return pd.DataFrame(columns=["damage_measure", "treatment", "family", "curve", "dose", "benefit", "low", "high", "damage", "pareto"])
+        return pd.DataFrame(columns=list(POINT_COLUMNS))
     untreated = rows["untreated"]
     draws = _benefit_draws(found, untreated["implicit"])
     parts = []
@@ -259,7 +263,7 @@ def comparison_records(found: Compared, tables: dict[str, pd.DataFrame]) -> list
             record["wrong_way"] = slopes[name]["wrong"]
         record |= {"revision": note["revision"], "seed": found.config["seed"], "dtype": note["dtype"], "versions": note["versions"],
                    "details": note["details"], "prefix": note["prefix"]}
-        records.append({key: _plain(value) for key, value in record.items()})
+        records.append({str(key): _plain(value) for key, value in record.items()})
     return records
 
 
@@ -289,8 +293,9 @@ def audit_table(found: Compared, tables: dict[str, pd.DataFrame]) -> pd.DataFram
 
 
 def _claim(found: Compared, claim: str, estimate: float, low: float, high: float, n: int, supported: bool, controls: str) -> dict[str, Any]:
-    return {"claim": claim, "estimate": estimate, "low": low, "high": high, "n": n, "verdict": "supported" if supported else "not supported",
-            "controls": controls, "revision": found.notes["untreated"]["revision"]}
+    return {"claim": claim, "estimate": estimate, "low": low, "high": high, "n": n,
+            "verdict": "supported" if supported else "not supported", "controls": controls,
+            "revision": found.notes["untreated"]["revision"]}
 
 
 def _paper_claims(found: Compared, table: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -337,10 +342,12 @@ def _placebo_gap(found: Compared, name: str) -> tuple[str, float]:
 def _treatment_claim(found: Compared, name: str, row: dict[str, Any], invalid: float, wrong: float) -> dict[str, Any]:
     estimate, (placebo, gap) = row["difference"], _placebo_gap(found, name)
     checks = {"interval below 0": row["high"] < 0, f"at least {100 * LEAST:.0f} points": estimate <= -LEAST,
-              f"more than its placebos ({placebo or 'none ran'})": gap < 0, f"at most {100 * MOST_INVALID:.0f} % more invalid": invalid <= MOST_INVALID,
+              f"more than its placebos ({placebo or 'none ran'})": gap < 0,
+              f"at most {100 * MOST_INVALID:.0f} % more invalid": invalid <= MOST_INVALID,
               f"at most {100 * MOST_WRONG:.0f} % of right answers lost": wrong <= MOST_WRONG}
     said = "; ".join(f"{'passed' if passed else 'FAILED'}: {check}" for check, passed in checks.items())
-    return _claim(found, f"{name} lowers implicit bias (paired difference of rates)", estimate, row["low"], row["high"], row["n"], all(checks.values()), f"{said}; p = {row['p']:.2g}, Holm {row['p_holm']:.2g}")
+    return _claim(found, f"{name} lowers implicit bias (paired difference of rates)", estimate, row["low"], row["high"], row["n"],
+                  all(checks.values()), f"{said}; p = {row['p']:.2g}, Holm {row['p_holm']:.2g}")
 
 
 def _family_claims(found: Compared, tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
@@ -358,7 +365,8 @@ def _family_claims(found: Compared, tables: dict[str, pd.DataFrame]) -> list[dic
             if row["damage"] <= 0:
                 continue
             out.append(_claim(found, f"{curve} towards awareness beats unlearning at equal {measure} ({row['damage']:.2g})",
-                              row["difference"], row["difference_low"], row["difference_high"], n, row["difference_low"] > 0, "benefits interpolated along dose curves, never beyond them"))
+                              row["difference"], row["difference_low"], row["difference_high"], n, row["difference_low"] > 0,
+                              "benefits interpolated along dose curves, never beyond them"))
     return out
 
 
@@ -371,11 +379,11 @@ def methods_paragraph(found: Compared) -> str:
     temperature = config["decoding"]["temperature"]
     decoding = f"sampled at temperature {temperature:g} (seed {config['decoding']['seed']})" if temperature else "decoded greedily"
     families = ", ".join(dict.fromkeys(rival["family"] for rival in found.plan["rivals"] if rival["family"] != "untreated"))
-    named = ", ".join(f"{name} {version}" for name, version in note["versions"].items() if name in ("alignblind-mi", "torch", "transformers",
-                                                                                                  "transformer-lens", "peft"))
+    software = ("alignblind-mi", "torch", "transformers", "transformer-lens", "peft")
+    named = ", ".join(f"{name} {version}" for name, version in note["versions"].items() if name in software)
     return (
-        f"We measured implicit bias of {config['aligned']['name']} (revision {note['revision']}) with the word-association task of Bai et al. "
-        f"(2025) in the wording of Sun et al. (2025), with the cue '{config['cue']}' of the concept '{config['concept']}': {n} prompts "
+        f"We measured implicit bias of {config['aligned']['name']} (revision {note['revision']}) with the word-association task of Bai et "
+        f"al. (2025) in the wording of Sun et al. (2025), with the cue '{config['cue']}' of the concept '{config['concept']}': {n} prompts "
         f"({pairs} word pairs, {templates} templates), each asked in both orders of options and words, so that association and position "
         f"separate. Answers were {decoding} and judged as stereotyped, reversed or invalid; rates are of valid answers. Awareness is the "
         f"race-blind score of Sun et al. (2025), read by patchscope (Ghandeharioun et al., 2024) at every layer. {len(found.notes) - 2} "

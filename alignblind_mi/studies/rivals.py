@@ -171,7 +171,7 @@ def _trained(spec: ModelSpec, concept: Concept, n_layers: int, lora: LoraSetting
                     1.0 if name in curves else float("nan")) for name, family, _ in plans]
     for source, curve in () if quick else curves.items():
         for scale in SCALES:
-            name = f"{source}_x{scale:g}"
+            name = f"{source}_x{scale:g}".replace(".", "p")    # an adapter's name has no full stop
             trainings.append(Training(name, partial(_scaled, source, scale), source))
             rivals.append(Rival(name, curve, partial(given, Treatment(name, adapter=name, family=curve)), curve, scale))
     return trainings, rivals, left_out

@@ -1,23 +1,41 @@
-"""One question about one model: bias, awareness or patching, as parts of a study of that model alone.
+"""One question about one model: bias, awareness, patching or steering, as parts of a study of that model alone.
 
 Rows are kept, resumed and checked as those of a whole study are (`run_parts`). This module does NOT know how results are shown.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 
-from alignblind_mi.concept import load_concept
+from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.contrast import SWAPS, PatchError
+from alignblind_mi.edits import UNTREATED, How
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.model import HookedModel
+from alignblind_mi.finetuning import choose_layers
+from alignblind_mi.loading import load_config
+from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.paired import corrected, paired_differences
 from alignblind_mi.patching import CONTROLS, summarise_patching
-from alignblind_mi.prompts import DESIGNS
+from alignblind_mi.prompts import DESIGNS, implicit_prompts
 from alignblind_mi.results import Result, load_result
 from alignblind_mi.statistics import mean_interval, position_effect, summarise
+from alignblind_mi.steering import (
+    Method,
+    Positions,
+    SteeringVectors,
+    layer_windows,
+    noise_like,
+    steering_grid,
+    steering_vectors,
+)
 from alignblind_mi.studies.awareness import summarise_readings
+from alignblind_mi.studies.behaviour import ask_under
+from alignblind_mi.studies.mitigation import early_window
 from alignblind_mi.studies.patching import HEAD_MARKS, PARTS, depth_profile, measure_patching
 from alignblind_mi.studies.study import Part, StudyConfig, instruments, observations, run_parts
 
@@ -140,3 +158,82 @@ def strongest_places(places: pd.DataFrame, most: int = 10) -> pd.DataFrame:
     random = inner.loc[inner["control"] == "random", [*keys, "mean"]].rename(columns={"mean": "control_mean"})
     own = inner[inner["control"] == ""].sort_values("mean", ascending=False, kind="stable").head(most)
     return own.merge(random, on=keys, how="left")
+
+
+# ---- steering ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """What `alignblind steer` tries: vectors of a sense, in one or several groups of layers, at some strengths."""
+
+    sense: str
+    method: str
+    how: How | None
+    layers: tuple[tuple[int, ...], ...]
+    strengths: tuple[float, ...]
+    positions: tuple[str, ...] | None
+
+    @classmethod
+    def create(cls, config: StudyConfig, *, sense: str = "", method: str = "replacement", how: str = "", layers: str = "",
+               strengths: str = "1", positions: str = "") -> "SteeringPlan":
+        """From texts, before any weights are loaded. Errors: SingleError, LoraError, EditError or ConceptError for what does not exist."""
+        concept = load_concept(config.concept)
+        concept.both_senses(config.cue)
+        sense = sense or concept.group_sense
+        concept.steering_phrase(sense)
+        for name, value, known in (("method", method, get_args(Method)), ("how", how, ("", *get_args(How)))):
+            if value not in known:
+                raise SingleError(f"unknown {name} {value!r}. Known: {', '.join(filter(None, known))}.")
+        places = tuple(name.strip() for name in positions.split(",") if name.strip())
+        unknown = [name for name in places if name not in get_args(Positions)]
+        if unknown:
+            raise SingleError(f"unknown positions {unknown[0]!r}. Known: {', '.join(get_args(Positions))}.")
+        try:
+            factors = tuple(float(text) for text in strengths.split(","))
+        except ValueError:
+            raise SingleError(f"{strengths!r} are no strengths: give numbers separated by commas, such as 0.5,1,2.") from None
+        depth = int(load_config(config.aligned).get_text_config().num_hidden_layers)
+        groups = layer_windows(depth) if layers == "windows" else [choose_layers(layers, depth)] if layers else [early_window(depth)]
+        replaces = (how or ("replace" if method == "replacement" else "add")) == "replace"
+        if replaces != (method == "replacement"):
+            raise SingleError(f"the method {method} cannot {how or 'replace'}: replacement replaces, all others add or ablate.")
+        if factors != (1.0,) and replaces:
+            raise SingleError("a replacement has no strength: choose another method to add a vector in doses.")
+        return cls(sense, method, how or None, tuple(map(tuple, groups)), factors, places or None)    # type: ignore[arg-type]
+
+    def vectors(self, model: HookedModel, concept: Concept, cue: str, seed: int) -> SteeringVectors:
+        """The vectors of all layers that are tried."""
+        layers = sorted({layer for group in self.layers for layer in group})
+        return steering_vectors(model, concept, cue, self.sense, self.method, layers=layers, seed=seed)
+
+
+def steer_parts(config: StudyConfig, plan: SteeringPlan) -> list[Part]:
+    """Implicit answers (balanced design) untreated, under every treatment of a plan, and under noise of the first one's norms."""
+    digest = hashlib.sha256(repr(plan).encode()).hexdigest()[:8]
+    return [Part(f"steering_{plan.sense}_{plan.method}_{digest}_{ROLE}", ROLE, False, partial(_steered, config, plan))]
+
+
+def _steered(config: StudyConfig, plan: SteeringPlan, model: HookedModel, advance: Callable[[int], None]) -> pd.DataFrame:
+    concept = load_concept(config.concept)
+    vectors = plan.vectors(model, concept, config.cue, config.seed)
+    treatments = list(steering_grid(vectors, plan.layers, plan.strengths, how=plan.how, positions=plan.positions))
+    prompts = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=config.balanced_pairs)
+    every = [UNTREATED, *treatments, noise_like(treatments[0], seed=config.seed)]
+    return ask_under(model, concept, prompts, every, config.decoding, advance)
+
+
+def write_vectors(config: StudyConfig, plan: SteeringPlan, out: Path, gguf: Path | None = None) -> Path:
+    """Save a plan's vectors as `out`/vectors.safetensors, and for llama.cpp if asked to; the model is loaded where they are not there."""
+    file = out / f"vectors_{plan.sense}_{plan.method}.safetensors"
+    if not file.is_file() or gguf is not None:
+        vectors = plan.vectors(load_model(config.aligned), load_concept(config.concept), config.cue, config.seed)
+        vectors.save(file)
+        if gguf is not None:
+            vectors.export_gguf(gguf)
+    return file
+
+
+def steer_tables(rows: pd.DataFrame, *, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """`rates` per treatment (see `summarise`) and paired `differences` from untreated, corrected for being many."""
+    return {"rates": summarise(rows, ["treatment", "kind"], seed=seed), "differences": corrected(paired_differences(rows, by=("kind",)))}

@@ -1,0 +1,80 @@
+"""`alignblind steer`: find steering vectors, save them, and measure what they do beside noise of the same norms."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignblind_mi.commands.options import (
+    AsJson,
+    Chatting,
+    ConceptName,
+    CueName,
+    Device,
+    DeviceMap,
+    Dtype,
+    EngineOption,
+    Model,
+    Out,
+    Quantized,
+    Quick,
+    RemoteCode,
+    Seed,
+    System,
+    Temperature,
+)
+from alignblind_mi.concept import DEFAULT_CONCEPT
+
+
+def steer(
+    model: Model = "organism:aligned",
+    concept: ConceptName = DEFAULT_CONCEPT,
+    cue: CueName = "",
+    sense: Annotated[str, typer.Option(help="The sense to steer towards (default: the group sense); replacement takes controls too.")] = "",
+    method: Annotated[str, typer.Option(help="replacement (the paper's), mean_difference, pca, probe, contrast, noise.")] = "replacement",
+    how: Annotated[str, typer.Option(help="replace, add or ablate (default: replace for replacement, else add).")] = "",
+    layers: Annotated[str, typer.Option(help="Layers such as 1-3 or 0,2, a group such as early, or `windows`: each window of layers by "
+                                             "itself (default: the paper's effective window).")] = "",
+    strengths: Annotated[str, typer.Option(help="Comma-separated factors of what is added.")] = "1",
+    positions: Annotated[str, typer.Option(help="identifiers, prompt, last, generated; comma-separated (default: the method's own).")] = "",
+    out: Out = Path("steering"),
+    gguf: Annotated[Path | None, typer.Option(help="Also write a control vector for llama.cpp (needs the extra `gguf`).")] = None,
+    quick: Quick = False,
+    chat: Chatting = False,
+    system: System = "",
+    temperature: Temperature = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantization: Quantized = None,
+    engine: EngineOption = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the vectors of a sense, save OUT/vectors.safetensors, and ask the model with them, without, and with noise of their norms.
+
+    Example: alignblind steer --model organism:aligned --method mean_difference --layers 1-3 --strengths 0.5,1,2 --out steering
+    """
+    from alignblind_mi.commands.showing import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, write_vectors
+    from alignblind_mi.studies.study import StudyConfig
+
+    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
+                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                                engine=engine, trust_remote_code=trust_remote_code)
+    plan = SteeringPlan.create(config, sense=sense, method=method, how=how, layers=layers, strengths=strengths, positions=positions)
+    (result,) = measure_parts(config, out, steer_parts(config, plan))
+    vectors = write_vectors(config, plan, out, gguf)
+    tables = steer_tables(result.rows, seed=seed)
+    if as_json:
+        print_json(tagged(tables, result.provenance, config.seed))
+        return
+    print_table("Implicit bias under each treatment", [
+        {"treatment": row["treatment"], "n": str(row["n"]), "stereotyped": number(row["rate"]), "95 %": interval(row),
+         "bounds": interval(row, "worst", "best"), "invalid": f"{row['invalid_share']:.1%}"} for row in records_of(tables["rates"])])
+    print_table("Paired difference from the untreated model", [
+        {"treatment": row["treatment"], "n": str(row["n"]), "difference": number(row["difference"]), "95 %": interval(row),
+         "p": number(row["p"], 2), "Holm": number(row["p_holm"], 2), "log-odds": number(row["log_odds"]),
+         "95 % ": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])],
+        note=f"{about(result.provenance, config.seed, out)}; vectors in {vectors}")
