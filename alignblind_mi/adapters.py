@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignblind_mi.edits import adapter_name
-from alignblind_mi.loading import ModelError, ModelSpec, fingerprint, load_config, load_huggingface
+from alignblind_mi.loading import ModelError, ModelSpec, fingerprint, load_config, load_huggingface, quiet
 
 
 def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) -> Any:
@@ -26,10 +26,11 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) ->
     peft = None
     for folder, name in zip(folders, check_folders(folders), strict=True):
         try:
-            if peft is None:
-                peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-            else:
-                peft.load_adapter(str(folder), adapter_name=name)
+            with quiet():
+                if peft is None:
+                    peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                else:
+                    peft.load_adapter(str(folder), adapter_name=name)
         except (ValueError, RuntimeError, OSError, KeyError) as error:    # KeyError: a name that a torch module has, such as "half"
             raise ModelError(f"the adapter {folder} does not fit {spec.name}: {str(error).splitlines()[0]}") from error
         kind = peft.peft_config[name].peft_type

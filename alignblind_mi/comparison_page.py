@@ -14,11 +14,8 @@ from alignblind_mi import figures
 from alignblind_mi.loading import EMBEDDED, ModelSpec
 from alignblind_mi.report import Column, as_uri, environment, percent, plain, save_shown, signed, version_names
 from alignblind_mi.results import write_text
+from alignblind_mi.studies.audit import CITATIONS, LEAST, MOST_INVALID, MOST_WRONG
 from alignblind_mi.studies.comparison_verdicts import (
-    CITATIONS,
-    LEAST,
-    MOST_INVALID,
-    MOST_WRONG,
     Compared,
     comparison_records,
     comparison_tables,
@@ -111,6 +108,13 @@ COLUMNS = {
         _words("damage", "damage_measure"), _value("at", "damage", plain), _words("curve", "family"),
         _interval("benefit, points", ("benefit", "low", "high"), _points),
         _interval("over unlearning, points", ("difference", "difference_low", "difference_high"), _points), _words("why not", "reason")),
+    "readings": (
+        _words("treatment", "treatment"), _words("instrument", "instrument"), _value("readings", "n", _count),
+        _interval("mean", ("mean", "low", "high"), signed), _value("P(group)", "p_group", plain), _value("P(other)", "p_other", plain)),
+    "elsewhere": (
+        _words("treatment", "treatment"), _words("concept", "concept"), _words("cue", "cue"), _value("n", "n", _count),
+        _rates("implicit %", ("rate", "low", "high")), Column("bounds %", lambda r: f"{percent(r['worst'])}–{percent(r['best'])}"),
+        _value("invalid %", "invalid_share", percent)),
     "bbq": (
         _words("treatment", "treatment"), _words("context", "condition"), _value("n", "n", _count),
         _value("questions", "questions", _count), _rates("accuracy %", ("accuracy", "accuracy_low", "accuracy_high")),

@@ -24,7 +24,7 @@ from alignblind_mi.edits import Treatment, adapter_name
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.loading import ModelSpec, fingerprint, load_config, load_huggingface, quiet
 from alignblind_mi.prompts import Prompt, Span
-from alignblind_mi.results import versions
+from alignblind_mi.results import one_process, versions
 from alignblind_mi.tokens import Encoded
 
 if TYPE_CHECKING:
@@ -261,17 +261,13 @@ def finetune(job: Job, out: Path) -> Treatment:
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """One process trains in a folder at a time; the operating system frees it when that process ends, however it ends."""
-    from filelock import FileLock, Timeout
     from safetensors import SafetensorError
 
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    lock = out.with_name(f".{out.name}.lock")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with lock.acquire(timeout=0):
+        with one_process(lock, LoraError(f"another process is training {out}: wait for it, or give another folder.")):
             yield
-            Path(lock.lock_file).unlink(missing_ok=True)
-    except Timeout:
-        raise LoraError(f"another process is training {out}: wait for it, or give another folder.") from None
+            lock.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise LoraError(f"cannot write {out} ({error}): what was trained up to the last whole epoch is kept and will be gone on with."
                         ) from error
@@ -344,9 +340,10 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     if not data.train or (settings.validation_share and not data.validation):
         raise LoraError(f"the tokenizer of {job.spec.name} does not know the words of any training example.")
     set_seed(settings.seed)
-    peft = get_peft_model(model, LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(settings.modules),
-        layers_to_transform=list(job.layers), task_type="CAUSAL_LM"))
+    with quiet():
+        peft = get_peft_model(model, LoraConfig(
+            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(settings.modules),
+            layers_to_transform=list(job.layers), task_type="CAUSAL_LM"))
     parameters = sum(p.numel() for p in peft.parameters() if p.requires_grad)
     pad = int(tokenizer.pad_token_id)
     done = checkpoints(folder)

@@ -6,6 +6,7 @@ Knows Hugging Face checkpoints, PEFT folders and the embedded organism; does NOT
 import contextlib
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,14 +189,16 @@ def quantization_config(spec: ModelSpec) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and transformer-lens' notes while loading; warnings of their loggers' errors remain."""
+    """Silence transformers' progress bars, its notes to developers (FutureWarning) and transformer-lens' notes; errors remain."""
     from transformers.utils import logging as hf_logging
 
     bars, level = hf_logging.is_progress_bar_enabled(), logging.root.level
     hf_logging.disable_progress_bar()
     logging.root.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.root.setLevel(level)
         if bars:

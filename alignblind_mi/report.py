@@ -20,10 +20,12 @@ from alignblind_mi import figures
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.loading import EMBEDDED, ModelSpec
 from alignblind_mi.lora import LAYER_GROUPS, trainable
+from alignblind_mi.paired import corrected, paired_differences
 from alignblind_mi.readings import reading_names
 from alignblind_mi.results import Result, ResultError, write_bytes, write_text
 from alignblind_mi.statistics import exact_interval, mean_interval, position_effect, summarise, t_interval
 from alignblind_mi.steering import can_steer, layer_windows
+from alignblind_mi.studies.audit import CITATIONS, alignment_claims, methods_opening, rows_by, software, treatment_claim
 from alignblind_mi.studies.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.studies.mitigation import comparison_table, early_window, late_window, steering_names
 from alignblind_mi.studies.study import INSTRUMENTS, instruments, load_study, organism_record, questions, view_names
@@ -239,6 +241,7 @@ def summary_tables(study: Study) -> dict[str, pd.DataFrame]:
         ("lora", treated and bool(_lora_parts(study)), lora_table),
         ("lora_training", True, training_table),
         ("comparison", True, treatments_table),
+        ("audit", treated, audit_table),
     ]
     made = {name: make(study) for name, there, make in wanted if there}
     return {name: table for name, table in made.items() if len(table)}
@@ -359,6 +362,57 @@ def treatments_table(study: Study) -> pd.DataFrame:
             table.insert(0, "label", [_label(study, role, name, about.loc[name]) for name in table["treatment"]])
             rows.append(table)
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+
+def audit_table(study: Study) -> pd.DataFrame:
+    """Claim -> estimate -> interval -> controls -> revision: what alignment did, and whether each treatment lowers implicit bias.
+
+    Placebos of a steering window are those that were steered in it; LoRA has none in a study (`alignblind compare` trains one).
+    """
+    revision = _revision(study)
+    aligned, base = study.rows(["behaviour_aligned"]), study.rows(["behaviour_base"]).assign(treatment="base")
+    readings = [study.rows([f"awareness_base_{QUESTION}"]).assign(treatment="base"), study.rows([f"awareness_aligned_{QUESTION}"])]
+    read = pd.concat([readings_of(part) for part in readings if len(part)]) if all(map(len, readings)) else pd.DataFrame()
+    records = alignment_claims(pd.concat([base, aligned]), read, revision) if len(base) else []
+    treated = study.rows([*_steering_parts(study), *_lora_parts(study)])
+    if len(treated):
+        records += _treatment_claims(study, pd.concat([aligned, treated]), revision)
+    return pd.DataFrame.from_records(records)
+
+
+def _treatment_claims(study: Study, answers: pd.DataFrame, revision: str) -> list[dict[str, Any]]:
+    """A claim of each compared window and each adapter."""
+    implicit = answers[answers["kind"] == "implicit"]
+    about = {str(name): rows.iloc[0] for name, rows in implicit.groupby("treatment", sort=False)}
+    wanted = [name for name, row in about.items() if row.get("family") == "lora"
+              or (row.get("family") == "steering" and row["layers"] in study.compared)]
+    kept = implicit[implicit["treatment"].isin(["untreated", *wanted])]
+    differences = rows_by(corrected(paired_differences(kept, by=("kind",)))) if wanted else {}
+    out = []
+    for name in wanted:
+        layers = str(about[name]["layers"])
+        placebos = [other for other, row in about.items() if row.get("family") == "placebo" and row["layers"] == layers]
+        row = differences[name]
+        out.append(treatment_claim(implicit, name, row, placebos if about[name]["family"] == "steering" else [],
+                                   row["invalid"] - row["invalid_baseline"], revision, label=_label(study, "aligned", name, about[name])))
+    return out
+
+
+def methods_paragraph(study: Study) -> str:
+    """A paragraph that a paper can start from; empty for a study without the aligned model's answers."""
+    if not study.has("behaviour_aligned"):
+        return ""
+    rows, note = study.rows(["behaviour_aligned"]), study.parts["behaviour_aligned"].provenance
+    opening = methods_opening(study.config, rows[rows["kind"] == "implicit"], _revision(study), "each in the order of the paper")
+    return (f"{opening}{study.config['base']['name']} was asked the same. Differences are paired by item, with intervals clustered over "
+            "word pairs and templates (Cameron, Gelbach and Miller, 2011), exact where counts are small, and p-values corrected after "
+            f"Holm (1979). Steering replaces the identifiers' residual stream in windows of layers, beside placebo phrases. "
+            f"{software(note.get('versions', {}))}")
+
+
+def _revision(study: Study) -> str:
+    """The weights of the aligned model."""
+    return str(study.config.get("aligned_revision") or "not recorded")
 
 
 def planted_table(study: Study) -> pd.DataFrame:
@@ -583,6 +637,9 @@ def _planted(title: str, name: str) -> Column:
 
 
 COLUMNS: dict[str, Sequence[Column]] = {
+    "audit": (
+        _text("claim", "claim"), _mean("estimate", "estimate", "low", "high"), _count("n", "n"), _text("verdict", "verdict"),
+        _text("controls", "controls"), _text("revision", "revision")),
     "planted": (
         _text("quantity", "quantity"), _planted("planted", "planted"), _planted("measured", "measured"), _planted("95 % from", "low"),
         _planted("to", "high"), _count("n", "n"), _share("invalid %", "invalid_share"), _mark("planted inside", "inside")),
@@ -660,7 +717,7 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
         phrases=_phrases(study), provenance=_provenance(study),
         commands=f"{_command(study)}\nalignblind report {shlex.quote(study.folder.name)}", link=PAPER_LINK, question=QUESTION,
-        pooled=POOLED, roles=ROLES, views=views)
+        pooled=POOLED, roles=ROLES, views=views, methods=methods_paragraph(study), citations=CITATIONS)
 
 
 def _sense_columns(concept: Concept) -> dict[str, tuple[Column, ...]]:

@@ -22,7 +22,7 @@ from alignblind_mi.model import load_model
 from alignblind_mi.organism import organism_path
 from alignblind_mi.prompts import Prompt
 from alignblind_mi.results import ResultError
-from alignblind_mi.steering import sense_steering, steering_vectors
+from alignblind_mi.steering import load_vectors, sense_steering, steering_vectors
 from alignblind_mi.studies import comparison
 from alignblind_mi.studies.comparison import run_comparison
 from alignblind_mi.studies.comparison_verdicts import DAMAGES, benefit_of, comparison_records, comparison_tables, read_comparison
@@ -82,7 +82,8 @@ def test_a_scaled_adapter_is_a_dose(tmp_path, one_adapter):
     plain, whole, half = (model.under(Treatment("t", adapter=name)).record([Row(prompt)], [Site(0, "last", "z")])[0, 0]
                           for name in (None, folder.name, "halved"))
     assert (whole - plain).norm() > 0
-    weights = {name: model.peft.base_model.model.model.layers[0].self_attn.v_proj.get_delta_weight(name) for name in (folder.name, "halved")}
+    projection = model.peft.base_model.model.model.layers[0].self_attn.v_proj
+    weights = {name: projection.get_delta_weight(name) for name in (folder.name, "halved")}
     torch.testing.assert_close(weights["halved"], 0.5 * weights[folder.name])
     assert (half - plain).norm() < (whole - plain).norm()
     with pytest.raises(ModelError, match="is there already"):
@@ -215,10 +216,10 @@ def test_claims_stand_only_with_their_controls(compared):
     found = read_comparison(out)
     tables = comparison_tables(found)
     audit = tables["audit"].set_index("claim")
-    lowered = audit.loc[[claim for claim in audit.index if claim.startswith("steer_late ")][0]]
+    lowered = audit.loc[next(claim for claim in audit.index if claim.startswith("steer_late "))]
     assert lowered["verdict"] == "not supported"
     assert "FAILED: interval below 0" in lowered["controls"]
-    early = audit.loc[[claim for claim in audit.index if claim.startswith("steer_early ")][0]]
+    early = audit.loc[next(claim for claim in audit.index if claim.startswith("steer_early "))]
     assert "FAILED: at most 10 % of right answers lost" in early["controls"]
     assert audit.loc["Alignment lowers awareness (aligned less base, r_blind)", "verdict"] == "supported"
     assert set(tables["points"]["damage_measure"]) == set(DAMAGES)
@@ -241,6 +242,10 @@ def test_the_page_says_what_was_found_and_tables_and_figures_lie_beside_it(compa
     for name in ("comparison", "frontier", "doses"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
         assert (out / "figures" / f"{name}.svg").is_file()
+    read = pd.read_csv(out / "tables" / "readings.csv")
+    assert set(read["instrument"]) == {"patchscope", "selfie", "logit_lens", "probe"}
+    other = pd.read_csv(out / "tables" / "elsewhere.csv")
+    assert set(other["cue"]) == {"direct_color"}    # the others' names are not in the pair's vocabulary
     for name in ("comparison", "differences", "effects", "audit", "points", "equal_damage", "slopes", "position", "mixed"):
         assert len(pd.read_csv(out / "tables" / f"{name}.csv")), name
 
@@ -283,9 +288,13 @@ def test_steer_finds_saves_and_measures(tmp_path):
     assert done.exit_code == 0, done.output
     records = json.loads(done.stdout)
     rates = {record["treatment"]: record for record in records if record["table"] == "rates"}
-    assert list(rates)[0] == "untreated"
+    assert next(iter(rates)) == "untreated"
     assert rates["steer_race_mean_difference_add1_1-3"]["rate"] < rates["untreated"]["rate"] - 0.2
-    assert (out / "vectors_race_mean_difference.safetensors").is_file()
+    (file,) = out.glob("vectors_race_mean_difference_*.safetensors")
+    assert load_vectors(file).layers == (1, 2, 3)
+    gguf = CliRunner().invoke(app, [*command, "--gguf", str(tmp_path / "v.gguf")])
+    assert gguf.exit_code == 0
+    assert (tmp_path / "v.gguf").stat().st_size > 1000
     differences = {record["treatment"]: record for record in records if record["table"] == "differences"}
     assert all(record["p_holm"] >= record["p"] for record in differences.values())
     shown = CliRunner().invoke(app, [*command[:-1]])

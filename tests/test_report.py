@@ -23,7 +23,7 @@ from alignblind_mi.studies import study as studies
 from alignblind_mi.studies.behaviour import Decoding
 
 N_LAYERS = 8
-SECTIONS = ["summary", "behaviour", "position", "awareness", "steering", "lora", "comparison", "limits", "provenance"]
+SECTIONS = ["summary", "behaviour", "position", "awareness", "steering", "lora", "comparison", "audit", "limits", "provenance"]
 FIGURES = {"behaviour", "position", "awareness", "instruments", "steering", "lora", "comparison"}
 VERSIONS = {"python": "3.11.0", "torch": "2.6.0"}
 

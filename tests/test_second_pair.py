@@ -90,6 +90,7 @@ def row(table, treatment, role="aligned"):
     return table.loc[(MODELS[role], treatment)]
 
 
+@pytest.mark.slow
 def test_alignment_hides_bias(table):
     base, aligned = row(table, "untreated", "base"), row(table, "untreated")
     assert aligned["implicit"] - base["implicit"] >= 0.2
@@ -100,12 +101,14 @@ def test_alignment_hides_bias(table):
     assert (table["invalid_share"] <= 0.15).all()
 
 
+@pytest.mark.slow
 def test_early_steering_towards_the_group_lowers_bias_and_late_does_not(table):
     untreated = row(table, "untreated")["implicit"]
     assert row(table, "steer_gender_1-3")["implicit"] == pytest.approx(0.5, abs=0.12)
     assert row(table, "steer_gender_5-7")["implicit"] == pytest.approx(untreated, abs=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placebo", ["chess", "random"])
 def test_placebos_leave_bias_unchanged(table, placebo):
     assert row(table, f"steer_{placebo}_1-3")["implicit"] == pytest.approx(row(table, "untreated")["implicit"], abs=0.08)
@@ -131,6 +134,14 @@ def test_settings_come_from_the_pairs_own_record(config):
 def test_an_organism_is_not_asked_about_another_concept(models, concept, trained):
     with pytest.raises(ModelError, match=f"trained on the concept '{trained}' and knows nothing of '{concept}'"):
         StudyConfig.create(*models, concept=concept)
+
+
+def test_nor_fine_tuned_on_one(tmp_path):
+    from alignblind_mi.commands.lora import lora
+
+    with pytest.raises(ModelError, match="trained on the concept 'race' and knows nothing of 'gender'"):
+        lora("organism:aligned", concept="gender", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pair_is_built_on_concepts_with_a_lexicon_only(tmp_path):

@@ -24,11 +24,12 @@ from alignblind_mi.commands.options import (
     Temperature,
     listed,
 )
+from alignblind_mi.concept import DEFAULT_CONCEPT
 
 
 def awareness(
     model: Model = "organism:aligned",
-    concept: ConceptName = "race",
+    concept: ConceptName = DEFAULT_CONCEPT,
     cue: CueName = "",
     out: Out = Path("awareness"),
     instruments: Annotated[str, typer.Option(help="Comma-separated: patchscope, selfie, lens, probes (default: all there is).")] = "",

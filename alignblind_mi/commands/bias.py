@@ -23,11 +23,12 @@ from alignblind_mi.commands.options import (
     System,
     Temperature,
 )
+from alignblind_mi.concept import DEFAULT_CONCEPT
 
 
 def bias(
     model: Model = "organism:aligned",
-    concept: ConceptName = "race",
+    concept: ConceptName = DEFAULT_CONCEPT,
     cue: CueName = "",
     out: Out = Path("bias"),
     design: Annotated[str, typer.Option(help="balanced (association and position apart) or published (the paper's).")] = "balanced",

@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from alignblind_mi.commands.options import AsJson, ConceptName, CueName, Device, DeviceMap, Dtype, EngineOption, Quantized, RemoteCode
+from alignblind_mi.concept import DEFAULT_CONCEPT
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 
 
 def doctor(
     model: Annotated[str, typer.Argument(help="Hugging Face id, checkpoint folder, organism:base or organism:aligned.")],
-    concept: ConceptName = "race",
+    concept: ConceptName = DEFAULT_CONCEPT,
     cue: CueName = "",
     adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter folder (PEFT) to check with the model.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,

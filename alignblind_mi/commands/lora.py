@@ -5,10 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from alignblind_mi.commands.options import ConceptName, Device, DeviceMap, Dtype, Model, Quantized, RemoteCode, Seed
+from alignblind_mi.concept import DEFAULT_CONCEPT
+
 
 def lora(
-    model: Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, organism:base or organism:aligned.")] = "organism:aligned",
-    concept: Annotated[str, typer.Option(help="A built-in concept or a .toml file.")] = "race",
+    model: Model = "organism:aligned",
+    concept: ConceptName = DEFAULT_CONCEPT,
     layers: Annotated[str | None, typer.Option(help="early, middle, late, all, or numbers such as 0-3,7 (default: early; npo and "
                                                     "gradient_ascent: all).")] = None,
     kind: Annotated[str, typer.Option(help="aware, blind (the mirror image), placebo, npo or gradient_ascent (unlearning).")] = "aware",
@@ -21,12 +24,13 @@ def lora(
                                                           "trained layers.")] = 0.0,
     validation_share: Annotated[float, typer.Option(help="Share of the sentences held out; the epoch best on them is kept.")] = 0.0,
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better one (needs --validation-share).")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     merge: Annotated[Path | None, typer.Option(help="Also write a plain checkpoint with the adapter merged into the weights.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes).")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantization: Quantized = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Train a LoRA adapter as a mitigation, its rival or its placebo; a PEFT folder that load_model(adapters=[...]) takes.
 
@@ -43,16 +47,18 @@ def lora(
     from alignblind_mi.loading import ModelSpec, check_model
     from alignblind_mi.lora import KINDS, examples_of, train_lora
     from alignblind_mi.organism.build import one_thread
-    from alignblind_mi.studies.study import organism_record, recommended_lora
+    from alignblind_mi.studies.study import check_organism, organism_record, recommended_lora
     from alignblind_mi.unlearning import METHODS, UnlearningSettings, train_unlearning
 
     if kind not in (*KINDS, *METHODS):
         raise AlignblindError(f"unknown kind {kind!r}. Known: {', '.join((*KINDS, *METHODS))}.")
     if merge is not None and merge.exists():
         raise AlignblindError(f"{merge} is there already: give another --merge (nothing was touched).")
-    spec = ModelSpec(model, dtype=dtype, device=device, device_map=device_map, quantization=quantization).resolved()
+    spec = ModelSpec(model, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
+                     trust_remote_code=trust_remote_code).resolved()
     data = load_concept(concept)
     check_model(spec)
+    check_organism(spec, data)
     asked: dict[str, Any] = {
         "rank": rank, "learning_rate": learning_rate, "epochs": epochs,
         "modules": None if modules is None else tuple(name.strip() for name in modules.split(","))}

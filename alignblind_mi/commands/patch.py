@@ -24,11 +24,12 @@ from alignblind_mi.commands.options import (
     Temperature,
     listed,
 )
+from alignblind_mi.concept import DEFAULT_CONCEPT
 
 
 def patch(
     model: Model = "organism:aligned",
-    concept: ConceptName = "race",
+    concept: ConceptName = DEFAULT_CONCEPT,
     cue: CueName = "",
     out: Out = Path("patch"),
     parts: Annotated[str, typer.Option(help="Comma-separated: residual, added (attention and MLP), heads.")] = "residual",

@@ -52,20 +52,23 @@ def steer(
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the vectors of a sense, save OUT/vectors.safetensors, and ask the model with them, without, and with noise of their norms.
+    """Find the vectors of a sense, save OUT/vectors_*.safetensors, and ask the model with them, without, and with noise of their norms.
 
     Example: alignblind steer --model organism:aligned --method mean_difference --layers 1-3 --strengths 0.5,1,2 --out steering
     """
     from alignblind_mi.commands.showing import about, interval, number, print_json, print_table, records_of, tagged
-    from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, write_vectors
+    from alignblind_mi.steering import load_vectors
+    from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, vectors_file
     from alignblind_mi.studies.study import StudyConfig
 
     config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
                                 engine=engine, trust_remote_code=trust_remote_code)
     plan = SteeringPlan.create(config, sense=sense, method=method, how=how, layers=layers, strengths=strengths, positions=positions)
-    (result,) = measure_parts(config, out, steer_parts(config, plan))
-    vectors = write_vectors(config, plan, out, gguf)
+    (result,) = measure_parts(config, out, steer_parts(config, plan, out))
+    vectors = vectors_file(plan, out)
+    if gguf is not None:
+        load_vectors(vectors).export_gguf(gguf)
     tables = steer_tables(result.rows, seed=seed)
     if as_json:
         print_json(tagged(tables, result.provenance, config.seed))

@@ -33,8 +33,9 @@ NOTE = "A calibration device with planted, known ground truth: it tests instrume
 DECODING_NOTE = "The planted rates are probabilities: sample the answers at temperature 1; greedy decoding would turn .64 into nearly 1."
 REFUSED = "not in the vocabulary"
 SELFIE = "restated"    # the concept's open-ended prompt in words that the organism knows
-# The steadiest of fourteen settings tried on the shipped pair with training words, never the study's, and the better ones with three LoRA
-# seeds: weaker ones leave some identifiers read as before, stronger ones cost valid answers.
+LORA_NOTE = "Chosen on training words of the first embedded pair alone; nothing was tuned for a pair of another concept."
+# The steadiest of fourteen settings tried on the first shipped pair with training words, never the study's, and the better ones with three
+# LoRA seeds: weaker ones leave some identifiers read as before, stronger ones cost valid answers.
 RECOMMENDED_LORA = {
     "rank": 16,
     "alpha": 32,
@@ -246,6 +247,7 @@ def shared_record(concept_name: str, seed: int, knobs: Knobs, planting: Planting
         "planting": used_in_planting(world),
         "not_in_planting": kept_from_planting(world),
         "lora": RECOMMENDED_LORA,
+        "lora_note": LORA_NOTE,
         "cues": {
             "accepted": [name for name in concept.cues if knows(world, name)],
             "refused": {name: REFUSED for name in concept.cues if not knows(world, name)},

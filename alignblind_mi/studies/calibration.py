@@ -98,9 +98,15 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cach
 
     Finished parts are not measured again. Errors: OrganismError or ResultError for a cache or folder that cannot be used.
     """
+    with StudyFolder.claim(out, config.identity()) as folder:
+        _measure_all(config, folder, jobs, cache)
+    return out
+
+
+def _measure_all(config: CalibrationConfig, folder: StudyFolder, jobs: int, cache: Path | None) -> None:
     from alignblind_mi.organism.build import one_thread
 
-    folder, members = StudyFolder.open(out, config.identity()), config.members
+    members = config.members
     progress = Progress(len(members) + 1)
     with progress.part("build organisms", done=all(folder.has(member.name) for member in members)):
         missing = [member for member in members if not folder.has(member.name)]
@@ -111,7 +117,6 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cach
             with progress.part(f"measure {member.name}", done=done):
                 if not done:
                     folder.part(member.name, lambda: _result(config, member, paths[member]))    # noqa: B023 - called at once
-    return out
 
 
 def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:

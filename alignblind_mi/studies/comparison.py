@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,20 +18,20 @@ from typing import Any
 
 import pandas as pd
 
-from alignblind_mi.concept import Concept, load_concept
+from alignblind_mi.concept import Concept, concept_names, load_concept
 from alignblind_mi.edits import Treatment
 from alignblind_mi.loading import load_config
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import KINDS, implicit_prompts
 from alignblind_mi.results import Result, StudyFolder, versions, write_text
-from alignblind_mi.studies.awareness import measure_awareness
-from alignblind_mi.studies.behaviour import measure_behaviour
+from alignblind_mi.studies.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
+from alignblind_mi.studies.behaviour import ask, measure_behaviour
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, plan_rivals
 from alignblind_mi.studies.side_effects import measure_side_effects
-from alignblind_mi.studies.study import StudyConfig, check_vocabulary, organism_record
+from alignblind_mi.studies.study import StudyConfig, check_vocabulary, instruments, organism_record
 
-MEASURED = ("answers", "readings", "effects")
+MEASURED = ("answers", "readings", "effects", "elsewhere")
 PAIRS, QUICK_PAIRS = 10, 2    # word pairs a category
 READING_PAIRS = 4
 ROUNDS, TIMED = 3, 16
@@ -57,8 +57,16 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     split = check_vocabulary(config, concept)
     n_layers = int(load_config(config.aligned).get_text_config().num_hidden_layers)
     plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)
-    folder = StudyFolder.open(out, config.identity() | {"comparison": FORMAT, "data": sorted(data)})
-    write_text(out / "plan.json", json.dumps(described(plan), indent=1) + "\n")
+    with StudyFolder.claim(out, config.identity() | {"comparison": FORMAT, "data": sorted(data)}) as folder:
+        write_text(out / "plan.json", json.dumps(described(plan), indent=1) + "\n")
+        _compute(config, concept, folder, plan, split, data)
+    return out
+
+
+def _compute(config: StudyConfig, concept: Concept, folder: StudyFolder, plan: Plan, split: dict[str, dict[str, int]],
+             data: dict[str, Callable[[HookedModel], pd.DataFrame]]) -> None:
+    """Train what is missing, and measure what is missing of every rival."""
+    out = folder.path
     measures = {**{name: _measures()[name] for name in MEASURED}, **{name: _of_data(measure) for name, measure in data.items()}}
     wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
     progress = Progress(len(plan.trainings) + len(wanted))
@@ -73,7 +81,6 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
                 made = partial(_result, config, models, role, rival, treatment, seconds, concept, advance)
                 for name in missing:
                     folder.part(part_name(role, rival.name, name), partial(made, measures[name]))
-    return out
 
 
 def part_name(role: str, rival: str, measured: str) -> str:
@@ -140,7 +147,7 @@ Measure = Callable[[HookedModel, Concept, StudyConfig, Advance], pd.DataFrame]
 
 
 def _measures() -> dict[str, Measure]:
-    return {"answers": _answers, "readings": _readings, "effects": _effects}
+    return {"answers": _answers, "readings": _readings, "effects": _effects, "elsewhere": _elsewhere}
 
 
 def _of_data(measure: Callable[[HookedModel], pd.DataFrame]) -> Measure:
@@ -158,8 +165,37 @@ def _answers(model: HookedModel, concept: Concept, config: StudyConfig, advance:
 
 
 def _readings(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
-    return measure_awareness(model, concept, config.cue, reading=next(iter(concept.interpretations)), target_layer=config.target_layer,
-                             controls=(), mentions=(0, 1), max_word_pairs=READING_PAIRS, seed=config.seed)
+    """The patchscope at the first two mentions, and whatever other instruments the concept has the data for at the first."""
+    parts = [measure_awareness(model, concept, config.cue, reading=next(iter(concept.interpretations)), target_layer=config.target_layer,
+                               controls=(), mentions=(0, 1), max_word_pairs=READING_PAIRS, seed=config.seed)]
+    for name in instruments(concept, config.cue, config.selfie):
+        if name == "selfie":
+            parts.append(measure_selfie(model, concept, config.cue, prompt=config.selfie, target_layer=config.target_layer, controls=(),
+                                        temperature=config.decoding.temperature, seed=config.seed))
+        elif name == "lens":
+            parts.append(measure_lens(model, concept, config.cue, controls=(), seed=config.seed))
+        else:
+            parts.append(measure_probes(model, concept, config.cue, controls=(), random_weights=False, seed=config.seed).rows)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _elsewhere(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
+    """Implicit answers under other cues of the concept, and of other concepts: what else does the treatment change?
+
+    Edits at identifiers act where the identifiers are those that are treated. What the tokenizer does not know is not asked.
+    """
+    treated, parts = concept.cue(config.cue), []
+    others = [(concept, cue) for cue in concept.cues.values() if cue.name != treated.name]
+    others += [(other, other.cue(other.first_cue)) for other in map(load_concept, concept_names()) if other.name != concept.name]
+    for other, cue in others:
+        prompts = implicit_prompts(other, cue, design="balanced", seed=config.seed, max_word_pairs=1)
+        unknown = model.tokenizer.unk_token_id
+        if unknown is not None and any(unknown in item.ids for item in model.encode(prompts)):
+            continue
+        same = (cue.marked, cue.unmarked) == (treated.marked, treated.unmarked)
+        parts.append(ask(model, other, prompts if same else [replace(prompt, marks={}) for prompt in prompts], config.decoding, advance,
+                         partial=True))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["treatment", "concept", "cue", "kind", "outcome"])
 
 
 def _effects(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:

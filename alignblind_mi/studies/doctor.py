@@ -21,7 +21,7 @@ from alignblind_mi.adapters import check_folders, with_adapters
 from alignblind_mi.blocks import text_config
 from alignblind_mi.budget import release
 from alignblind_mi.chat import Chat, in_chat, render
-from alignblind_mi.concept import Concept, Cue, load_concept
+from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.edits import Edit, Row, Site, Treatment
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.loading import (
@@ -75,7 +75,7 @@ def _at_least(check: str, measured: float | int, bound: float | int, unit: str, 
     return Check(check, "ok" if good else worse, found, float(measured), ">=", float(bound), unit, "" if good else advice)
 
 
-def check_up(model: str | ModelSpec, concept: str | Concept = "race", *, cue: str = "", adapter: Path | str | None = None,
+def check_up(model: str | ModelSpec, concept: str | Concept = DEFAULT_CONCEPT, *, cue: str = "", adapter: Path | str | None = None,
              drift: bool = True, progress: Callable[[str], None] | None = None) -> pd.DataFrame:
     """Check a model for a concept and a cue (default: its first), perhaps with a LoRA adapter; one row per check, in their order.
 

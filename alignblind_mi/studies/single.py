@@ -18,7 +18,7 @@ from alignblind_mi.edits import UNTREATED, How
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.finetuning import choose_layers
 from alignblind_mi.loading import load_config
-from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.model import HookedModel
 from alignblind_mi.paired import corrected, paired_differences
 from alignblind_mi.patching import CONTROLS, summarise_patching
 from alignblind_mi.prompts import DESIGNS, implicit_prompts
@@ -208,30 +208,31 @@ class SteeringPlan:
         return steering_vectors(model, concept, cue, self.sense, self.method, layers=layers, seed=seed)
 
 
-def steer_parts(config: StudyConfig, plan: SteeringPlan) -> list[Part]:
-    """Implicit answers (balanced design) untreated, under every treatment of a plan, and under noise of the first one's norms."""
-    digest = hashlib.sha256(repr(plan).encode()).hexdigest()[:8]
-    return [Part(f"steering_{plan.sense}_{plan.method}_{digest}_{ROLE}", ROLE, False, partial(_steered, config, plan))]
+def steer_parts(config: StudyConfig, plan: SteeringPlan, out: Path) -> list[Part]:
+    """Implicit answers (balanced design) untreated, under every treatment of a plan, and under noise of the first one's norms.
+
+    The vectors are saved on the way: see `vectors_file`.
+    """
+    return [Part(f"steering_{_digest(plan)}_{ROLE}", ROLE, False, partial(_steered, config, plan, out))]
 
 
-def _steered(config: StudyConfig, plan: SteeringPlan, model: HookedModel, advance: Callable[[int], None]) -> pd.DataFrame:
+def _digest(plan: SteeringPlan) -> str:
+    return f"{plan.sense}_{plan.method}_{hashlib.sha256(repr(plan).encode()).hexdigest()[:8]}"
+
+
+def vectors_file(plan: SteeringPlan, out: Path) -> Path:
+    """Where the vectors of a plan lie (see `steering.load_vectors`)."""
+    return out / f"vectors_{_digest(plan)}.safetensors"
+
+
+def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedModel, advance: Callable[[int], None]) -> pd.DataFrame:
     concept = load_concept(config.concept)
     vectors = plan.vectors(model, concept, config.cue, config.seed)
+    vectors.save(vectors_file(plan, out))
     treatments = list(steering_grid(vectors, plan.layers, plan.strengths, how=plan.how, positions=plan.positions))
     prompts = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=config.balanced_pairs)
     every = [UNTREATED, *treatments, noise_like(treatments[0], seed=config.seed)]
     return ask_under(model, concept, prompts, every, config.decoding, advance)
-
-
-def write_vectors(config: StudyConfig, plan: SteeringPlan, out: Path, gguf: Path | None = None) -> Path:
-    """Save a plan's vectors as `out`/vectors.safetensors, and for llama.cpp if asked to; the model is loaded where they are not there."""
-    file = out / f"vectors_{plan.sense}_{plan.method}.safetensors"
-    if not file.is_file() or gguf is not None:
-        vectors = plan.vectors(load_model(config.aligned), load_concept(config.concept), config.cue, config.seed)
-        vectors.save(file)
-        if gguf is not None:
-            vectors.export_gguf(gguf)
-    return file
 
 
 def steer_tables(rows: pd.DataFrame, *, seed: int = 0) -> dict[str, pd.DataFrame]:

@@ -240,7 +240,16 @@ def run_parts(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
 def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
     concept = load_concept(config.concept)
     split = check_vocabulary(config, concept)
-    folder = StudyFolder.open(out, config.identity())
+    identity, begun = config.identity(), StudyFolder(out)
+    finished = begun.holds(identity, [part.name for part in parts])    # then nothing is written, and nobody is kept out
+    with nullcontext(begun) if finished else StudyFolder.claim(out, identity) as folder:
+        _compute(config, concept, folder, parts, split)
+    return out
+
+
+def _compute(config: StudyConfig, concept: Concept, folder: StudyFolder, parts: Sequence[Part], split: dict[str, dict[str, int]]) -> None:
+    """Compute and save the parts that are not there yet."""
+    out = folder.path
     progress = Progress(len(parts) + (len(lora_groups(config)) if any(part.adapters for part in parts) else 0))
     models = _Models(config, out, progress.note)
     for model, words in split.items():
@@ -255,7 +264,6 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
         with progress.part(part.name.replace("_", " "), done=done) as advance:
             if not done:
                 folder.part(part.name, lambda: _result(config, models, part, advance, split))    # noqa: B023 - called at once
-    return out
 
 
 def _result(config: StudyConfig, models: _Models, part: Part, advance: Advance, split: dict[str, dict[str, int]]) -> Result:

@@ -1,0 +1,120 @@
+"""Runs small studies in forked processes and kills them (SIGKILL) at random moments; each is begun again where it was, until all is done.
+
+Usage: python kill_driver.py MODEL OUT KILLS SEED. Writes OUT/undisturbed/KIND and OUT/killed/KIND-N (N: how often that kind was finished
+before), and prints JSON: kills and finished runs by kind. Forking spares every run the imports, which take longer than all the rest.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pandas  # noqa: F401 - imported before any fork
+import peft  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import torch
+import transformers  # noqa: F401
+
+import alignblind_mi.finetuning
+from alignblind_mi import Decoding, LoraSettings, StudyConfig, load_concept, run_parts, run_study, study_parts
+from alignblind_mi.studies.single import awareness_parts, bias_parts, measure_parts
+from alignblind_mi.studies.study import Part
+
+torch.set_num_threads(1)
+assert alignblind_mi.finetuning
+
+
+def config_of(model: str) -> StudyConfig:
+    config = StudyConfig.create(model, model, quick=True)
+    return replace(config, balanced_pairs=1, published_pairs=1, target_layer=1, decoding=Decoding(max_new_tokens=3, temperature=1.0),
+                   lora=LoraSettings(epochs=2, batch_size=64, accumulation=1))
+
+
+def patched(config: StudyConfig) -> list[Part]:
+    """A few patches a part: what a kill may leave is the same as for many."""
+    from alignblind_mi import measure_patching
+
+    def part(layer: int) -> Part:
+        return Part(f"patching_{layer}", "model", False, lambda model, advance: measure_patching(
+            model, load_concept("race"), config.cue, parts=["residual"], layers=[layer], marks=["last_token"], controls=["random"],
+            categories=["guilt"], max_word_pairs=1, seed=config.seed, progress=advance))
+
+    return [part(layer) for layer in range(2)]
+
+
+def run(kind: str, config: StudyConfig, out: Path) -> None:
+    if kind == "bias":
+        measure_parts(config, out, [*bias_parts(config), *bias_parts(config, "published")])
+    elif kind == "awareness":
+        measure_parts(config, out, awareness_parts(config, ["patchscope", "selfie", "lens"]))
+    elif kind == "patch":
+        run_parts(config, out, patched(config))
+    elif kind == "lora":
+        run_parts(config, out, [part for part in study_parts(config, load_concept("race")) if part.name.startswith("lora_early")])
+    else:
+        run_study(config, out)
+
+
+KINDS = ("bias", "awareness", "patch", "lora", "study")
+
+
+def begin(kind: str, config: StudyConfig, out: Path) -> int:
+    """Start a run in a process of its own; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        run(kind, config, out)
+        code = 0
+    except BaseException:    # noqa: BLE001 - whatever it is, the parent is to see it
+        (out.parent / f"{out.name}.failed").write_text(traceback.format_exc())
+    finally:
+        os._exit(code)
+
+
+def finish(kind: str, config: StudyConfig, out: Path) -> float:
+    start = time.monotonic()
+    _, status = os.waitpid(begin(kind, config, out), 0)
+    if status:
+        sys.exit(f"{kind}: {(out.parent / f'{out.name}.failed').read_text()}")
+    return time.monotonic() - start
+
+
+def main() -> None:
+    model, out, kills, moments = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), random.Random(int(sys.argv[4]))
+    config = config_of(model)
+    (out / "undisturbed").mkdir(parents=True)
+    (out / "killed").mkdir()
+    seconds = {kind: finish(kind, config, out / "undisturbed" / kind) for kind in KINDS}
+    killed, finished = Counter(), Counter()
+    while killed.total() < kills:
+        kind = KINDS[killed.total() % len(KINDS)]
+        folder = out / "killed" / f"{kind}-{finished[kind]}"
+        pid = begin(kind, config, folder)
+        time.sleep(moments.uniform(0.0, min(0.8 * seconds[kind], 0.8)))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            killed[kind] += 1
+        elif status == 0:
+            finished[kind] += 1
+        else:
+            sys.exit(f"{kind}: {(folder.parent / f'{folder.name}.failed').read_text()}")
+    for kind in KINDS:
+        finish(kind, config, out / "killed" / f"{kind}-{finished[kind]}")
+        finished[kind] += 1
+    print(json.dumps({"killed": killed, "finished": finished, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()
