@@ -20,8 +20,10 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
 FLOOR_TITLES = ("Values", "Engine", "Techniques", "Studies", "Showing")
-FLOOR_ABOUT = ("Words, prompts, edits, answers, results and statistics: what needs no model.", "Models, and how rows of prompts with edits run.",
-               "What a representation says, what the answer depends on, and what changes it.", "The questions of the paper, and the comparison.",
+FLOOR_ABOUT = ("Words, prompts, edits, answers, results and statistics: what needs no model.",
+               "Models, and how rows of prompts with edits run.",
+               "What a representation says, what the answer depends on, and what changes it.",
+               "The questions of the paper, and the comparison.",
                "Figures, reports, views and the command line.")
 
 
