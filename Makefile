@@ -1,9 +1,9 @@
-# install: the virtual environment with everything, at the pinned versions. study, test: the same, then run.
+# install: the virtual environment with everything, at the pinned versions. study, test: the same, then run. docs: the same, then site/.
 VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
-.PHONY: install study test check notebooks clean
+.PHONY: install study test check docs notebooks clean
 
 install: $(STAMP)
 
@@ -24,5 +24,9 @@ check: install
 test: check
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "The site is $(CURDIR)/site/index.html"
+
 clean:
-	rm -rf $(VENV) study build *.egg-info
+	rm -rf $(VENV) study build site *.egg-info

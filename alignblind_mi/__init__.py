@@ -40,15 +40,18 @@ _WHERE = {
     "lora": ("PAPER", "LoraSettings", "awareness_examples", "blindness_examples", "layer_group", "lora_sweep", "placebo_examples",
              "train_lora"),
     "unlearning": ("UnlearningSettings", "train_unlearning"),
-    "studies.behaviour": ("Decoding", "measure_behaviour"),
+    "studies.behaviour": ("Decoding", "ask_under", "measure_behaviour"),
     "studies.awareness": ("blind_score", "measure_awareness", "measure_lens", "measure_probes", "measure_selfie", "reading_reduction",
                           "readings_of", "selfie_table", "summarise_readings"),
+    "studies.comparison": ("run_comparison",),
+    "studies.comparison_verdicts": ("comparison_tables", "read_comparison"),
     "studies.mitigation": ("compare_treatments", "early_window", "late_window"),
+    "studies.side_effects": ("measure_side_effects",),
     "studies.patching": ("depth_profile", "effect_span", "measure_patching"),
     "studies.doctor": ("check_up",),
     "studies.single": ("awareness_parts", "awareness_tables", "bias_parts", "bias_tables", "measure_parts", "patch_parts", "patch_tables"),
     "studies.study_file": ("read_study_file",),
-    "studies.study": ("Part", "StudyConfig", "load_study", "run_parts", "run_study", "study_parts"),
+    "studies.study": ("Part", "StudyConfig", "load_study", "recommended_lora", "run_parts", "run_study", "study_parts"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE)
@@ -126,10 +129,13 @@ if TYPE_CHECKING:
         selfie_table,
         summarise_readings,
     )
-    from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
+    from alignblind_mi.studies.behaviour import Decoding, ask_under, measure_behaviour
+    from alignblind_mi.studies.comparison import run_comparison
+    from alignblind_mi.studies.comparison_verdicts import comparison_tables, read_comparison
     from alignblind_mi.studies.doctor import check_up
     from alignblind_mi.studies.mitigation import compare_treatments, early_window, late_window
     from alignblind_mi.studies.patching import depth_profile, effect_span, measure_patching
+    from alignblind_mi.studies.side_effects import measure_side_effects
     from alignblind_mi.studies.single import (
         awareness_parts,
         awareness_tables,
@@ -139,7 +145,7 @@ if TYPE_CHECKING:
         patch_parts,
         patch_tables,
     )
-    from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study, study_parts
+    from alignblind_mi.studies.study import Part, StudyConfig, load_study, recommended_lora, run_parts, run_study, study_parts
     from alignblind_mi.studies.study_file import read_study_file
     from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
 

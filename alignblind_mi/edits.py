@@ -146,6 +146,7 @@ def acts_in(prompt: Prompt, mark: str) -> bool:
 
 
 UNTREATED = Treatment("untreated")
+"""The treatment that changes nothing: what every other one is compared with."""
 
 
 def combine(*treatments: Treatment, name: str = "") -> Treatment:

@@ -97,6 +97,7 @@ class LoraSettings:
 
 
 PAPER = LoraSettings()
+"""The hyper-parameters of "Aligned but Blind" for Llama 3 8B."""
 
 
 # ---- layers and modules ------------------------------------------------------------------------------------------------

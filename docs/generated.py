@@ -1,0 +1,189 @@
+"""What the documentation says that is known elsewhere, put in when it is built: numbers, commands, public names, modules, notebooks.
+
+A hook of MkDocs (see mkdocs.yml). Pages are Jinja templates with the functions in `FUNCTIONS`; what a page asks for and is not there stops
+the build. Nothing here is written down twice: numbers come from docs/calibration.json, commands from Typer, names from the package, and
+floors from the table that tests/test_floors.py enforces.
+"""
+
+import ast
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "alignblind_mi"
+FLOOR_TITLES = ("Values", "Engine", "Techniques", "Studies", "Showing")
+FLOOR_ABOUT = ("Words, prompts, edits, answers, results and statistics: what needs no model.",
+               "Models, and how rows of prompts with edits run.",
+               "What a representation says, what the answer depends on, and what changes it.",
+               "The questions of the paper, and the comparison.",
+               "Figures, reports, views and the command line.")
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def records() -> list[dict[str, Any]]:
+    """The records of docs/calibration.json."""
+    return json.loads((ROOT / "docs" / "calibration.json").read_text("utf-8"))
+
+
+def record(instrument: str) -> dict[str, Any]:
+    """The record of one instrument; KeyError for one that was not calibrated."""
+    return {one["instrument"]: one for one in records()}[instrument]
+
+
+def calibrated(*instruments: str) -> str:
+    """How far instruments can be trusted on organisms with known truth, as a table."""
+    header = [""] + [f"**{name.replace('_', ' ')}**" for name in instruments]
+    rows = [[what, *(write(record(name)) for name in instruments)] for what, write in SAID.items()]
+    return _table([header, *rows])
+
+
+def calibration_table() -> str:
+    """All instruments of the calibration, one a row."""
+    names = [one["instrument"] for one in records()]
+    return _table([["instrument", *SAID], *([name.replace("_", " "), *(write(record(name)) for write in SAID.values())] for name in names)])
+
+
+def advice() -> str:
+    """The verdicts of the calibration, from its records alone."""
+    from alignblind_mi.studies.verdicts import advice
+
+    return "\n".join(f"* {line}" for line in advice(records()))
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = [" | ".join(["", *row, ""]).strip() for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _by_seed(one: dict[str, Any]) -> str:
+    return f"{_number(one['spearman'])} ({', '.join(_number(value, 1) for value in one['spearman_by_seed'].values())})"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _error(one: dict[str, Any]) -> str:
+    first, last = (("–" if one[name] is None else f"{one[name]:.0f}") for name in ("depth_error", "last_error"))
+    return f"{first} / {last}"
+
+
+def _causal(one: dict[str, Any]) -> str:
+    if one["causal_separated"] is None:
+        return "–"
+    share = "" if one["decodable_share"] is None else f" ({_number(one['decodable_share'])})"
+    return ("yes" if one["causal_separated"] else "no") + share
+
+
+def _alarms(one: dict[str, Any]) -> str:
+    return f"{one['false_alarm_rate']:.0%} [{one['false_alarm_low']:.0%}–{one['false_alarm_high']:.0%}] ({one['false_alarm_n']})"
+
+
+SAID: dict[str, Callable[[dict[str, Any]], str]] = {
+    "follows": lambda one: one["measures"],
+    "rank correlation with what was planted (by seed)": _by_seed,
+    "with the other knob": lambda one: _number(one["spearman_other_knob"]),
+    "error of the first / last layer": _error,
+    "tells causal from decodable (share shown)": _causal,
+    "false alarms (n)": _alarms,
+    "coverage of 95 % intervals": lambda one: "–" if one["coverage"] is None else f"{one['coverage']:.1%}",
+}
+
+
+# ---- commands and names ------------------------------------------------------------------------------------------------
+
+
+def commands() -> str:
+    """Every command with its options, as Typer documents them."""
+    import typer
+    from typer.cli import get_docs_for_click
+    from typer.main import get_command
+
+    from alignblind_mi.__main__ import app
+
+    command = get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="alignblind")
+    return text.split("\n", 2)[2]    # the page has a title of its own
+
+
+def floors() -> dict[int, tuple[str, ...]]:
+    """Floor -> modules, from tests/test_floors.py."""
+    tree = ast.parse((ROOT / "tests" / "test_floors.py").read_text("utf-8"))
+    return next(ast.literal_eval(node.value) for node in tree.body
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "FLOORS")
+
+
+def public_names() -> str:
+    """Every name of `alignblind_mi`, linked to where it is described."""
+    import alignblind_mi
+
+    rows = [["name", "defined in", "what it is"]]
+    for name in alignblind_mi.__all__:
+        module, said = _defined(f"alignblind_mi.{alignblind_mi._MODULE[name]}", name)
+        rows.append([f"[`{name}`][{module}.{name}]", f"`{module.removeprefix('alignblind_mi.')}`", said.replace("|", r"\|")])
+    return _table(rows)
+
+
+def _defined(module: str, name: str) -> tuple[str, str]:
+    """The module that defines a name, which another may pass on, and the first sentence said of it."""
+    tree = ast.parse(_file(module).read_text("utf-8"))
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+            return module, (ast.get_docstring(node) or "").split("\n")[0]
+        if isinstance(node, ast.ImportFrom) and node.module and name in [alias.asname or alias.name for alias in node.names]:
+            return _defined(node.module, name)
+    return module, ""
+
+
+def _file(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def modules(floor: int) -> Iterator[str]:
+    """The modules of a floor, submodules among them."""
+    for name in floors()[floor]:
+        path = PACKAGE / name
+        if path.is_dir():
+            yield f"alignblind_mi.{name}"
+            yield from (f"alignblind_mi.{name}.{file.stem}" for file in sorted(path.glob("*.py")) if file.stem != "__init__")
+        else:
+            yield f"alignblind_mi.{name}"
+
+
+def _floor_page(floor: int) -> str:
+    parts = [f"# {FLOOR_TITLES[floor]}", FLOOR_ABOUT[floor], *(f"::: {module}" for module in modules(floor))]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- the hook ----------------------------------------------------------------------------------------------------------
+
+FUNCTIONS = {"calibrated": calibrated, "calibration_table": calibration_table, "advice": advice, "record": record, "records": records,
+             "commands": commands, "public_names": public_names}
+
+
+@event_priority(100)    # before the plugins, which take notebooks from the list
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the notebooks, which lie beside docs/, and a page of the reference for each floor."""
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        files.append(File(f"notebooks/{notebook.name}", str(ROOT), config.site_dir, config.use_directory_urls))
+    for floor in floors():
+        files.append(File.generated(config, f"reference/floor-{floor}.md", content=_floor_page(floor)))
+    return files
+
+
+@event_priority(100)
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in what a page asks for."""
+    written = page.file.src_uri.endswith(".md") and page.file.generated_by is None
+    return Environment(undefined=StrictUndefined, autoescape=False).from_string(markdown).render(FUNCTIONS) if written else markdown
