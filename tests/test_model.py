@@ -206,7 +206,7 @@ def test_bad_input_is_named(make, error, said, tiny):
 
 
 @pytest.mark.parametrize(("spec", "said"), [
-    ("no/such-model", "cannot be found or reached"), ("organism:nobody", "embedded pair has no model"),
+    ("no/such-model", "cannot be found or reached"), ("organism:nobody", "no embedded model .nobody.: give organism:base"),
     ("/no/such/folder", "cannot be found or reached")])
 def test_unknown_models_are_one_sentence(spec, said):
     with pytest.raises(Exception, match=said) as caught:
