@@ -689,9 +689,7 @@ def frontier_figure(points: pd.DataFrame) -> Figure:
             some = rows[rows["family"] == family]
             axis.vlines(some["damage"], some["low"], some["high"], color=FAMILY_COLOURS[family], lw=0.8, alpha=0.6, zorder=2)
             axis.plot(some["damage"], some["benefit"], color=FAMILY_COLOURS[family], marker=_marker(j), ms=6, ls="none", zorder=3)
-        for k, (_, row) in enumerate(front.iterrows()):
-            axis.annotate(str(row["treatment"]).replace("_", " "), (row["damage"], row["benefit"]), xytext=(6, 5 + 9 * (k % 2)),
-                          textcoords="offset points", fontsize=7)
+        _name_points(axis, front, max(float(rows["damage"].max()), 0.05))
         axis.axhline(0, color=INK, lw=0.8)
         axis.set_xlabel(DAMAGE_NAMES.get(measure, measure))
         axis.set_ylabel("benefit: nearer to 50 % by")
@@ -702,6 +700,19 @@ def frontier_figure(points: pd.DataFrame) -> Figure:
         axis.set_visible(False)
     _legend(figure, [*_marks(families, [FAMILY_COLOURS[name] for name in families]), _line(INK, "best for its damage", ls="--", width=0.8)])
     return figure
+
+
+def _name_points(axis: Axes, front: pd.DataFrame, width: float) -> None:
+    """Names at the frontier's points, best first; none where its place is taken by another."""
+    taken: list[tuple[float, float]] = []
+    for row in front.sort_values("benefit", ascending=False).to_dict("records"):
+        at = (row["damage"] / width, row["benefit"])
+        if any(abs(at[0] - x) < 0.4 and abs(at[1] - y) < 0.035 for x, y in taken):
+            continue
+        taken.append(at)
+        left = at[0] > 0.6
+        axis.annotate(str(row["treatment"]).replace("_", " "), (row["damage"], row["benefit"]), xytext=(-6 if left else 6, 6),
+                      textcoords="offset points", fontsize=7, ha="right" if left else "left")
 
 
 @_styled

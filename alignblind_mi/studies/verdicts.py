@@ -15,7 +15,7 @@ from alignblind_mi.studies.calibration import BEHAVIOUR_INSTRUMENTS, INSTRUMENTS
 KNOB = dict.fromkeys(READING_INSTRUMENTS, "reading") | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, "behaviour")
 # The smallest effect worth a claim, in the instrument's unit: a fifth of the scale from one sense to the middle, ten points of a rate.
 SMALLEST = dict.fromkeys(READING_INSTRUMENTS, 0.2) | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, 0.1)
-FOLLOWS, ALARMS = 0.9, 0.05    # rank correlation from which an instrument follows its knob, false alarms up to which it is believed
+FOLLOWS, ALARMS = 0.9, 0.05    # rank correlation from which an instrument follows its knob; false alarms that it may not be shown to exceed
 SEPARATED = 0.25    # a decodable-only organism must show at most this share of what the causal one shows
 HALF = 0.5    # an instrument's onset is the first layer with half of its largest value
 SAMPLE = 30    # contexts of a simulated study, drawn with all of their units
@@ -324,10 +324,10 @@ def advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
     readings = [record for record in records if record["measures"] == "reading"]
     acting = [record for record in records if record["measures"] == "behaviour" and record["causal_separated"] is not None]
     following = [r for r in readings if _at_least(r["spearman"], FOLLOWS)]
-    lines = [_sentence("How is the word read? Believe", [r for r in following if _at_most(r["false_alarm_rate"], ALARMS)],
-                       "they rise with the planted reading and raise few false alarms"),
+    lines = [_sentence("How is the word read? Believe", [r for r in following if _at_most(r["false_alarm_low"], ALARMS)],
+                       "they rise with the planted reading, and not more than 5 % of false alarms were shown (exact interval)"),
              _sentence("To rank models, not to claim a reading where there may be none:",
-                       [r for r in following if _at_least(r["false_alarm_rate"], ALARMS) and r["false_alarm_rate"] != ALARMS],
+                       [r for r in following if r["false_alarm_low"] is not None and r["false_alarm_low"] > ALARMS],
                        "they rise with the planted reading, but say something of words that mean neither"),
              _sentence("Not tried on an organism without a reading:", [r for r in following if r["false_alarm_rate"] is None],
                        "they rise with the planted reading; nothing is known of false alarms"),
