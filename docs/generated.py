@@ -41,10 +41,10 @@ def record(instrument: str) -> dict[str, Any]:
 
 
 def calibrated(*instruments: str) -> str:
-    """How far instruments can be trusted on organisms with known truth, as a table."""
+    """How far instruments can be trusted on organisms with known truth, as a table, and what follows from it."""
     header = [""] + [f"**{name.replace('_', ' ')}**" for name in instruments]
     rows = [[what, *(write(record(name)) for name in instruments)] for what, write in SAID.items()]
-    return _table([header, *rows])
+    return f"{_table([header, *rows])}\n\n{advice(*instruments)}"
 
 
 def calibration_table() -> str:
@@ -53,11 +53,11 @@ def calibration_table() -> str:
     return _table([["instrument", *SAID], *([name.replace("_", " "), *(write(record(name)) for write in SAID.values())] for name in names)])
 
 
-def advice() -> str:
-    """The verdicts of the calibration, from its records alone."""
+def advice(*instruments: str) -> str:
+    """The verdicts of the calibration, from its records alone: on all instruments, or on some."""
     from alignblind_mi.studies.verdicts import advice
 
-    return "\n".join(f"* {line}" for line in advice(records()))
+    return "\n".join(f"* {line}" for line in advice([record(name) for name in instruments] or records()))
 
 
 def _table(rows: list[list[str]]) -> str:
