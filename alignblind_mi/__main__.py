@@ -156,11 +156,15 @@ def forecast(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="Results folder of a study.")] = Path("study")) -> None:
-    """Draw the report of a study anew from its saved rows. Example: alignblind report study"""
+def report(folder: Annotated[Path, typer.Argument(help="Results folder of a study, comparison or calibration.")] = Path("study")) -> None:
+    """Draw the page of a study, a comparison or a calibration anew from its saved rows. Example: alignblind report study"""
+    from alignblind_mi.calibration_page import write_calibration
+    from alignblind_mi.comparison_page import write_comparison
     from alignblind_mi.report import write_report
+    from alignblind_mi.results import folder_kind
 
-    typer.echo(f"The report is {write_report(folder).resolve()}")
+    write = {"comparison": write_comparison, "calibration": write_calibration}.get(folder_kind(folder), write_report)
+    typer.echo(f"The report is {write(folder).resolve()}")
 
 
 @app.command()

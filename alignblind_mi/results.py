@@ -113,6 +113,16 @@ def load_result(path: Path) -> Result:
         raise ResultError(f"{path} or its provenance is damaged ({error}). Delete both files to compute this part anew.") from error
 
 
+def folder_kind(folder: Path) -> str:
+    """What a results folder holds by its own note: comparison, calibration, or (anything else) study."""
+    note = folder / "study.json"
+    try:
+        found = json.loads(note.read_text("utf-8")) if note.is_file() else {}
+    except (OSError, ValueError):
+        return "study"    # reading it as one says what is wrong with the note
+    return next((kind for kind in ("comparison", "calibration") if isinstance(found, dict) and kind in found), "study")
+
+
 @dataclass(frozen=True)
 class StudyFolder:
     """A folder of results from one configuration; parts that are there are not computed again."""

@@ -14,6 +14,7 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -25,7 +26,9 @@ import transformers  # noqa: F401
 
 import alignblind_mi.finetuning
 from alignblind_mi import Decoding, LoraSettings, StudyConfig, load_concept, run_parts, run_study, study_parts
-from alignblind_mi.studies.single import awareness_parts, bias_parts, measure_parts
+from alignblind_mi.studies import comparison
+from alignblind_mi.studies.rivals import Plan, plan_rivals
+from alignblind_mi.studies.single import SteeringPlan, awareness_parts, bias_parts, measure_parts, steer_parts
 from alignblind_mi.studies.study import Part
 
 torch.set_num_threads(1)
@@ -59,11 +62,26 @@ def run(kind: str, config: StudyConfig, out: Path) -> None:
         run_parts(config, out, patched(config))
     elif kind == "lora":
         run_parts(config, out, [part for part in study_parts(config, load_concept("race")) if part.name.startswith("lora_early")])
+    elif kind == "steer":
+        measure_parts(config, out, steer_parts(config, SteeringPlan.create(config, method="mean_difference", strengths="0.5,1"), out))
+    elif kind == "compare":
+        compare(config, out)
     else:
         run_study(config, out)
 
 
-KINDS = ("bias", "awareness", "patch", "lora", "study")
+def compare(config: StudyConfig, out: Path) -> None:
+    """A comparison of two rivals, one of them trained, by their answers: a tiny model does not know the texts of side effects."""
+    def few(*args: Any, **options: Any) -> Plan:
+        plan = plan_rivals(*args, **options)
+        names = ("steer_early", "lora_early")
+        return Plan([rival for rival in plan.rivals if rival.name in names], [one for one in plan.trainings if one.name in names], {})
+
+    comparison.plan_rivals, comparison.MEASURED = few, ("answers",)
+    comparison.run_comparison(config, out)
+
+
+KINDS = ("bias", "awareness", "patch", "steer", "lora", "compare", "study")
 
 
 def begin(kind: str, config: StudyConfig, out: Path) -> int:

@@ -206,7 +206,8 @@ def test_a_finished_comparison_is_not_measured_again(compared, monkeypatch):
     assert {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")} == before
     with pytest.raises(ResultError, match="seed"):
         run_comparison(replace(config, seed=5), out)
-    comparison_page.write_comparison(out)
+    drawn = CliRunner().invoke(app, ["report", str(out)])
+    assert "comparison.html" in drawn.stdout
     assert json.loads((out / "comparison.json").read_text("utf-8")) == records
 
 

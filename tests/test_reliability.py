@@ -26,7 +26,7 @@ from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
-OF_THE_MOMENT = {"made": "", "batches": ""}    # provenance that may differ: when, and how much memory was free then
+OF_THE_MOMENT = {"made": "", "batches": "", "cost": ""}    # provenance that may differ: when, free memory, times
 ROWS = pd.DataFrame({"n": range(2000), "text": [f"row {i}" for i in range(2000)], "x": np.linspace(0, 1, 2000)})
 
 
