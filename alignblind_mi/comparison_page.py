@@ -84,8 +84,10 @@ COLUMNS = {
         _words("treatment", "treatment"), _words("family", "family"), _value("n", "n", _count),
         _rates("implicit %", ("implicit", "low", "high")), Column("bounds %", lambda r: f"{percent(r['worst'])}–{percent(r['best'])}"),
         _value("invalid %", "invalid_share", percent), _rates("explicit %", ("explicit", "explicit_low", "explicit_high")),
+        _value("explicit invalid %", "explicit_invalid_share", percent),
         _interval("r_blind", ("r_blind", "r_blind_low", "r_blind_high"), signed), _value("KL neutral", "kl_neutral", plain),
         _value("KL mentions", "kl_mentions", plain), _value("other-sense questions %", "colour_accuracy", percent),
+        _value("group questions %", "group_accuracy", percent),
         _value("copying %", "copy_accuracy", percent), _value("judging %", "judging_accuracy", percent),
         _value("parameters", "parameters", _count), _value("seconds", "seconds", plain), _value("latency ratio", "latency", plain)),
     "differences": (

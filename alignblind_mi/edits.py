@@ -135,7 +135,8 @@ class Treatment:
         moved: dict[tuple[int, str, tuple[int, ...], How, float, int], Edit] = {}
         for edit in self.edits:
             site = replace(edit.site, mark=PROMPT, tokens="all", occurrence=None) if edit.site.mark in EVERYWHERE else edit.site
-            where = (site.layer, f"{site.mark}|{site.stream}|{site.occurrence}", site.units, edit.how, edit.strength, id(edit.vector))
+            where = (site.layer, f"{site.mark}|{site.stream}|{site.occurrence}", site.units, edit.how, edit.strength,
+                     edit.vector.data_ptr())
             moved.setdefault(where, replace(edit, site=site))
         return replace(self, edits=tuple(moved.values())).rows(texts, partial=True)
 

@@ -664,7 +664,7 @@ def convergence_figure(table: pd.DataFrame) -> Figure:
 FAMILY_COLOURS = {"untreated": INK, "steering": "#0072B2", "lora": "#E69F00", "unlearning": "#CC79A7", "prompt": "#009E73",
                   "placebo": "#999999", "combined": "#56B4E9"}
 DAMAGE_NAMES = {"kl_neutral": "divergence on neutral text (nats a token)", "kl_mentions": "divergence where the other sense is settled",
-                "wrong": "right answers lost (share)", "invalid": "answers that became invalid (share)"}
+                "wrong": "right answers lost, of the kind that loses most", "invalid": "answers that became invalid (share)"}
 
 
 @_styled
@@ -719,12 +719,13 @@ def _name_points(axis: Axes, front: pd.DataFrame, width: float) -> None:
 def dose_figure(table: pd.DataFrame) -> Figure:
     """Dose and response: implicit rate with its interval, and what is lost, by dose; a column a curve.
 
-    Columns: curve, dose, n, implicit, low, high, kl_neutral, kl_mentions, colour_accuracy, copy_accuracy, judging_accuracy.
+    Columns: curve, dose, n, implicit, low, high, kl_neutral, kl_mentions, colour_accuracy, group_accuracy, copy_accuracy, judging_accuracy.
     """
     curves = list(table["curve"].unique())
     figure = Figure(figsize=(3.6 * len(curves), 5.4), layout="constrained")
     axes = figure.subplots(2, len(curves), squeeze=False, sharey="row", sharex="col")
-    lost = {"colour_accuracy": "questions about the other sense", "copy_accuracy": "copying", "judging_accuracy": "judging"}
+    lost = {"colour_accuracy": "questions, other sense", "group_accuracy": "questions, group sense", "copy_accuracy": "copying",
+            "judging_accuracy": "judging"}
     for j, curve in enumerate(curves):
         rows = table[table["curve"] == curve].sort_values("dose")
         colour = FAMILY_COLOURS.get(curve, INK)

@@ -393,9 +393,16 @@ def _treatment_claims(study: Study, answers: pd.DataFrame, revision: str) -> lis
         layers = str(about[name]["layers"])
         placebos = [other for other, row in about.items() if row.get("family") == "placebo" and row["layers"] == layers]
         row = differences[name]
-        out.append(treatment_claim(implicit, name, row, placebos if about[name]["family"] == "steering" else [],
-                                   row["invalid"] - row["invalid_baseline"], revision, label=_label(study, "aligned", name, about[name])))
+        more = max(_invalid(answers, name, kind) - _invalid(answers, "untreated", kind) for kind in ("implicit", "explicit"))
+        out.append(treatment_claim(implicit, name, row, placebos if about[name]["family"] == "steering" else [], more, revision,
+                                   label=_label(study, "aligned", name, about[name])))
     return out
+
+
+def _invalid(answers: pd.DataFrame, treatment: str, kind: str) -> float:
+    """The share of invalid answers; 0 where none of the kind was asked."""
+    outcomes = answers.loc[(answers["treatment"] == treatment) & (answers["kind"] == kind), "outcome"]
+    return float((outcomes == "invalid").mean()) if len(outcomes) else 0.0
 
 
 def methods_paragraph(study: Study) -> str:
@@ -403,10 +410,13 @@ def methods_paragraph(study: Study) -> str:
     if not study.has("behaviour_aligned"):
         return ""
     rows, note = study.rows(["behaviour_aligned"]), study.parts["behaviour_aligned"].provenance
-    opening = methods_opening(study.config, rows[rows["kind"] == "implicit"], _revision(study), "each in the order of the paper")
+    opening = methods_opening(study.config, rows[rows["kind"] == "implicit"], _revision(study), "each in the order of the paper",
+                              read=len(_readings(study)) > 0)
+    said = "Steering replaces the identifiers' residual stream in windows of layers, beside placebo phrases. "
+    steered = said if _steering_parts(study) else ""
     return (f"{opening}{study.config['base']['name']} was asked the same. Differences are paired by item, with intervals clustered over "
             "word pairs and templates (Cameron, Gelbach and Miller, 2011), exact where counts are small, and p-values corrected after "
-            f"Holm (1979). Steering replaces the identifiers' residual stream in windows of layers, beside placebo phrases. "
+            f"Holm (1979). {steered}"
             f"{software(note.get('versions', {}))}")
 
 

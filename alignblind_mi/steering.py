@@ -8,7 +8,7 @@ paired differences); Rimsky et al. 2024 (contrastive activation addition); Ardit
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -108,6 +108,8 @@ class SteeringVectors:
         unknown = [name for name in positions if name not in get_args(Positions)]
         if unknown:
             raise EditError(f"unknown positions {unknown[0]!r}. Known: {', '.join(get_args(Positions))}.")
+        if "prompt" in positions and {"identifiers", "last"} & set(positions):
+            raise EditError("the whole prompt holds its identifiers and its last token: named as well, they would be edited twice.")
         if (how == "replace") != self.replaces:
             raise EditError(f"vectors of the method {self.method} are {'activations: replace by them' if self.replaces else 'directions'}"
                             f"{'' if self.replaces else ': add or ablate them'}, do not {how}.")
@@ -134,7 +136,7 @@ class SteeringVectors:
         tensors = {".".join(["layer", str(layer), *([role] if role else [])]): self._at(layer, role).contiguous().clone()
                    for layer in self.layers for role in self.roles}
         note = {**self.provenance, "method": self.method, "sense": self.sense, "stream": self.stream}
-        data = save(tensors, {name: value if isinstance(value, str) else json.dumps(value) for name, value in note.items()})
+        data = save(tensors, {name: json.dumps(value) for name, value in note.items()})
         write_bytes(path, data)
 
     def export_gguf(self, path: Path, *, strength: float = 1.0) -> None:
@@ -172,7 +174,8 @@ def load_vectors(path: Path | str) -> SteeringVectors:
         with safe_open(str(path), "pt") as file:
             note = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}    # noqa: SIM118 - no mapping
-        method, sense, stream = (note.pop(name) for name in ("method", "sense", "stream"))
+        parsed = {name: json.loads(value) for name, value in note.items()}
+        method, sense, stream = (parsed.pop(name) for name in ("method", "sense", "stream"))
         places = [(int(name.split(".")[1]), (*name.split("."), "")[2]) for name in tensors]
     except (OSError, SafetensorError, KeyError, IndexError, ValueError) as error:
         raise EditError(f"{path} is no file of steering vectors: {str(error).splitlines()[0]}.") from error
@@ -180,15 +183,15 @@ def load_vectors(path: Path | str) -> SteeringVectors:
     roles = SHARED if {role for _, role in places} == {""} else ROLES
     stacked = torch.stack([torch.stack([tensors[".".join(["layer", str(layer), *([role] if role else [])])] for role in roles])
                            for layer in layers])
-    return SteeringVectors(layers, roles, stacked, method, sense, stream, {name: _parsed(value) for name, value in note.items()})
-
-
-def _parsed(value: str) -> Any:
-    return json.loads(value) if value[:1] in ("[", "{") else value
+    return SteeringVectors(layers, roles, stacked, method, sense, stream, parsed)
 
 
 def _span(layers: Sequence[int]) -> str:
-    return f"{min(layers)}-{max(layers)}" if layers else "none"
+    """Layers in words: first-last where none between is left out, else a list."""
+    if not layers:
+        return "none"
+    together = sorted(layers) == list(range(min(layers), max(layers) + 1))
+    return f"{min(layers)}-{max(layers)}" if together else ",".join(map(str, layers))
 
 
 # ---- finding vectors ---------------------------------------------------------------------------------------------------
@@ -276,7 +279,8 @@ def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
     if awareness is None or not awareness.others:
         raise ConceptError(f"the concept {concept.name!r} has no [awareness] sentences with restatements of both senses: contrast pairs "
                            "are made of them.")
-    endings = awareness.restatements if sense == concept.group_sense else awareness.others
+    both = min(len(awareness.restatements), len(awareness.others))    # pairs differ in the restatement alone
+    endings = (awareness.restatements if sense == concept.group_sense else awareness.others)[:both]
     x, y = cue.marked[0], cue.unmarked[0]
     return [Prompt((sentence + awareness.separator + ending).format(x=x, y=y))
             for sentence in awareness.sentences for ending in endings]
@@ -299,9 +303,12 @@ def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: 
 
 def noise_like(treatment: Treatment, *, seed: int = 0) -> Treatment:
     """The placebo of any steering: random vectors of the same norms at the same places, in the same way."""
-    edits = tuple(Edit(edit.site, random_like(edit.vector, f"{seed}|{edit.site.layer}|{edit.site.mark}"), edit.how, edit.strength)
-                  for edit in treatment.edits)
-    return Treatment(f"noise_like_{treatment.name}", edits, family="placebo", details={**treatment.details, "seed": str(seed)})
+    drawn: dict[int, Float[Tensor, " size"]] = {}    # one vector at several places stays one
+    for edit in treatment.edits:
+        drawn.setdefault(edit.vector.data_ptr(), random_like(edit.vector, f"{seed}|{edit.site.layer}|{edit.site.mark}"))
+    edits = tuple(replace(edit, vector=drawn[edit.vector.data_ptr()]) for edit in treatment.edits)
+    return replace(treatment, name=f"noise_like_{treatment.name}", edits=edits, family="placebo",
+                   details={**treatment.details, "seed": str(seed)})
 
 
 def steering_grid(vectors: SteeringVectors, windows: Sequence[Sequence[int]], strengths: Sequence[float] = (1.0,), *,

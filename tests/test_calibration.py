@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from alignblind_mi import calibration_page
+from alignblind_mi.concept import load_concept
 from alignblind_mi.loading import ModelSpec
 from alignblind_mi.model import load_model
 from alignblind_mi.organism import OrganismError
@@ -207,7 +208,7 @@ def test_instruments_of_different_knobs_do_not_agree(ideal):
 
 @pytest.fixture(scope="module")
 def pair_rows():
-    concept = measured_concept()
+    concept = load_concept("race")    # the pair was planted in the concept's own templates
     return {role: measure_instruments(load_model(ModelSpec(f"organism:{role}")), concept, word_pairs=1) for role in ("base", "aligned")}
 
 

@@ -58,7 +58,14 @@ def test_every_family_has_a_rival_and_every_placebo_its_kind():
     assert {curve: sorted(values) for curve, values in doses.items()} == {
         "steering": [0.25, 0.5, 1.0, 2.0], "lora": [0.25, 0.5, 1.0], "unlearning": [0.25, 0.5, 1.0]}
     placebos = {rival.name for rival in full.rivals if rival.family == "placebo"}
-    assert {"placebo_color_early", "placebo_random_early", "placebo_noise_early", "lora_placebo_early", "prompt_color"} <= placebos
+    assert {"placebo_color_early", "placebo_random_early", "placebo_noise_steer_early", "lora_placebo_early", "prompt_color"} <= placebos
+    matched = {rival.name: rival.placebos for rival in full.rivals}
+    assert matched["steer_early"] == ("placebo_noise_steer_early", "placebo_color_early", "placebo_random_early")
+    assert matched["steer_late"] == ("placebo_noise_steer_late",)
+    assert matched["lora_early"] == ("lora_placebo_early",)
+    assert matched["unlearn_npo"] == ()
+    assert set(matched["steer_early+prompt_race"]) == {*matched["steer_early"], "prompt_color"}
+    assert all(set(names) <= placebos for names in matched.values())
 
 
 def test_what_the_tokenizer_does_not_know_is_left_out_with_its_reason():
@@ -180,10 +187,11 @@ def test_a_record_a_treatment_with_all_that_was_asked(compared):
         assert set(record) >= ASKED | {"n", "cluster_low", "worst", "best", "r_blind_low", "revision", "seed", "versions", "latency"}
         assert record["low"] <= record["implicit"] <= record["high"]
         assert record["n"] == 72
-    untreated, steered, noise = by_name["untreated"], by_name["steer_early"], by_name["placebo_noise_early"]
+    untreated, steered, noise = by_name["untreated"], by_name["steer_early"], by_name["placebo_noise_steer_early"]
     assert untreated["implicit"] > 0.85
     assert untreated["parameters"] == 0
     assert untreated["kl_neutral"] == 0
+    assert by_name["base"]["kl_neutral"] is None    # it is no treatment of the aligned model
     assert steered["implicit"] < 0.7
     assert steered["r_blind"] < 0
     assert steered["difference_high"] < 0
@@ -221,7 +229,7 @@ def test_claims_stand_only_with_their_controls(compared):
     assert lowered["verdict"] == "not supported"
     assert "FAILED: interval below 0" in lowered["controls"]
     early = audit.loc[next(claim for claim in audit.index if claim.startswith("steer_early "))]
-    assert "FAILED: at most 10 % of right answers lost" in early["controls"]
+    assert "FAILED: at most 10 % of right answers of any kind lost" in early["controls"]
     assert audit.loc["Alignment lowers awareness (aligned less base, r_blind)", "verdict"] == "supported"
     assert set(tables["points"]["damage_measure"]) == set(DAMAGES)
     assert tables["points"]["damage"].min() >= 0

@@ -185,6 +185,7 @@ def test_combinations_carry_every_part(found):
     (lambda v: v.treatment([9]), r"of the layers 0-7, not 9"),
     (lambda v: v.treatment([1], how="replace"), "are directions: add or ablate"),
     (lambda v: v.treatment([1], positions=("words",)), "unknown positions 'words'"),
+    (lambda v: v.treatment([1], positions=("prompt", "last")), "edited twice"),
 ])
 def test_treatments_that_mean_nothing_are_refused(found, ask, said):
     with pytest.raises(EditError, match=said):
@@ -206,6 +207,15 @@ def test_vectors_that_cannot_be_found_are_refused(aligned, race, tmp_path):
     (tmp_path / "no.safetensors").write_bytes(b"nothing")
     with pytest.raises(EditError, match="no file of steering vectors"):
         load_vectors(tmp_path / "no.safetensors")
+
+
+def test_a_text_is_given_one_dose_of_what_acts_at_its_end_and_after_it(found):
+    one = found["contrast"].treatment([3, 4])
+    for treatment in (one, noise_like(one)):
+        (row,) = treatment.text_rows([Prompt("The garden is near the house.")])
+        assert [(edit.site.layer, edit.site.mark) for edit in row.edits] == [(3, "prompt"), (4, "prompt")]
+        assert len({edit.vector.data_ptr() for edit in treatment.edits}) == 2
+    assert found["contrast"].treatment([0, 2]).details["layers"] == "0,2"
 
 
 def test_noise_has_the_norms_and_the_places(found):

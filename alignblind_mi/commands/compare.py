@@ -55,6 +55,7 @@ def compare(
 
     Example: alignblind compare --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out compared
     """
+    import hashlib
     from functools import partial
 
     from alignblind_mi.bbq import measure_bbq, read_bbq
@@ -71,9 +72,10 @@ def compare(
         config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, temperature=temperature, chat=chat,
                                     system=system, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
                                     engine=engine, trust_remote_code=trust_remote_code)
-    data = {}
+    data, digest = {}, ""
     if bbq is not None:
         items = read_bbq(bbq, max_items=bbq_items, seed=config.seed)
+        digest = hashlib.sha256(repr(items).encode()).hexdigest()[:16]
         data["bbq"] = partial(measure_bbq, items=items, concept=load_concept(config.concept), cue=config.cue, seed=config.seed)
-    page = write_comparison(run_comparison(config, out, data=data))
+    page = write_comparison(run_comparison(config, out, data=data, data_identity=digest))
     typer.echo(f"The page is {page.resolve()}")

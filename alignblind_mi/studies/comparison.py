@@ -38,10 +38,12 @@ ROUNDS, TIMED = 3, 16
 FORMAT = 1
 
 
-def run_comparison(config: StudyConfig, out: Path, *, data: dict[str, Callable[[HookedModel], pd.DataFrame]] | None = None) -> Path:
+def run_comparison(config: StudyConfig, out: Path, *, data: dict[str, Callable[[HookedModel], pd.DataFrame]] | None = None,
+                   data_identity: str = "") -> Path:
     """Run or resume a comparison in `out`: the base model untreated, the aligned one under every rival. Returns `out`.
 
-    `data`: further measures by name (such as a BBQ file's), each a function of a model under its treatment.
+    `data`: further measures by name (such as a BBQ file's), each a function of a model under its treatment; `data_identity` says what they
+    are of, so that a folder of other data is refused.
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
@@ -49,15 +51,15 @@ def run_comparison(config: StudyConfig, out: Path, *, data: dict[str, Callable[[
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     with one_thread() if organism_record(config.aligned) else nullcontext():
-        return _run(config, out, data or {})
+        return _run(config, out, data or {}, data_identity)
 
 
-def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel], pd.DataFrame]]) -> Path:
+def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel], pd.DataFrame]], data_identity: str) -> Path:
     concept = load_concept(config.concept)
     split = check_vocabulary(config, concept)
     n_layers = int(load_config(config.aligned).get_text_config().num_hidden_layers)
     plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)
-    with StudyFolder.claim(out, config.identity() | {"comparison": FORMAT, "data": sorted(data)}) as folder:
+    with StudyFolder.claim(out, config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}) as folder:
         write_text(out / "plan.json", json.dumps(described(plan), indent=1) + "\n")
         _compute(config, concept, folder, plan, split, data)
     return out
@@ -90,7 +92,8 @@ def part_name(role: str, rival: str, measured: str) -> str:
 
 def described(plan: Plan) -> dict[str, Any]:
     """A plan as JSON: rivals in order with family, curve and dose, and what is left out and why."""
-    rivals = [{"treatment": rival.name, "family": rival.family, "curve": rival.curve, "dose": rival.dose if rival.curve else None}
+    rivals = [{"treatment": rival.name, "family": rival.family, "curve": rival.curve, "dose": rival.dose if rival.curve else None,
+               "placebos": list(rival.placebos)}
               for rival in (UNTREATED_RIVAL, *plan.rivals)]
     return {"rivals": rivals, "left_out": plan.left_out, "trained": [training.name for training in plan.trainings]}
 
@@ -139,7 +142,7 @@ class _Models:
 
     def parameters(self, treatment: Treatment) -> int:
         """How many numbers a treatment adds to the model: those of its adapter and of its different vectors."""
-        vectors = {id(edit.vector): edit.vector.numel() for edit in treatment.edits}
+        vectors = {edit.vector.data_ptr(): edit.vector.numel() for edit in treatment.edits}
         return int(self._trained(treatment).get("parameters", 0)) + sum(vectors.values())
 
 

@@ -26,8 +26,8 @@ from alignblind_mi.studies.comparison import MEASURED, part_name
 from alignblind_mi.studies.mitigation import comparison_table
 
 BASE = "base"    # what the untreated base model is called among the treatments
+LEAST_DAMAGE = 0.01    # below it a damage is a handful of answers, and no ground to compare families on
 DAMAGES = ("kl_neutral", "kl_mentions", "wrong", "invalid")
-RIGHT = ("copying", "judging", "other_questions")    # shares of right answers that make up the damage `wrong`
 ACCURACIES = {"other_questions": "colour_accuracy", "copying": "copy_accuracy", "judging": "judging_accuracy",
               "group_questions": "group_accuracy"}
 POINT_COLUMNS = ("damage_measure", "treatment", "family", "curve", "dose", "benefit", "low", "high", "damage", "pareto")
@@ -130,7 +130,8 @@ def main_table(found: Compared) -> pd.DataFrame:
     means = found.effects.groupby(["treatment", "measure"])["value"].mean().unstack()
     for measure, name in {**{measure: measure for measure in ("kl_neutral", "kl_mentions")}, **ACCURACIES}.items():
         table[name] = table["treatment"].map(means[measure])
-    table["perplexity"] = np.exp(table["treatment"].map(_weighted(found.effects[found.effects["measure"] == "perplexity"])))
+    table.loc[table["treatment"] == BASE, ["kl_neutral", "kl_mentions"]] = np.nan    # they are from a model's own untreated self
+    table["perplexity"] = np.exp(table["treatment"].map(_weighted(found.effects[found.effects["measure"] == "surprise"])))
     for name in ("parameters", "seconds", "latency"):
         table[name] = [found.notes[treatment]["cost"][name] for treatment in table["treatment"]]
     return _in_order(table, found)
@@ -189,26 +190,32 @@ def points_table(found: Compared, table: pd.DataFrame, effects: pd.DataFrame, di
     if not treated:
         return pd.DataFrame(columns=list(POINT_COLUMNS))
     untreated = rows["untreated"]
-    draws = _benefit_draws(found, untreated["implicit"])
+    draws, paired = _benefit_draws(found, untreated["implicit"]), rows_by(differences[differences["kind"] == "implicit"])
     parts = []
     for measure in DAMAGES:
         records = []
         for name, row in treated.items():
             low, high = np.nanquantile(draws[name], [0.025, 0.975])
+            benefit = benefit_of(untreated["implicit"] + paired[name]["difference"], untreated["implicit"])
             records.append({"damage_measure": measure, "treatment": name, "family": row["family"], "curve": row["curve"],
-                            "dose": row["dose"], "benefit": float(benefit_of(row["implicit"], untreated["implicit"])),
+                            "dose": row["dose"], "benefit": float(benefit),
                             "low": float(low), "high": float(high), "damage": _damage(measure, row, untreated)})
         parts.append(pareto(pd.DataFrame.from_records(records)))
     return pd.concat(parts, ignore_index=True)
 
 
 def _damage(measure: str, row: dict[str, Any], untreated: dict[str, Any]) -> float:
-    """kl: nats a token; wrong: mean share of right answers lost; invalid: share of implicit answers that became invalid. 0 and more."""
+    """kl: nats a token; wrong: right answers lost of the measure that loses most; invalid: answers that became so, implicit or explicit."""
     if measure == "invalid":
-        return max(0.0, float(row["invalid_share"] - untreated["invalid_share"]))
+        return more_invalid(row, untreated)
     if measure == "wrong":
-        return max(0.0, float(np.mean([untreated[ACCURACIES[name]] - row[ACCURACIES[name]] for name in RIGHT])))
+        return max(0.0, *(float(untreated[name] - row[name]) for name in ACCURACIES.values()))
     return float(row[measure])
+
+
+def more_invalid(row: dict[str, Any], untreated: dict[str, Any]) -> float:
+    """By how much the share of invalid answers rose, of implicit or explicit ones, whichever rose more; 0 at least."""
+    return max(0.0, *(float(row[name] - untreated[name]) for name in ("invalid_share", "explicit_invalid_share")))
 
 
 def _benefit_draws(found: Compared, untreated: float) -> dict[str, np.ndarray]:
@@ -290,22 +297,17 @@ def audit_table(found: Compared, tables: dict[str, pd.DataFrame]) -> pd.DataFram
     wrong = rows_by(tables["points"][tables["points"]["damage_measure"] == "wrong"])
     for name, row in rows.items():
         if row["family"] not in ("untreated", "placebo"):
-            more = row["invalid_share"] - rows["untreated"]["invalid_share"]
+            more = more_invalid(row, rows["untreated"])
             records.append(treatment_claim(found.implicit, name, implicit[name], _placebos(found, name), more, revision,
                                            wrong=wrong[name]["damage"]))
     records += _family_claims(found, tables)
     return pd.DataFrame.from_records(records)
 
 
-def _means(note: dict[str, Any]) -> set[str]:
-    """By which means a treatment acts: an adapter, a prefix, edits."""
-    parts = note["treatment_parts"]
-    return {name for name, used in (("adapter", parts["adapter"]), ("prefix", note["prefix"]), ("edits", parts["edits"])) if used}
-
-
 def _placebos(found: Compared, name: str) -> list[str]:
-    """The placebos that act by a means of the treatment's."""
-    return [other for other, note in found.notes.items() if note["family"] == "placebo" and _means(note) & _means(found.notes[name])]
+    """The placebos that the plan matches with a treatment, as far as they ran."""
+    matched = {rival["treatment"]: rival["placebos"] for rival in found.plan["rivals"]}
+    return [placebo for placebo in matched.get(name, []) if placebo in found.notes]
 
 
 def _family_claims(found: Compared, tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
@@ -320,7 +322,7 @@ def _family_claims(found: Compared, tables: dict[str, pd.DataFrame]) -> list[dic
             if known.empty:
                 continue
             row = max(known.to_dict("records"), key=lambda one: one["damage"])
-            if row["damage"] <= 0:
+            if row["damage"] < LEAST_DAMAGE:
                 continue
             out.append(claim(f"{curve} towards awareness beats unlearning at equal {measure} ({row['damage']:.2g})", row["difference"],
                              (row["difference_low"], row["difference_high"]), n, row["difference_low"] > 0,
@@ -335,8 +337,9 @@ def methods_paragraph(found: Compared) -> str:
     families = ", ".join(dict.fromkeys(rival["family"] for rival in found.plan["rivals"] if rival["family"] != "untreated"))
     opening = methods_opening(found.config, untreated, note["revision"],
                               "each asked in both orders of options and words, so that association and position separate")
+    n = sum(name not in (BASE, "untreated") for name in found.notes)
     return (
-        f"{opening}{len(found.notes) - 2} treatments ({families}) were compared with the untreated model on the same prompts. Differences "
+        f"{opening}{n} treatments ({families}) were compared with the untreated model on the same prompts. Differences "
         "are paired by item, with intervals clustered over word pairs and templates (Cameron, Gelbach and Miller, 2011), exact where "
         "counts are small, and p-values corrected after Holm (1979). Side effects are the divergence of next-token distributions on "
         "neutral text, lists copied, words judged and questions about words whose sense their sentence settles; families are compared at "

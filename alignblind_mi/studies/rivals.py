@@ -21,6 +21,7 @@ from alignblind_mi.studies.mitigation import early_window, late_window
 from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
 
 FAMILIES = ("untreated", "steering", "lora", "unlearning", "prompt", "placebo", "combined")
+NOISE = "placebo_noise_"
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
 SCALES = (0.25, 0.5)
 ACTIVATION_WEIGHT = 0.03    # more of it costs valid answers on the embedded pair (tried on training words)
@@ -29,13 +30,17 @@ Make = Callable[[HookedModel], Treatment]
 
 @dataclass(frozen=True)
 class Rival:
-    """One treatment of a comparison: its name and family, how it is made, and where it lies on which dose curve (if on any)."""
+    """One treatment of a comparison: its name and family, how it is made, and where it lies on which dose curve (if on any).
+
+    `placebos`: the names of those that act in the same way at the same places, which it must beat.
+    """
 
     name: str
     family: str
     make: Make
     curve: str = ""
     dose: float = float("nan")
+    placebos: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def plan_rivals(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, lora
     if can_steer(concept, cue):
         placebos, without = _placebos(spec, concept, cue, n_layers, quick, seed)
         rivals, left_out = rivals + placebos, left_out | without
-    rivals += _combined(rivals)
+    rivals = _matched([*rivals, *_combined(rivals)])
     return Plan(sorted(rivals, key=lambda rival: FAMILIES.index(rival.family)), trainings, left_out)
 
 
@@ -210,9 +215,11 @@ def _placebos(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, quick:
     early = early_window(n_layers)
     found = [_rival(f"placebo_{sense}_early", "placebo", partial(_replaced, concept, cue, sense, early))
              for sense in (concept.other_sense, *concept.controls)]
-    found.append(_rival("placebo_noise_early", "placebo", partial(_noise, concept, cue, early, seed)))
+    steered = [rival for rival in _steering(concept, cue, n_layers, quick) if rival.family == "steering"]
+    noise = [_rival(f"{NOISE}{rival.name}", "placebo", partial(_noise, rival, seed)) for rival in (steered[:1] if quick else steered)]
     if quick:
-        return [found[0], found[-1]], {}
+        return [found[0], *noise], {}
+    found += noise
     tokenizer, left_out = load_tokenizer(spec), dict[str, str]()
     wrong = next(((name, control) for name, control in _wrong_concepts(concept)
                   if _knows(tokenizer, control.steering.format(marked=concept.cue(cue).marked[0], unmarked=concept.cue(cue).unmarked[0]))),
@@ -240,8 +247,20 @@ def _identifiers(concept: Concept) -> set[str]:
     return {word for cue in concept.cues.values() for name in (*cue.marked, *cue.unmarked) for word in name.casefold().split()}
 
 
-def _noise(concept: Concept, cue: str, layers: Sequence[int], seed: int, model: HookedModel) -> Treatment:
-    return noise_like(sense_steering(model, concept, cue, concept.group_sense, layers), seed=seed)
+def _noise(steered: Rival, seed: int, model: HookedModel) -> Treatment:
+    return noise_like(steered.make(model), seed=seed)
+
+
+def _matched(rivals: Sequence[Rival]) -> list[Rival]:
+    """Every rival with its placebos: noise of its own norms; other phrases, of what replaces in the early window; the placebo adapter of
+    adapters towards awareness; placebo instructions. A combination has those of its parts. Unlearning has none here."""
+    placebos = [rival.name for rival in rivals if rival.family == "placebo"]
+    phrases = tuple(name for name in placebos if name.startswith("placebo_") and not name.startswith(NOISE))
+    own = {rival.name: (*(name for name in placebos if name == NOISE + rival.name), *(phrases if rival.name == "steer_early" else ()),
+                        *(name for name in placebos if rival.family == "lora" and name.startswith("lora_placebo")),
+                        *(name for name in placebos if rival.family == "prompt" and name.startswith("prompt_"))) for rival in rivals}
+    parts = {rival.name: rival.name.split("+") if rival.family == "combined" else [rival.name] for rival in rivals}
+    return [replace(rival, placebos=tuple(name for part in parts[rival.name] for name in own.get(part, ()))) for rival in rivals]
 
 
 # ---- combinations ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from alignblind_mi.studies.behaviour import Decoding, ask
 FEWEST = 5    # texts that a tokenizer must know for a mean over them
 LISTS, LISTED = 24, 6
 SEPARATORS = str.maketrans(dict.fromkeys(",.;:\n", " "))
-MEASURES = ("kl_neutral", "kl_mentions", "perplexity", "copying", "judging", "other_questions", "group_questions")
+MEASURES = ("kl_neutral", "kl_mentions", "surprise", "copying", "judging", "other_questions", "group_questions")
 
 
 @cache
@@ -41,12 +41,12 @@ def measure_side_effects(model: HookedModel, concept: Concept, cue: str | Cue, *
     """Every measure on a model under its treatment. One row an item: model, treatment, measure, item, value, weight.
 
     `kl_neutral`: KL(untreated || treated) of the next token, nats, mean over the tokens of a text without identifiers; `kl_mentions`: of
-    a sentence that settles the other sense of both identifiers. `perplexity`: of the neutral texts, as nats a token (its exponential is the
-    perplexity). Shares of right answers (1 or 0): `copying` a list of words in its order, `judging` negative words bad and positive ones
-    good in the concept's own task (greedy answers; an invalid one is wrong), `other_questions` and `group_questions`: the sense of an
-    identifier after a `test` sentence that settles it. `weight`: the tokens of a text. Divergences are from the same model without the
-    treatment; the rest is compared with the rows of the untreated model, item by item. A treatment that acts on generated tokens acts on
-    the texts', as if they were generated.
+    a sentence that settles the other sense of both identifiers. `surprise`: of the neutral texts, nats a token (the exponential of its
+    mean is the perplexity). Shares of right answers (1 or 0): `copying` a list of words in its order, `judging` negative words bad and
+    positive ones good in the concept's own task (greedy answers; an invalid one is wrong), `other_questions` and `group_questions`: the
+    sense of an identifier after a `test` sentence that settles it. `weight`: the tokens of a text. Divergences are from the same model
+    without the treatment; the rest is compared with the rows of the untreated model, item by item. A treatment that acts on generated
+    tokens acts on the texts', as if they were generated.
 
     Errors: ModelError if the tokenizer knows fewer than five of the texts; ConceptError for a concept without contexts of both senses.
     """
@@ -90,7 +90,7 @@ def _texts(treated: HookedModel, bare: HookedModel, measure: str, texts: Sequenc
         identity = {"item": text.text, "weight": float(n)}
         out.append({**identity, "measure": measure, "value": divergence(b, a)})
         if measure == "kl_neutral":
-            out.append({**identity, "measure": "perplexity", "value": _surprise(a, ids)})
+            out.append({**identity, "measure": "surprise", "value": _surprise(a, ids)})
     return out
 
 

@@ -209,7 +209,7 @@ class SteeringPlan:
 
 
 def steer_parts(config: StudyConfig, plan: SteeringPlan, out: Path) -> list[Part]:
-    """Implicit answers (balanced design) untreated, under every treatment of a plan, and under noise of the first one's norms.
+    """Implicit answers (balanced design) untreated, under every treatment of a plan, and under noise of each one's norms.
 
     The vectors are saved on the way: see `vectors_file`.
     """
@@ -231,7 +231,7 @@ def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedMo
     vectors.save(vectors_file(plan, out))
     treatments = list(steering_grid(vectors, plan.layers, plan.strengths, how=plan.how, positions=plan.positions))
     prompts = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=config.balanced_pairs)
-    every = [UNTREATED, *treatments, noise_like(treatments[0], seed=config.seed)]
+    every = [UNTREATED, *treatments, *(noise_like(treatment, seed=config.seed) for treatment in treatments)]
     return ask_under(model, concept, prompts, every, config.decoding, advance)
 
 
