@@ -156,7 +156,7 @@ def test_each_treatment_breaks_what_it_must(effects):
     assert steered["kl_mentions"] > 0.1
     assert steered["other_questions"] < 0.1    # planted: an identifier steered to the group is read as it, whatever its sentence says
     assert steered["group_questions"] > 0.9
-    assert written["kl_neutral"] > 0.1    # acts on every token that follows, and so on texts
+    assert written["kl_neutral"] > 0.05    # acts on every token that follows, and so on texts
     assert prompted["kl_neutral"] > 0.1
 
 
