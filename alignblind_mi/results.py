@@ -7,6 +7,7 @@ time writes in a folder. This module does NOT know what the rows mean.
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -111,6 +112,12 @@ def load_result(path: Path) -> Result:
         return Result(pd.read_parquet(path, page_checksum_verification=True), json.loads(note.read_text("utf-8")))
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ResultError(f"{path} or its provenance is damaged ({error}). Delete both files to compute this part anew.") from error
+
+
+def json_value(value: Any) -> Any:
+    """A number of numpy or pandas as JSON holds it: NaN and infinities become null."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def folder_kind(folder: Path) -> str:

@@ -9,17 +9,14 @@ from typing import Any
 import pandas as pd
 import typer
 
+from alignblind_mi.results import json_value
+
 WIDTH = 160    # of a file or a pipe, which has no width to fit
 
 
 def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """A table's rows as JSON values: NaN and infinities become null."""
-    return [{key: _plain(value) for key, value in row.items()} for row in frame.to_dict("records")]    # type: ignore[misc]
-
-
-def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [{key: json_value(value) for key, value in row.items()} for row in frame.to_dict("records")]    # type: ignore[misc]
 
 
 def print_json(records: Sequence[Mapping[str, Any]]) -> None:

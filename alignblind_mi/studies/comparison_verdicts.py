@@ -18,7 +18,7 @@ from alignblind_mi.bbq import summarise_bbq
 from alignblind_mi.frontier import equal_damage, pareto
 from alignblind_mi.mixed import mixed_logistic
 from alignblind_mi.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
-from alignblind_mi.results import ResultError, load_result
+from alignblind_mi.results import ResultError, json_value, load_result
 from alignblind_mi.statistics import StatisticsError, position_effect, summarise, t_interval
 from alignblind_mi.studies.audit import alignment_claims, claim, methods_opening, rows_by, software, treatment_claim
 from alignblind_mi.studies.awareness import summarise_readings
@@ -104,8 +104,9 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
         tables["bbq"] = _in_order(summarise_bbq(found.data["bbq"], by=("treatment",)), found)
     tables["left_out"] = pd.DataFrame([{"treatment": name, "reason": reason} for name, reason in found.plan["left_out"].items()]
                                       + ([{"treatment": "mixed model", "reason": why}] if why else []), columns=["treatment", "reason"])
-    tables["points"] = points_table(found, tables["comparison"], tables["effects"], tables["differences"])
-    tables["equal_damage"] = equal_damage_table(found, tables["points"], rows_by(tables["comparison"])["untreated"]["implicit"])
+    draws = _benefit_draws(found, rows_by(tables["comparison"])["untreated"]["implicit"])
+    tables["points"] = points_table(tables["comparison"], tables["differences"], draws)
+    tables["equal_damage"] = equal_damage_table(tables["points"], draws)
     tables["doses"] = doses_table(tables["comparison"])
     tables["audit"] = audit_table(found, tables)
     return tables
@@ -183,14 +184,16 @@ def benefit_of(rate: float | np.ndarray, untreated: float) -> Any:
     return abs(untreated - 0.5) - np.abs(np.asarray(rate) - 0.5)
 
 
-def points_table(found: Compared, table: pd.DataFrame, effects: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
-    """One row per treatment and damage measure: benefit with its interval, damage, and whether it is on the Pareto frontier."""
+def points_table(table: pd.DataFrame, differences: pd.DataFrame, draws: dict[str, np.ndarray]) -> pd.DataFrame:
+    """One row per treatment and damage measure: benefit with its interval, damage, and whether it is on the Pareto frontier.
+
+    draws: bootstrap benefits by treatment.
+    """
     rows = rows_by(table)
     treated = {name: row for name, row in rows.items() if name not in (BASE, "untreated")}
     if not treated:
         return pd.DataFrame(columns=list(POINT_COLUMNS))
-    untreated = rows["untreated"]
-    draws, paired = _benefit_draws(found, untreated["implicit"]), rows_by(differences[differences["kind"] == "implicit"])
+    untreated, paired = rows["untreated"], rows_by(differences[differences["kind"] == "implicit"])
     parts = []
     for measure in DAMAGES:
         records = []
@@ -219,20 +222,21 @@ def more_invalid(row: dict[str, Any], untreated: dict[str, Any]) -> float:
 
 
 def _benefit_draws(found: Compared, untreated: float) -> dict[str, np.ndarray]:
-    """Bootstrap benefits by treatment that share their resampling of word pairs and templates."""
+    """Bootstrap benefits by treatment that share their resampling of word pairs and templates; none where nothing was tried."""
+    if found.implicit["treatment"].nunique() < 2:
+        return {}
     draws = difference_draws(found.implicit)
     return {str(name): benefit_of(untreated + draws[name].to_numpy(float), untreated) for name in draws.columns}
 
 
-def equal_damage_table(found: Compared, points: pd.DataFrame, untreated: float) -> pd.DataFrame:
+def equal_damage_table(points: pd.DataFrame, draws: dict[str, np.ndarray]) -> pd.DataFrame:
     """Benefit of every dose curve at the same damage, each against unlearning where it was measured; no extrapolation.
 
-    untreated: the stereotyped rate without treatment.
+    draws: bootstrap benefits by treatment.
     """
     dosed = points[points["curve"] != ""]
     if dosed.empty:
         return pd.DataFrame(columns=["damage_measure", "damage", "family", "benefit", "low", "high", "reason"])
-    draws = _benefit_draws(found, untreated)
     parts = []
     for measure, some in dosed.groupby("damage_measure", sort=False):
         curves = some.assign(family=some["curve"])
@@ -273,23 +277,14 @@ def comparison_records(found: Compared, tables: dict[str, pd.DataFrame]) -> list
             record["wrong_way"] = slopes[name]["wrong"]
         record |= {"revision": note["revision"], "seed": found.config["seed"], "dtype": note["dtype"], "versions": note["versions"],
                    "details": note["details"], "prefix": note["prefix"]}
-        records.append({str(key): _plain(value) for key, value in record.items()})
+        records.append({str(key): json_value(value) for key, value in record.items()})
     return records
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value: NaN is null."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def audit_table(found: Compared, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Claim -> estimate -> interval -> controls -> revision: the paper's claims, and one of each treatment that is no placebo.
 
-    A treatment's claim ("lowers implicit bias") is supported where the paired interval is below 0 and the reduction at least 10 points, it
-    does more than every placebo that acts by the same means (edits, prefix, adapter; paired), at most 10 % of the answers became invalid,
-    and at most 10 % of right answers were lost.
+    When a treatment's claim ("lowers implicit bias") is supported, `audit.treatment_claim` says.
     """
     rows, implicit = rows_by(tables["comparison"]), _implicit_differences(tables)
     revision = found.notes["untreated"]["revision"]

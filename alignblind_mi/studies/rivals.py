@@ -16,7 +16,7 @@ from alignblind_mi.edits import UNTREATED, Treatment, combine
 from alignblind_mi.loading import ModelSpec, load_tokenizer, token_count
 from alignblind_mi.lora import LoraSettings, examples_of, train_lora, trainable
 from alignblind_mi.model import HookedModel
-from alignblind_mi.steering import SteeringVectors, can_steer, layer_windows, noise_like, sense_steering, steering_vectors
+from alignblind_mi.steering import can_steer, layer_windows, noise_like, sense_steering, steering_vectors
 from alignblind_mi.studies.mitigation import early_window, late_window
 from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
 
@@ -45,11 +45,10 @@ class Rival:
 
 @dataclass(frozen=True)
 class Training:
-    """An adapter that is trained for a comparison into the folder that it is given; of another `source`, scaled, if it has one."""
+    """An adapter that is trained for a comparison into the folder that it is given."""
 
     name: str
     train: Callable[[Path], Any]
-    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,15 @@ def plan_rivals(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, lora
     else:
         left_out["steering"] = f"the cue {cue} draws from several identifiers"
     if trainable(concept, cue):
-        trained, by_adapter, missing = _trained(spec, concept, n_layers, lora, quick, seed)
+        trained, by_adapter, missing = _trained(spec, concept, lora, quick)
         trainings, rivals, left_out = trained, rivals + by_adapter, left_out | missing
     else:
         left_out["lora, unlearning"] = "the concept has no awareness sentences"
     prompted, unknown = _prompted(spec, concept, concept.cue(cue), quick)
     rivals, left_out = rivals + prompted, left_out | unknown
     if can_steer(concept, cue):
-        placebos, without = _placebos(spec, concept, cue, n_layers, quick, seed)
+        steered = [rival for rival in rivals if rival.family == "steering"]
+        placebos, without = _placebos(spec, concept, cue, early_window(n_layers), steered, quick, seed)
         rivals, left_out = rivals + placebos, left_out | without
     rivals = _matched([*rivals, *_combined(rivals)])
     return Plan(sorted(rivals, key=lambda rival: FAMILIES.index(rival.family)), trainings, left_out)
@@ -106,12 +106,8 @@ def _rival(name: str, family: str, make: Make, curve: str = "", dose: float = fl
 # ---- steering ----------------------------------------------------------------------------------------------------------
 
 
-def _vectors(concept: Concept, cue: str, method: str, layers: Sequence[int], model: HookedModel) -> SteeringVectors:
-    return steering_vectors(model, concept, cue, concept.group_sense, method, layers=layers)
-
-
 def _by_vectors(concept: Concept, cue: str, method: str, layers: Sequence[int], options: dict[str, Any], model: HookedModel) -> Treatment:
-    return _vectors(concept, cue, method, layers, model).treatment(**options)
+    return steering_vectors(model, concept, cue, concept.group_sense, method, layers=layers).treatment(**options)
 
 
 def _replaced(concept: Concept, cue: str, sense: str, layers: Sequence[int], model: HookedModel) -> Treatment:
@@ -146,8 +142,7 @@ def _steering(concept: Concept, cue: str, n_layers: int, quick: bool) -> list[Ri
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
-def _trained(spec: ModelSpec, concept: Concept, n_layers: int, lora: LoraSettings, quick: bool, seed: int
-             ) -> tuple[list[Training], list[Rival], dict[str, str]]:
+def _trained(spec: ModelSpec, concept: Concept, lora: LoraSettings, quick: bool) -> tuple[list[Training], list[Rival], dict[str, str]]:
     """Adapters: awareness by layer group and with an activation loss, its mirror image and placebo, unlearning; some scaled as doses."""
     def aware(kind: str, layers: str, settings: LoraSettings, out: Path) -> Treatment:
         return train_lora(spec, examples_of(concept, kind), layers, out, settings=settings, concept=concept, kind=kind)
@@ -177,7 +172,7 @@ def _trained(spec: ModelSpec, concept: Concept, n_layers: int, lora: LoraSetting
     for source, curve in () if quick else curves.items():
         for scale in SCALES:
             name = f"{source}_x{scale:g}".replace(".", "p")    # an adapter's name has no full stop
-            trainings.append(Training(name, partial(_scaled, source, scale), source))
+            trainings.append(Training(name, partial(_scaled, source, scale)))
             rivals.append(Rival(name, curve, partial(given, Treatment(name, adapter=name, family=curve)), curve, scale))
     return trainings, rivals, left_out
 
@@ -210,35 +205,34 @@ def _knows(tokenizer: Any, text: str) -> bool:
     return token_count(tokenizer, text) > 0
 
 
-def _placebos(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, quick: bool, seed: int) -> tuple[list[Rival], dict[str, str]]:
-    """Steering towards the other sense, a control phrase and another concept's, and noise of the same norms."""
-    early = early_window(n_layers)
+def _placebos(spec: ModelSpec, concept: Concept, cue: str, early: Sequence[int], steered: Sequence[Rival], quick: bool, seed: int
+              ) -> tuple[list[Rival], dict[str, str]]:
+    """Steering towards the other sense, a control phrase and another concept's, and noise of the norms of what is `steered`."""
     found = [_rival(f"placebo_{sense}_early", "placebo", partial(_replaced, concept, cue, sense, early))
              for sense in (concept.other_sense, *concept.controls)]
-    steered = [rival for rival in _steering(concept, cue, n_layers, quick) if rival.family == "steering"]
     noise = [_rival(f"{NOISE}{rival.name}", "placebo", partial(_noise, rival, seed)) for rival in (steered[:1] if quick else steered)]
     if quick:
         return [found[0], *noise], {}
     found += noise
     tokenizer, left_out = load_tokenizer(spec), dict[str, str]()
-    wrong = next(((name, control) for name, control in _wrong_concepts(concept)
+    wrong = next((control for control in _wrong_concepts(concept)
                   if _knows(tokenizer, control.steering.format(marked=concept.cue(cue).marked[0], unmarked=concept.cue(cue).unmarked[0]))),
                  None)
     if wrong is None:
         left_out["placebo_wrong_concept_early"] = "the tokenizer knows no other concept's steering phrase"
     else:
-        with_wrong = replace(concept, controls={**concept.controls, "wrong_concept": wrong[1]})
+        with_wrong = replace(concept, controls={**concept.controls, "wrong_concept": wrong})
         found.append(_rival("placebo_wrong_concept_early", "placebo", partial(_replaced, with_wrong, cue, "wrong_concept", early)))
     return found, left_out
 
 
-def _wrong_concepts(concept: Concept) -> list[tuple[str, Control]]:
+def _wrong_concepts(concept: Concept) -> list[Control]:
     """The steering phrases of built-in concepts that are about other identifiers and whose group sense is the concept itself.
 
     A phrase such as "People: ..." would evoke any group, this concept's too, and is no placebo.
     """
     others = [load_concept(name) for name in concept_names() if name != concept.name]
-    return [(other.name, Control("wrong_concept", other.steering_phrase(other.group_sense))) for other in others
+    return [Control("wrong_concept", other.steering_phrase(other.group_sense)) for other in others
             if other.has_senses() and other.group_sense == other.name and not _identifiers(other) & _identifiers(concept)]
 
 
