@@ -47,6 +47,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
+def stamp() -> dict[str, Any]:
+    """What every part's provenance ends with: the versions behind it and when it was made (UTC)."""
+    return {"versions": versions(), "made": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is either the old or the new one, never a part."""
     _whole(path, lambda beside: beside.write_text(text, "utf-8"))

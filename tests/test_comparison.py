@@ -208,7 +208,7 @@ def test_a_finished_comparison_is_not_measured_again(compared, monkeypatch):
     out, records = compared
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     monkeypatch.setattr(comparison, "measure_behaviour", lambda *a, **k: pytest.fail("asked again"))
-    monkeypatch.setattr(comparison, "load_model", lambda *a, **k: pytest.fail("loaded again"))
+    monkeypatch.setattr("alignblind_mi.studies.study.load_model", lambda *a, **k: pytest.fail("loaded again"))
     config = StudyConfig.create("organism:base", "organism:aligned", quick=True)
     assert run_comparison(config, out) == out
     assert {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")} == before

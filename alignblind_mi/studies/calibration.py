@@ -15,7 +15,6 @@ what the measurements say is `verdicts.py`. Phrases, questions and places are ne
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ from alignblind_mi.patching import grid_sites, patch_grid
 from alignblind_mi.probes import train_probes
 from alignblind_mi.progress import Progress
 from alignblind_mi.prompts import Prompt, assignments, implicit_prompts
-from alignblind_mi.results import Result, StudyFolder, versions
+from alignblind_mi.results import Result, StudyFolder, stamp
 from alignblind_mi.steering import sense_steering
 from alignblind_mi.studies.awareness import ask_sources, interpret_sources, lens_sources, probe_sources
 from alignblind_mi.studies.mitigation import early_window
@@ -129,7 +128,7 @@ def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
     rows = rows.assign(member=member.name, **truth, onset=-1 if member.onset is None else member.onset,
                        last=max(member.effect, default=-1))
     return Result(rows, {**model.provenance(), "member": asdict(member), "failed_gates": failed, "config": asdict(config),
-                         "versions": versions(), "made": datetime.now(UTC).isoformat(timespec="seconds")})
+                         **stamp()})
 
 
 def measure_instruments(model: HookedModel, concept: Concept, *, word_pairs: int = WORD_PAIRS, seed: int = 0) -> pd.DataFrame:

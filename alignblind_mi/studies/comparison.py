@@ -5,13 +5,11 @@ effects, and what it costs. A part is one Parquet file with its provenance. This
 are shown.
 """
 
-import gc
 import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,15 @@ import pandas as pd
 from alignblind_mi.concept import Concept, concept_names, load_concept
 from alignblind_mi.edits import Treatment
 from alignblind_mi.loading import load_config
-from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.model import HookedModel
 from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import KINDS, implicit_prompts
-from alignblind_mi.results import Result, StudyFolder, versions, write_text
+from alignblind_mi.results import Result, StudyFolder, stamp, write_text
 from alignblind_mi.studies.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
 from alignblind_mi.studies.behaviour import ask, measure_behaviour
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, plan_rivals
 from alignblind_mi.studies.side_effects import measure_side_effects
-from alignblind_mi.studies.study import StudyConfig, check_vocabulary, instruments, organism_record
+from alignblind_mi.studies.study import Models, StudyConfig, check_vocabulary, instruments, organism_record
 
 MEASURED = ("answers", "readings", "effects", "elsewhere")
 PAIRS, QUICK_PAIRS = 10, 2    # word pairs a category
@@ -74,13 +72,16 @@ def _compute(config: StudyConfig, concept: Concept, folder: StudyFolder, plan: P
     progress = Progress(len(plan.trainings) + len(wanted))
     for training in plan.trainings:
         _train(training, out / "adapters", progress)
-    models = _Models(config, out, plan, split)
+    models, adapters = Models(config, progress.note), [out / "adapters" / training.name for training in plan.trainings]
     for role, rival in wanted:
         missing = [name for name in measures if not folder.has(part_name(role, rival.name, name))]
         with progress.part(f"{rival.name} ({role})", done=not missing) as advance:
             if missing:
-                treatment, seconds = models.treated(role, rival)
-                made = partial(_result, config, models, role, rival, treatment, seconds, concept, advance)
+                model = models.get(role, adapters if role == "aligned" else ())
+                treatment, cost = _treated(model, rival, out / "adapters", concept, config)
+                note = {"role": role, "rival": rival.name, "family": rival.family, "details": treatment.details, "prefix": treatment.prefix,
+                        "cost": cost, "split_identifiers": split.get(model.spec.name, {}), "config": asdict(config)}
+                made = partial(_result, config, model.under(treatment), note, concept, advance)
                 for name in missing:
                     folder.part(part_name(role, rival.name, name), partial(made, measures[name]))
 
@@ -110,40 +111,18 @@ def _train(training: Training, folder: Path, progress: Progress) -> None:
 # ---- models ------------------------------------------------------------------------------------------------------------
 
 
-class _Models:
-    """Holds one model at a time; the aligned one with all adapters, off until a treatment asks for one."""
-
-    def __init__(self, config: StudyConfig, folder: Path, plan: Plan, split: dict[str, dict[str, int]]) -> None:
-        self.config, self.folder, self.plan, self.split = config, folder, plan, split
-        self.role = ""
-        self.model: HookedModel | None = None
-
-    def get(self, role: str) -> HookedModel:
-        """The untreated model."""
-        if self.model is None or self.role != role:
-            self.model = None
-            gc.collect()
-            spec = self.config.base if role == "base" else self.config.aligned
-            adapters = [self.folder / "adapters" / training.name for training in self.plan.trainings] if role == "aligned" else []
-            loaded = load_model(spec, adapters=adapters)
-            self.role, self.model = role, loaded if self.config.chat is None else loaded.in_chat(self.config.chat)
-        return self.model
-
-    def treated(self, role: str, rival: Rival) -> tuple[Treatment, float]:
-        """A rival's treatment, and the seconds that making it took: training included."""
-        model = self.get(role)
-        start = time.monotonic()
-        treatment = rival.make(model)
-        return treatment, time.monotonic() - start + self._trained(treatment).get("seconds", 0.0)
-
-    def _trained(self, treatment: Treatment) -> dict[str, Any]:
-        note = self.folder / "adapters" / (treatment.adapter or "") / "training.json"
-        return json.loads(note.read_text("utf-8")) if treatment.adapter is not None and note.is_file() else {}
-
-    def parameters(self, treatment: Treatment) -> int:
-        """How many numbers a treatment adds to the model: those of its adapter and of its different vectors."""
-        vectors = {edit.vector.data_ptr(): edit.vector.numel() for edit in treatment.edits}
-        return int(self._trained(treatment).get("parameters", 0)) + sum(vectors.values())
+def _treated(model: HookedModel, rival: Rival, adapters: Path, concept: Concept, config: StudyConfig) -> tuple[Treatment, dict[str, Any]]:
+    """A rival's treatment and its cost: seconds to make it, training included; the numbers that its adapter and its different vectors add
+    to the model; added latency."""
+    start = time.monotonic()
+    treatment = rival.make(model)
+    seconds = time.monotonic() - start
+    note = adapters / (treatment.adapter or "") / "training.json"
+    trained = json.loads(note.read_text("utf-8")) if treatment.adapter is not None and note.is_file() else {}
+    vectors = {edit.vector.data_ptr(): edit.vector.numel() for edit in treatment.edits}
+    return treatment, {"seconds": round(seconds + trained.get("seconds", 0.0), 3),
+                       "parameters": int(trained.get("parameters", 0)) + sum(vectors.values()),
+                       "latency": latency(model, treatment, concept, config)}
 
 
 Measure = Callable[[HookedModel, Concept, StudyConfig, Advance], pd.DataFrame]
@@ -205,17 +184,10 @@ def _effects(model: HookedModel, concept: Concept, config: StudyConfig, advance:
     return measure_side_effects(model, concept, config.cue, word_pairs=word_pairs(config), seed=config.seed)
 
 
-def _result(config: StudyConfig, models: _Models, role: str, rival: Rival, treatment: Treatment, seconds: float, concept: Concept,
-            advance: Advance, measure: Measure) -> Result:
-    model = models.get(role)
-    rows = measure(model.under(treatment), concept, config, advance)
-    rows = rows.assign(role=role, treatment=rival.name, family=rival.family)
-    cost = {"seconds": round(seconds, 3), "parameters": models.parameters(treatment), "latency": latency(model, treatment, concept, config)}
-    return Result(rows, {**model.under(treatment).provenance(), "role": role, "rival": rival.name, "family": rival.family,
-                         "details": treatment.details, "prefix": treatment.prefix,
-                         "treatment_parts": {"adapter": treatment.adapter, "edits": len(treatment.edits)}, "cost": cost,
-                         "split_identifiers": models.split.get(model.spec.name, {}), "config": asdict(config), "versions": versions(),
-                         "made": datetime.now(UTC).isoformat(timespec="seconds")})
+def _result(config: StudyConfig, treated: HookedModel, note: dict[str, Any], concept: Concept, advance: Advance, measure: Measure
+            ) -> Result:
+    rows = measure(treated, concept, config, advance).assign(role=note["role"], treatment=note["rival"], family=note["family"])
+    return Result(rows, {**treated.provenance(), **note, **stamp()})
 
 
 def latency(model: HookedModel, treatment: Treatment, concept: Concept, config: StudyConfig) -> float:

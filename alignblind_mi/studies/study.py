@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.organism import RECORD, organism_names, read_record
 from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
-from alignblind_mi.results import Result, StudyFolder, load_result, versions
+from alignblind_mi.results import Result, StudyFolder, load_result, stamp
 from alignblind_mi.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.studies.awareness import (
     SELFIE_TOKENS,
@@ -188,22 +187,23 @@ class Part:
 Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]
 
 
-class _Models:
+class Models:
     """Holds one model at a time: a study of two 70B models must not need both in memory."""
 
-    def __init__(self, config: StudyConfig, folder: Path, say: Callable[[str], None]) -> None:
-        self.config, self.folder, self.say = config, folder, say
-        self.key: tuple[str, bool] | None = None
+    def __init__(self, config: StudyConfig, say: Callable[[str], None]) -> None:
+        self.config, self.say = config, say
+        self.key: tuple[str, tuple[Path, ...]] | None = None
         self.model: HookedModel | None = None
 
-    def get(self, role: str, adapters: bool) -> HookedModel:
-        if self.model is None or self.key != (role, adapters):
+    def get(self, role: str, adapters: Sequence[Path] = ()) -> HookedModel:
+        """The untreated model of a role (`base`; any other is the aligned one) with these adapters on it, in the chat of the study."""
+        if self.model is None or self.key != (role, tuple(adapters)):
             self.model = None
             gc.collect()
             spec = self.config.base if role == "base" else self.config.aligned
-            loaded = load_model(spec, adapters=adapter_folders(self.config, self.folder) if adapters else ())
+            loaded = load_model(spec, adapters=adapters)
             self.model = loaded if self.config.chat is None else loaded.in_chat(self.config.chat)
-            self.key = (role, adapters)
+            self.key = (role, tuple(adapters))
             self.say(f"note: {spec.name} runs on the {self.model.engine.name} engine, in batches of at most {self.model.engine.budget}.")
         return self.model
 
@@ -251,7 +251,7 @@ def _compute(config: StudyConfig, concept: Concept, folder: StudyFolder, parts: 
     """Compute and save the parts that are not there yet."""
     out = folder.path
     progress = Progress(len(parts) + (len(lora_groups(config)) if any(part.adapters for part in parts) else 0))
-    models = _Models(config, out, progress.note)
+    models = Models(config, progress.note)
     for model, words in split.items():
         said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
         progress.note(f"note: identifiers of several tokens in {model} ({said} tokens): edits and readings use the last one.")
@@ -263,15 +263,14 @@ def _compute(config: StudyConfig, concept: Concept, folder: StudyFolder, parts: 
         done = folder.has(part.name)
         with progress.part(part.name.replace("_", " "), done=done) as advance:
             if not done:
-                folder.part(part.name, lambda: _result(config, models, part, advance, split))    # noqa: B023 - called at once
+                loaded = models.get(part.role, adapter_folders(config, out) if part.adapters else ())
+                folder.part(part.name, partial(_result, config, loaded, part, advance, split))
 
 
-def _result(config: StudyConfig, models: _Models, part: Part, advance: Advance, split: dict[str, dict[str, int]]) -> Result:
-    model = models.get(part.role, part.adapters)
+def _result(config: StudyConfig, model: HookedModel, part: Part, advance: Advance, split: dict[str, dict[str, int]]) -> Result:
     rows = part.compute(model, advance).assign(role=part.role)
     return Result(rows, {**model.provenance(), "part": part.name, "split_identifiers": split.get(model.spec.name, {}),
-                         "config": asdict(config), "versions": versions(),
-                         "made": datetime.now(UTC).isoformat(timespec="seconds")})
+                         "config": asdict(config), **stamp()})
 
 
 def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[str, int]]:
