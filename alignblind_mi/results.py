@@ -2,15 +2,28 @@
 
 Files appear whole or not at all (written beside, then renamed), so a study that is killed leaves only finished parts; one process at a
 time writes in a folder. This module does NOT know what the rows mean.
+
+THE RULE OF WRITING, for everything in this project that writes a file or a folder:
+
+1. Nothing is deleted or replaced that this project did not write. A folder is ours by our record in it (study.json, identity.json), of this
+   very configuration; a file is ours by what it says (a note with its digest, `written.json` with the digest of what was drawn). Anything
+   else that stands where something is to be written is refused, before anything is computed (`refuse_taken`, `StudyFolder`).
+2. What is not finished has a name that nobody else has: `.alignblind-` and 16 random digits (`LEFTOVER`), or stands in a folder that is
+   claimed by our record. Only such things are cleared away.
+3. A symbolic link is never replaced, and never followed into what is deleted.
+4. A name that comes from data becomes a file name only if it is a plain one (`name_problem`).
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 import os
 import platform
 import re
+import secrets
+import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +39,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LOCK, HOLDER = ".lock", ".running"    # of a study folder: held while a process writes in it; which process that is
-LEFTOVER = re.compile(r"\..*\.\d+\.part")    # what a killed process had not finished writing
+LEFTOVER = re.compile(r"\.alignblind-[0-9a-f]{16}\.part")    # what a killed process had not finished writing
+RECORD = "written.json"    # what was drawn into a folder: digests by file
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+LONGEST, LONGEST_PART = 64, 200    # letters of a name; of a part's, which is made of several
+DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10))}    # no file names on Windows
+RESERVED = {"study", "plan", "comparison", "calibration", "written"} | DEVICES    # no names of parts
 PACKAGES = ("alignblind-mi", "torch", "transformers", "transformer-lens", "peft", "numpy", "pandas")
 
 
@@ -52,28 +70,160 @@ def stamp() -> dict[str, Any]:
     return {"versions": versions(), "made": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
+# ---- names and places --------------------------------------------------------------------------------------------------
+
+
+def name_problem(name: Any, longest: int = LONGEST) -> str:
+    """Why a name cannot become a part of a file name, as the end of a sentence ("is ..."); empty for a plain name.
+
+    Plain is: letters a-z and A-Z, digits, `_` and `-`, beginning with a letter or a digit, at most `longest` of them, and no name that a
+    system keeps for a device.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        return "is no plain name: take letters a-z, digits, _ and -, a letter or digit first"
+    if len(name) > longest:
+        return f"is {len(name)} letters long: a name has at most {longest}"
+    return "is kept by some systems for a device: take another name" if name.lower() in DEVICES else ""
+
+
+def refuse_taken(path: Path, *, what: str = "file", mine: Callable[[Path], bool] | None = None) -> None:
+    """Whether something new can be written at `path` by the rule of this module (see there), found out without writing anything.
+
+    Nothing may be there, unless `mine` says that it is ours; for a folder (what="folder") an empty one will do. Errors: ResultError for a
+    place that is taken, a symbolic link, a name that is too long, or a way that leads through a file or a folder that cannot be written in.
+    """
+    path = Path(path)
+    untouched = f"give another {what} (nothing was touched)"
+    try:
+        if path.is_symlink():
+            raise ResultError(f"{path} is a symbolic link, which is neither followed nor replaced: {untouched}.")
+        if path.exists():
+            empty = what == "folder" and path.is_dir() and not any(path.iterdir())
+            if not empty and not (mine is not None and mine(path)):
+                raise ResultError(f"{path} is there already and was not written by this command: {untouched}.")
+        there = path.parent
+        while not os.path.lexists(there) and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            raise ResultError(f"cannot write {path}: {there} is not a folder; {untouched}.")
+        if not path.exists() and not os.access(there, os.W_OK | os.X_OK):
+            raise ResultError(f"cannot write {path}: Permission denied in {there}; {untouched}.")
+        for part in path.absolute().relative_to(there.absolute()).parts:
+            (there / part).exists()    # an OSError where a name is longer than the file system takes
+    except (OSError, ValueError) as error:    # ValueError: a name with a null byte
+        raise ResultError(f"{str(path)[:100]!r} cannot be a {what}: {getattr(error, 'strerror', None) or error}. Give another {what}."
+                          ) from error
+
+
+def remove_own(folder: Path, known: re.Pattern[str]) -> None:
+    """Delete a folder of ours whose entries all have `known` names. Errors: ResultError for a link, or one that holds anything else."""
+    strange = [entry for entry in folder.rglob("*") if entry.is_symlink() or not known.fullmatch(entry.relative_to(folder).parts[0])]
+    if folder.is_symlink() or strange:
+        raise ResultError(f"{(strange or [folder])[0]} was not written by this command: move it away (nothing was touched).")
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder `out` that appears whole or not at all: the block fills the folder that it is given, which has another name until then.
+
+    Errors: as `refuse_taken`; ResultError if it cannot be written, or somebody else was faster.
+    """
+    refuse_taken(out, what="folder")
+    scratch = out.parent / _unfinished()
+    try:
+        scratch.mkdir(parents=True)
+        draft = scratch / "folder"
+        draft.mkdir()
+        yield draft
+        draft.rename(out)    # fails where anything has come to stand there
+    except OSError as error:
+        raise ResultError(f"cannot write {out}: {error.strerror or error}. Nothing that was there before has changed.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)    # made above, under a name that nobody else has
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old or the new one, never a part."""
+    """Write a text file so that it is either the old or the new one, never a part. The caller knows that an old one is ours."""
     _whole(path, lambda beside: beside.write_text(text, "utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the old or the new one, never a part."""
+    """Write a file so that it is either the old or the new one, never a part. The caller knows that an old one is ours."""
     _whole(path, lambda beside: beside.write_bytes(data))
 
 
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _unfinished() -> str:
+    return f".alignblind-{secrets.token_hex(8)}.part"
+
+
+def _whole(path: Path, write: Callable[[Path], Any], then: Callable[[Path], Any] | None = None) -> None:
+    """Write beside a path, do what is to be done `then` with what was written, and put it in its place."""
+    beside = path.with_name(_unfinished())
     try:
+        if path.is_symlink():
+            raise ResultError(f"{path} is a symbolic link, which is neither followed nor replaced: give the file itself.")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         with beside.open("rb") as written:
             os.fsync(written)    # on the disk before it has its name
+        if then is not None:
+            then(beside)
         beside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):    # where nothing can be written, nothing can be there
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):    # where nothing can be written, nothing can be there
             beside.unlink(missing_ok=True)
-        raise ResultError(f"cannot write {path}: {error.strerror or error}. Nothing that was there before has changed.") from error
+        said = getattr(error, "strerror", None) or error
+        raise ResultError(f"cannot write {path}: {said}. Nothing that was there before has changed.") from error
+    except ResultError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def write_drawn(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write what is drawn from a results folder into it (paths relative to it), and keep the digests of all in `written.json`.
+
+    A file that is there is replaced only if it is as it was written; in a folder of a version that kept no record, drawn files are taken for
+    that version's. Errors: ResultError for a file of somebody else or one that was changed, a link, or a folder that is none of ours.
+    """
+    if not (folder / "study.json").is_file():
+        raise ResultError(f"{folder} is no results folder: it has no study.json.")
+    known, old = _read_record(folder), not (folder / RECORD).exists() and _is_of_old(folder)
+    new = {name: _digest(data) for name, data in files.items()}
+    for name in files:
+        file = folder / name
+        links = [at for at in (file, *file.parents) if at != folder and folder in at.parents and at.is_symlink()]
+        if links:
+            raise ResultError(f"{links[0]} is a symbolic link, which is neither followed nor replaced: move it away, then draw again.")
+        if file.exists() and not old and (not file.is_file() or _digest(file.read_bytes()) not in (*known.get(name, ()), new[name])):
+            raise ResultError(f"{file} was not written by this command, or was changed since: move it away, then draw again (nothing was "
+                              "touched; the rows are as they were).")
+    def recorded(digests: Mapping[str, Iterable[str]]) -> None:
+        write_text(folder / RECORD, json.dumps({name: list(dict.fromkeys(entry)) for name, entry in digests.items()}, indent=1))
+
+    before = {name: [_digest((folder / name).read_bytes())] for name in files if (folder / name).is_file()} if old else {}
+    recorded({**known, **{name: (*known.get(name, ()), *before.get(name, ()), new[name]) for name in files}})    # ours, if killed half-way
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+    recorded({**known, **{name: [digest] for name, digest in new.items()}})
+
+
+def _read_record(folder: Path) -> dict[str, list[str]]:
+    try:
+        found = json.loads((folder / RECORD).read_text("utf-8")) if (folder / RECORD).exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultError(f"{folder / RECORD} is damaged ({error}): restore it, or move it and what was drawn away.") from error
+    if not isinstance(found, dict) or not all(isinstance(entry, list) for entry in found.values()):
+        raise ResultError(f"{folder / RECORD} is no record of what was drawn: move it away, then draw again.")
+    return found
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 @contextlib.contextmanager
@@ -84,6 +234,8 @@ def one_process(lock: Path, busy: AlignblindError) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    if lock.is_symlink() or (lock.exists() and (not lock.is_file() or lock.stat().st_size)):
+        raise ResultError(f"{lock} is no lock of this project: move it away (nothing was touched).")
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
     try:
@@ -98,25 +250,63 @@ def one_process(lock: Path, busy: AlignblindError) -> Iterator[None]:
         held.release()
 
 
-def save_result(result: Result, path: Path) -> None:
-    """Save rows as `path` (.parquet) and provenance beside it (.json). The provenance is written first: rows never lack it."""
-    write_text(path.with_suffix(".json"), json.dumps(result.provenance, indent=1, default=str))
-    _whole(path, lambda beside: result.rows.to_parquet(beside, index=False, write_page_checksum=True))
+def save_result(result: Result, path: Path | str) -> None:
+    """Save rows as `path` (.parquet) and provenance beside it (.json), with a digest of both. The provenance is written first: rows never
+    lack it.
+
+    A result that is there is replaced by it. Errors: ResultError for another ending, or a file that is no result of this project.
+    """
+    path = Path(path)
+    note = path.with_suffix(".json")
+    if path.suffix != ".parquet":
+        raise ResultError(f"{path} cannot hold rows: give a name that ends in .parquet.")
+    refuse_taken(note, mine=_is_note)
+    refuse_taken(path, mine=lambda rows: rows.is_file() and _is_note(note))
+
+    def noted(rows: Path) -> None:
+        text = json.dumps(result.provenance, indent=1, default=str)
+        digest = {"rows": _digest(rows.read_bytes()), "note": _digest(text.encode("utf-8", "surrogatepass"))}
+        write_text(note, json.dumps({**json.loads(text), "digest": digest}, indent=1))
+
+    _whole(path, lambda beside: result.rows.to_parquet(beside, index=False, write_page_checksum=True), noted)
 
 
-def load_result(path: Path) -> Result:
-    """Read what `save_result` wrote. Errors: ResultError naming the file when one of the two is missing or damaged."""
+def load_result(path: Path | str) -> Result:
+    """Read what `save_result` wrote. Errors: ResultError naming the file when one of the two is missing, damaged or was changed."""
     import pandas as pd
     import pyarrow
 
+    path = Path(path)
     note = path.with_suffix(".json")
     for file in (path, note):
         if not file.is_file():
             raise ResultError(f"{file} is missing: it belongs to the result {path.name}. Delete its other half to compute it anew.")
     try:
-        return Result(pd.read_parquet(path, page_checksum_verification=True), json.loads(note.read_text("utf-8")))
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        rows, said = pd.read_parquet(path, page_checksum_verification=True), json.loads(note.read_text("utf-8"))
+        if not isinstance(said, dict):
+            raise ValueError("the provenance is no table")
+        digest = said.pop("digest", None)    # a version that kept none wrote the folder otherwise
+        if digest is not None and digest != {"rows": _digest(path.read_bytes()),
+                                             "note": _digest(json.dumps(said, indent=1).encode("utf-8", "surrogatepass"))}:
+            raise ValueError("it was changed since it was written")
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ResultError(f"{path} or its provenance is damaged ({error}). Delete both files to compute this part anew.") from error
+    return Result(rows, said)
+
+
+def _is_note(path: Path) -> bool:
+    """Whether a file is the provenance of a result: by its digest, or (of a version that kept none) by what every part's ends with."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and ("digest" in found or {"versions", "made"} <= set(found))
+
+
+def _is_of_old(folder: Path) -> bool:
+    """Whether a part of a folder was written by a version that kept no digests."""
+    notes = [part.with_suffix(".json") for part in folder.glob("*.parquet")]
+    return any(note.is_file() and _is_note(note) and "digest" not in json.loads(note.read_text("utf-8")) for note in notes)
 
 
 def json_value(value: Any) -> Any:
@@ -162,7 +352,7 @@ class StudyFolder:
             try:
                 stack.enter_context(one_process(path / LOCK, busy))
                 for file in path.iterdir():
-                    if LEFTOVER.fullmatch(file.name) and file.is_file():
+                    if LEFTOVER.fullmatch(file.name) and file.is_file() and not file.is_symlink():
                         file.unlink()
                 folder = cls.open(path, config)
             except OSError as error:
@@ -181,12 +371,18 @@ class StudyFolder:
 
     def has(self, name: str) -> bool:
         """Whether the part `name` is finished."""
-        return (self.path / f"{name}.parquet").is_file()
+        return self._file(name).is_file()
+
+    def _file(self, name: str) -> Path:
+        problem = "is the name of another file of the folder" if str(name).lower() in RESERVED else name_problem(name, LONGEST_PART)
+        if problem:
+            raise ResultError(f"the part {str(name)[:LONGEST_PART]!r} {problem}.")
+        return self.path / f"{name}.parquet"
 
     def part(self, name: str, compute: Callable[[], Result]) -> Result:
         """The result `name`: read if it is there, else computed and saved."""
-        file = self.path / f"{name}.parquet"
-        if self.has(name):
+        file = self._file(name)
+        if file.is_file():
             return load_result(file)
         result = compute()
         save_result(result, file)
@@ -202,12 +398,22 @@ def _is_begun(path: Path, config: Mapping[str, Any]) -> bool:
         if note.is_file():
             _check_config(note, config)
             return True
-        foreign = path.is_dir() and any(file.name not in (LOCK, HOLDER) and not LEFTOVER.fullmatch(file.name) for file in path.iterdir())
-    except OSError as error:
-        raise ResultError(f"{path} cannot be looked into: {error.strerror or error}. Give another --out.") from error
+        foreign = path.is_dir() and not all(_is_of_a_run(file) for file in path.iterdir())
+    except (OSError, ValueError) as error:    # ValueError: a null byte
+        raise ResultError(f"{str(path)[:100]!r} cannot be looked into: {getattr(error, 'strerror', None) or error}. Give another --out."
+                          ) from error
     if foreign:
         raise ResultError(f"{path} is not empty and holds no study: give another --out (nothing in it was touched).")
+    refuse_taken(path, what="--out", mine=Path.is_dir)
     return False
+
+
+def _is_of_a_run(file: Path) -> bool:
+    """Whether a file is what a process leaves in a folder before it has begun a study there: an empty lock, its note, an unfinished file."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    return (file.name == LOCK and not file.stat().st_size) or (file.name == HOLDER and bool(_holder(file.parent))) or (
+        LEFTOVER.fullmatch(file.name) is not None)
 
 
 def _holder(path: Path) -> str:
