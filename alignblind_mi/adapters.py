@@ -5,15 +5,14 @@ Knows PEFT; does NOT know rows or treatments.
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignblind_mi.edits import adapter_name
 from alignblind_mi.loading import ModelError, ModelSpec, fingerprint, load_config, load_huggingface, quiet
+from alignblind_mi.results import refuse_taken, whole_folder, write_text
 
 
 def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) -> Any:
@@ -108,8 +107,7 @@ def _write(spec: ModelSpec | str, adapter: Path | str, out: Path, *, merging: bo
     if spec.quantization is not None:
         raise ModelError(f"{spec.name} is to be loaded in {spec.quantization}: quantised weights cannot carry an adapter exactly. Merge "
                          "without quantization.")
-    if out.exists():
-        raise ModelError(f"{out} is there already: give another folder for the checkpoint (nothing was touched).")
+    refuse_taken(out, what="new folder", kind=ModelError)
     model, tokenizer = load_huggingface(spec)
     peft, name = with_adapters(model, [adapter], spec), adapter_name(adapter)
     if not merging:
@@ -120,18 +118,12 @@ def _write(spec: ModelSpec | str, adapter: Path | str, out: Path, *, merging: bo
                 layer.merged_adapters.append(name)
                 layer.unmerge()
     plain = peft.merge_and_unload(safe_merge=True, adapter_names=[name]) if merging else peft.unload()
-    beside = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        plain.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+    with whole_folder(out, ModelError) as draft:
+        plain.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
         note = {"model": spec.name, "revision": fingerprint(spec, load_config(spec)), "dtype": spec.dtype, "adapter": str(adapter),
                 "merged": merging}
-        (beside / "merge.json").write_text(json.dumps(note, indent=1), "utf-8")
-        beside.replace(out)
-    except OSError as error:
-        raise ModelError(f"cannot write {out}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        write_text(draft / "merge.json", json.dumps(note, indent=1))
     return out
 
 
@@ -143,13 +135,9 @@ def scaled_adapter(folder: Path, scale: float, out: Path) -> Path:
     config = folder / "adapter_config.json"
     if not config.is_file():
         raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
-    if out.exists():
-        raise ModelError(f"{out} is there already: give another folder (nothing was touched).")
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        draft = Path(scratch) / out.name
-        shutil.copytree(folder, draft)
+    with whole_folder(out, ModelError) as draft:
+        shutil.copytree(folder, draft, dirs_exist_ok=True)
         settings = json.loads(config.read_text("utf-8"))
         settings["lora_alpha"] *= scale
         (draft / "adapter_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
-        draft.rename(out)
     return out

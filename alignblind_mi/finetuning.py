@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import random
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from alignblind_mi.edits import Treatment, adapter_name
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.loading import ModelSpec, fingerprint, load_config, load_huggingface, quiet
 from alignblind_mi.prompts import Prompt, Span
-from alignblind_mi.results import one_process, versions
+from alignblind_mi.results import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, versions, write_text
 from alignblind_mi.tokens import Encoded
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 # Shares of depth. Early and late are the paper's split (layers 0-19 and 20-31 of 32); middle is 10-21 of 32.
 LAYER_GROUPS = {"early": (0.0, 0.625), "middle": (0.3125, 0.6875), "late": (0.625, 1.0), "all": (0.0, 1.0)}
 Item = dict[str, list[int]]
+NOTE, IDENTITY = "training.json", "identity.json"
+# What is in the folder of a training that goes on.
+DRAFTED = re.compile(r"identity\.json|README\.md|adapter_config\.json|adapter_model\.safetensors|checkpoint-\d+|" + LEFTOVER.pattern)
 
 
 class LoraError(AlignblindError):
@@ -246,16 +250,40 @@ class Job:
 def finetune(job: Job, out: Path) -> Treatment:
     """The Treatment of a trained adapter in the PEFT folder `out`, trained now if it is not there already.
 
-    The folder appears whole or not at all, without checkpoints. Errors: LoraError if `out` holds an adapter of other settings.
+    The folder appears whole or not at all, without checkpoints. Errors: LoraError if `out` holds an adapter of other settings, and, before
+    anything is computed, for a folder of anything else there or beside it.
     """
-    if "." in adapter_name(out):
-        raise LoraError(f"{out} cannot be the name of an adapter: PEFT allows no full stop in it.")
+    problem = name_problem(adapter_name(out))
+    if problem:
+        raise LoraError(f"{out} cannot be the name of an adapter: it {problem}.")
+    if not _is_trained(out):
+        refuse_taken(out, what="folder", kind=LoraError)
+        refuse_taken(_draft(out), what="folder", mine=_claimed, kind=LoraError)
     identity = job.identity()
-    if not (out / "training.json").is_file():
+    if not _is_trained(out):
         check_modules(job.spec, job.settings.modules)
         with _alone(out):
-            _make(job, out, identity)
+            if not _is_trained(out):    # by a process that was faster
+                _make(job, out, identity)
     return _treatment(out, identity)
+
+
+def _is_trained(out: Path) -> bool:
+    return (out / NOTE).is_file()
+
+
+def _draft(out: Path) -> Path:
+    """The folder beside `out` in which a training goes on: claimed by `identity.json`, which names the folder itself."""
+    return out.absolute().with_name(f".{out.name}.part")
+
+
+def _claimed(draft: Path) -> bool:
+    """Whether a folder is one in which a training of ours goes on: it, or its copy from elsewhere, is named by the identity in it."""
+    try:
+        found = json.loads((draft / IDENTITY).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and Path(str(found.get("folder", ""))).name == draft.name and {"settings", "versions"} <= set(found)
 
 
 @contextlib.contextmanager
@@ -274,30 +302,31 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _make(job: Job, out: Path, identity: dict[str, Any]) -> None:
-    """Train, or go on, beside `out`; then put it in its place."""
-    beside = _begin(out, identity)
-    note = {**identity, **_train(job, beside)}
-    for path in (*beside.glob("checkpoint-*"), beside / "identity.json", beside / "README.md"):
+    """Train, or go on, beside `out`; then put it in its place, which is empty."""
+    draft = _begin(_draft(out), identity)
+    note = {**identity, **_train(job, draft)}
+    for path in (*draft.glob("checkpoint-*"), draft / IDENTITY, draft / "README.md"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (beside / "training.json").write_text(json.dumps(note, indent=1), "utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    beside.replace(out)
+    (draft / NOTE).write_text(json.dumps(note, indent=1), "utf-8")
+    if out.is_dir():
+        out.rmdir()    # fails where anything has come to lie in it
+    draft.rename(out)
 
 
-def _begin(out: Path, identity: dict[str, Any]) -> Path:
-    """The folder beside `out` in which this very training goes on; one of other settings, or moved from elsewhere, is thrown away."""
-    beside = out.with_name(f".{out.name}.part").resolve()
-    note, wanted = beside / "identity.json", json.dumps({**identity, "folder": str(beside), "versions": versions()})
-    if not (note.is_file() and note.read_text("utf-8") == wanted):
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        note.write_text(wanted, "utf-8")
-    return beside
+def _begin(draft: Path, identity: dict[str, Any]) -> Path:
+    """The draft in which this very training goes on; one of ours with other settings, or moved from elsewhere, is thrown away."""
+    wanted = json.dumps({**identity, "folder": str(draft), "versions": versions()})
+    if draft.exists() and _claimed(draft) and (draft / IDENTITY).read_text("utf-8") != wanted:
+        remove_own(draft, DRAFTED)
+    if not draft.exists() or not any(draft.iterdir()):
+        draft.mkdir(parents=True, exist_ok=True)
+        write_text(draft / IDENTITY, wanted)
+    return draft
 
 
 def _treatment(out: Path, identity: dict[str, Any]) -> Treatment:
     try:
-        note = json.loads((out / "training.json").read_text("utf-8"))
+        note = json.loads((out / NOTE).read_text("utf-8"))
     except ValueError as error:
         raise LoraError(f"{out / 'training.json'} is damaged ({error}): delete {out} to train this adapter anew.") from error
     there, here = _flat(note), _flat(identity)
@@ -320,9 +349,9 @@ def trained_treatment(folder: Path) -> Treatment:
 
     details: method, layers, parameters (trained ones), seconds, folder. Errors: LoraError if there is no training.json.
     """
-    if not (folder / "training.json").is_file():
+    if not (folder / NOTE).is_file():
         raise LoraError(f"{folder} is no adapter that was trained here: it has no training.json.")
-    note = json.loads((folder / "training.json").read_text("utf-8"))
+    note = json.loads((folder / NOTE).read_text("utf-8"))
     details = {"method": note["method"], "layers": layers_text(note["layers"]), "parameters": str(note["parameters"]),
                "seconds": str(note["seconds"]), "folder": str(folder)}
     return Treatment(adapter_name(folder), adapter=adapter_name(folder), family=note["family"], details=details)

@@ -80,38 +80,40 @@ def name_problem(name: Any, longest: int = LONGEST) -> str:
     system keeps for a device.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        return "is no plain name: take letters a-z, digits, _ and -, a letter or digit first"
+        return "is no plain name: take letters a-z, digits, _ and -, no full stop or blank, a letter or digit first"
     if len(name) > longest:
         return f"is {len(name)} letters long: a name has at most {longest}"
     return "is kept by some systems for a device: take another name" if name.lower() in DEVICES else ""
 
 
-def refuse_taken(path: Path, *, what: str = "file", mine: Callable[[Path], bool] | None = None) -> None:
+def refuse_taken(path: Path, *, what: str = "file", mine: Callable[[Path], bool] | None = None,
+                 kind: type[AlignblindError] | None = None) -> None:
     """Whether something new can be written at `path` by the rule of this module (see there), found out without writing anything.
 
-    Nothing may be there, unless `mine` says that it is ours; for a folder (what="folder") an empty one will do. Errors: ResultError for a
-    place that is taken, a symbolic link, a name that is too long, or a way that leads through a file or a folder that cannot be written in.
+    Nothing may be there, unless `mine` says that it is ours; for a folder (what="folder") an empty one will do. Errors: `kind` (default:
+    ResultError) for a place that is taken, a symbolic link, a name that is too long, or a way that leads through a file or a folder that
+    cannot be written in.
     """
-    path = Path(path)
+    path, kind = Path(path), kind or ResultError
     untouched = f"give another {what} (nothing was touched)"
     try:
         if path.is_symlink():
-            raise ResultError(f"{path} is a symbolic link, which is neither followed nor replaced: {untouched}.")
+            raise kind(f"{path} is a symbolic link, which is neither followed nor replaced: {untouched}.")
         if path.exists():
             empty = what == "folder" and path.is_dir() and not any(path.iterdir())
             if not empty and not (mine is not None and mine(path)):
-                raise ResultError(f"{path} is there already and was not written by this command: {untouched}.")
+                raise kind(f"{path} is there already and was not written by this command: {untouched}.")
         there = path.parent
         while not os.path.lexists(there) and there != there.parent:
             there = there.parent
         if not there.is_dir():
-            raise ResultError(f"cannot write {path}: {there} is not a folder; {untouched}.")
+            raise kind(f"cannot write {path}: {there} is not a folder; {untouched}.")
         if not path.exists() and not os.access(there, os.W_OK | os.X_OK):
-            raise ResultError(f"cannot write {path}: Permission denied in {there}; {untouched}.")
+            raise kind(f"cannot write {path}: Permission denied in {there}; {untouched}.")
         for part in path.absolute().relative_to(there.absolute()).parts:
             (there / part).exists()    # an OSError where a name is longer than the file system takes
     except (OSError, ValueError) as error:    # ValueError: a name with a null byte
-        raise ResultError(f"{str(path)[:100]!r} cannot be a {what}: {getattr(error, 'strerror', None) or error}. Give another {what}."
+        raise kind(f"{str(path)[:100]!r} cannot be a {what}: {getattr(error, 'strerror', None) or error}. Give another {what}."
                           ) from error
 
 
@@ -124,12 +126,12 @@ def remove_own(folder: Path, known: re.Pattern[str]) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, kind: type[AlignblindError] | None = None) -> Iterator[Path]:
     """A new folder `out` that appears whole or not at all: the block fills the folder that it is given, which has another name until then.
 
-    Errors: as `refuse_taken`; ResultError if it cannot be written, or somebody else was faster.
+    Errors: as `refuse_taken`; `kind` if it cannot be written, or somebody else was faster.
     """
-    refuse_taken(out, what="folder")
+    refuse_taken(out, what="new folder", kind=kind)
     scratch = out.parent / _unfinished()
     try:
         scratch.mkdir(parents=True)
@@ -138,7 +140,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         yield draft
         draft.rename(out)    # fails where anything has come to stand there
     except OSError as error:
-        raise ResultError(f"cannot write {out}: {error.strerror or error}. Nothing that was there before has changed.") from error
+        raise (kind or ResultError)(f"cannot write {out}: {error.strerror or error}. Nothing that was there before has changed.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)    # made above, under a name that nobody else has
 
@@ -187,8 +189,8 @@ def _whole(path: Path, write: Callable[[Path], Any], then: Callable[[Path], Any]
 def write_drawn(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write what is drawn from a results folder into it (paths relative to it), and keep the digests of all in `written.json`.
 
-    A file that is there is replaced only if it is as it was written; in a folder of a version that kept no record, drawn files are taken for
-    that version's. Errors: ResultError for a file of somebody else or one that was changed, a link, or a folder that is none of ours.
+    A file that is there is replaced only if it is as it was written; in a folder of a version that kept no record, drawn files are taken
+    for that version's. Errors: ResultError for a file of somebody else or one that was changed, a link, or a folder that is none of ours.
     """
     if not (folder / "study.json").is_file():
         raise ResultError(f"{folder} is no results folder: it has no study.json.")
@@ -409,7 +411,7 @@ def _is_begun(path: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _is_of_a_run(file: Path) -> bool:
-    """Whether a file is what a process leaves in a folder before it has begun a study there: an empty lock, its note, an unfinished file."""
+    """Whether a file is what a process leaves in a folder before it has begun a study there: a lock, its note, an unfinished file."""
     if file.is_symlink() or not file.is_file():
         return False
     return (file.name == LOCK and not file.stat().st_size) or (file.name == HOLDER and bool(_holder(file.parent))) or (

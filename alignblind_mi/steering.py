@@ -6,10 +6,12 @@ paired differences); Rimsky et al. 2024 (contrastive activation addition); Ardit
 `save` and `export_gguf`. This module does NOT know what steering changes.
 """
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,7 +24,7 @@ from alignblind_mi.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Sit
 from alignblind_mi.model import HookedModel
 from alignblind_mi.probes import train_probes
 from alignblind_mi.prompts import Prompt, fill, steering_prompt
-from alignblind_mi.results import versions, write_bytes
+from alignblind_mi.results import refuse_taken, versions, write_bytes
 
 Method = Literal["replacement", "mean_difference", "pca", "probe", "contrast", "noise"]
 Positions = Literal["identifiers", "prompt", "last", "generated"]
@@ -30,6 +32,7 @@ WINDOW_SHARE = 10 / 32    # the paper's window: 10 consecutive layers of Llama 3
 ROLES = ("marked", "unmarked")
 AFTER_PROMPT: tuple[str, ...] = ("last", "generated")
 SHARED = ("",)
+GGUF_MARK = b"alignblind_mi.method"    # a key of the header of control vectors that were written here
 
 
 def window_size(n_layers: int, share: float = WINDOW_SHARE) -> int:
@@ -126,44 +129,74 @@ class SteeringVectors:
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write a .safetensors file: tensors `layer.L` [d_model] (or `layer.L.marked`, `layer.L.unmarked`), provenance as its metadata.
 
         Without this project: `v = load_file(path)["layer.3"]`, then a forward hook on `model.model.layers[3]` that returns its output + v.
+
+        Steering vectors that are there are replaced. Errors: EditError for a file of anything else.
         """
         from safetensors.torch import save
 
+        path = Path(path)
+        refuse_taken(path, mine=is_vectors, kind=EditError)
         tensors = {".".join(["layer", str(layer), *([role] if role else [])]): self._at(layer, role).contiguous().clone()
                    for layer in self.layers for role in self.roles}
         note = {**self.provenance, "method": self.method, "sense": self.sense, "stream": self.stream}
         data = save(tensors, {name: json.dumps(value) for name, value in note.items()})
         write_bytes(path, data)
 
-    def export_gguf(self, path: Path, *, strength: float = 1.0) -> None:
+    def export_gguf(self, path: Path | str, *, strength: float = 1.0) -> None:
         """Write llama.cpp's control-vector format (needs `pip install 'alignblind-mi[gguf]'`): `direction.L`, added after layer L.
 
-        llama.cpp adds a vector to every token and takes none at layer 0, which is left out. Errors: EditError for vectors that replace, are
-        not of `resid_post`, or have no layer above 0.
+        llama.cpp adds a vector to every token and takes none at layer 0, which is left out. A control vector that was written here is
+        replaced. Errors: EditError for vectors that replace, are not of `resid_post`, or have no layer above 0; or a file of anything else.
         """
-        try:
-            from gguf import GGUFWriter
-        except ImportError:
-            raise EditError("writing GGUF needs the package gguf: pip install 'alignblind-mi[gguf]'.") from None
+        check_gguf(path, self.method, self.stream, self.layers)
+        from gguf import GGUFWriter
+
         layers = [layer for layer in self.layers if layer > 0]
-        if self.replaces or self.stream != "resid_post" or not layers:
-            raise EditError(f"llama.cpp adds one direction after a layer above 0; these are {self.method} vectors at {self.stream} of the "
-                            f"layers {_span(self.layers)}.")
-        beside = path.with_name(f".{path.name}.part")
-        writer = GGUFWriter(beside, "controlvector")
-        writer.add_string("controlvector.model_hint", str(self.provenance.get("architecture", "llama")))
-        writer.add_uint32("controlvector.layer_count", len(layers))
-        for layer in layers:
-            writer.add_tensor(f"direction.{layer}", np.asarray((strength * self._at(layer, "")).numpy(), dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        beside.replace(path)
+        with TemporaryDirectory() as scratch:
+            draft = Path(scratch) / "vectors.gguf"
+            writer = GGUFWriter(draft, "controlvector")
+            writer.add_string("controlvector.model_hint", str(self.provenance.get("architecture", "llama")))
+            writer.add_uint32("controlvector.layer_count", len(layers))
+            writer.add_string(GGUF_MARK.decode(), self.method)
+            for layer in layers:
+                writer.add_tensor(f"direction.{layer}", np.asarray((strength * self._at(layer, "")).numpy(), dtype=np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            write_bytes(Path(path), draft.read_bytes())
+
+
+def check_gguf(path: Path | str, method: str, stream: str, layers: Sequence[int]) -> None:
+    """Whether a control vector could be written there, found out before any is. Errors: EditError as `SteeringVectors.export_gguf`."""
+    if importlib.util.find_spec("gguf") is None:
+        raise EditError("writing GGUF needs the package gguf: pip install 'alignblind-mi[gguf]'.")
+    if method == "replacement" or stream != "resid_post" or not any(layer > 0 for layer in layers):
+        raise EditError(f"llama.cpp adds one direction after a layer above 0; these are {method} vectors at {stream} of the layers "
+                        f"{_span(layers)}.")
+    refuse_taken(Path(path), mine=_is_our_gguf, kind=EditError)
+
+
+def _is_our_gguf(path: Path) -> bool:
+    """Whether a file is a control vector that was written here: its header bears our mark."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    return head.startswith(b"GGUF") and GGUF_MARK in head
+
+
+def is_vectors(path: Path) -> bool:
+    """Whether a file is one of steering vectors."""
+    try:
+        load_vectors(path)
+    except EditError:
+        return False
+    return True
 
 
 def load_vectors(path: Path | str) -> SteeringVectors:

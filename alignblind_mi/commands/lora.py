@@ -47,13 +47,14 @@ def lora(
     from alignblind_mi.loading import ModelSpec, check_model
     from alignblind_mi.lora import KINDS, examples_of, train_lora
     from alignblind_mi.organism.build import one_thread
+    from alignblind_mi.results import refuse_taken
     from alignblind_mi.studies.study import check_organism, organism_record, recommended_lora
     from alignblind_mi.unlearning import METHODS, UnlearningSettings, train_unlearning
 
     if kind not in (*KINDS, *METHODS):
         raise AlignblindError(f"unknown kind {kind!r}. Known: {', '.join((*KINDS, *METHODS))}.")
-    if merge is not None and merge.exists():
-        raise AlignblindError(f"{merge} is there already: give another --merge (nothing was touched).")
+    if merge is not None:
+        refuse_taken(merge, what="--merge")
     spec = ModelSpec(model, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
                      trust_remote_code=trust_remote_code).resolved()
     data = load_concept(concept)

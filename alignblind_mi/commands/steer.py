@@ -57,7 +57,7 @@ def steer(
     Example: alignblind steer --model organism:aligned --method mean_difference --layers 1-3 --strengths 0.5,1,2 --out steering
     """
     from alignblind_mi.commands.showing import about, interval, number, print_json, print_table, records_of, tagged
-    from alignblind_mi.steering import load_vectors
+    from alignblind_mi.steering import check_gguf, load_vectors
     from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, vectors_file
     from alignblind_mi.studies.study import StudyConfig
 
@@ -65,6 +65,8 @@ def steer(
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
                                 engine=engine, trust_remote_code=trust_remote_code)
     plan = SteeringPlan.create(config, sense=sense, method=method, how=how, layers=layers, strengths=strengths, positions=positions)
+    if gguf is not None:
+        check_gguf(gguf, plan.method, "resid_post", [layer for group in plan.layers for layer in group])
     (result,) = measure_parts(config, out, steer_parts(config, plan, out))
     vectors = vectors_file(plan, out)
     if gguf is not None:

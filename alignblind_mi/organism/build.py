@@ -23,6 +23,7 @@ from alignblind_mi.organism.gates import check, load_subject, measure
 from alignblind_mi.organism.interchange import PatchRows, Planting, interchange_loss
 from alignblind_mi.organism.tokenizer import build_tokenizer
 from alignblind_mi.organism.training import StageSettings, make_model, train_stage
+from alignblind_mi.results import refuse_taken
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -187,8 +188,7 @@ def build_organism(
     tell = progress or (lambda message: None)
     knobs, recipe = Knobs(reading=reading, behaviour=behaviour), recipe or Recipe()
     load_world(concept)    # refuses what cannot be trained on before a folder is made
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OrganismError(f"{out} is not an empty folder: give another --out (nothing in it was touched).")
+    refuse_taken(out, what="folder", kind=OrganismError)
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with one_thread():

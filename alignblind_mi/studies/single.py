@@ -14,7 +14,7 @@ import pandas as pd
 
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.contrast import SWAPS, PatchError
-from alignblind_mi.edits import UNTREATED, How
+from alignblind_mi.edits import UNTREATED, EditError, How
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.finetuning import choose_layers
 from alignblind_mi.loading import load_config
@@ -22,12 +22,13 @@ from alignblind_mi.model import HookedModel
 from alignblind_mi.paired import corrected, paired_differences
 from alignblind_mi.patching import CONTROLS, summarise_patching
 from alignblind_mi.prompts import DESIGNS, implicit_prompts
-from alignblind_mi.results import Result, load_result
+from alignblind_mi.results import Result, load_result, refuse_taken
 from alignblind_mi.statistics import mean_interval, position_effect, summarise
 from alignblind_mi.steering import (
     Method,
     Positions,
     SteeringVectors,
+    is_vectors,
     layer_windows,
     noise_like,
     steering_grid,
@@ -211,8 +212,9 @@ class SteeringPlan:
 def steer_parts(config: StudyConfig, plan: SteeringPlan, out: Path) -> list[Part]:
     """Implicit answers (balanced design) untreated, under every treatment of a plan, and under noise of each one's norms.
 
-    The vectors are saved on the way: see `vectors_file`.
+    The vectors are saved on the way: see `vectors_file`. Errors: EditError if anything else stands there.
     """
+    refuse_taken(vectors_file(plan, out), mine=is_vectors, kind=EditError)
     return [Part(f"steering_{_digest(plan)}_{ROLE}", ROLE, False, partial(_steered, config, plan, out))]
 
 
