@@ -7,8 +7,11 @@ It does NOT know models or tokenizers, nor how a sound concept is used.
 import difflib
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
+
+from alignblind_mi.results import name_problem
 
 Kind = Literal["text", "texts", "flag", "table", "tables", "list"]
 LEAST_CONTEXTS = 6    # sentences a sense and split: fewer tell nothing of sentences that a probe has not seen
@@ -206,8 +209,19 @@ def _inside(short: str, long: str) -> bool:
 
 
 def _name_problems(file: _Sound) -> list[str]:
+    """Names become parts of file names: each must be a plain one (see `results.name_problem`), and another one in small letters too."""
     name = file.text("name")
-    return [] if not name or re.fullmatch(r"[\w-]+", name) else [f"name: {name!r} must be one word of letters, digits, _ and -"]
+    found = [] if not name or re.fullmatch(r"[\w-]+", name) else [f"name: {name!r} must be one word of letters, digits, _ and -"]
+    found += [f"name: {_shown(name)} {problem}" for problem in [name_problem(name)] if name and not found and problem]
+    for table, value in file.data.items():
+        kind = _FILE[table].kind
+        names = list(value) if kind == "tables" else [entry.get("name") for entry in value] if kind == "list" else []
+        given = [one for one in names if isinstance(one, str) and one]
+        found += [f"[{table}] {_shown(one)}: the name {problem}" for one in given if (problem := name_problem(one))]
+        small = Counter(one.lower() for one in dict.fromkeys(given))
+        found += [f"[{table}] {one!r}: some file systems do not tell it from another name in small letters" for one in given
+                  if small[one.lower()] > 1]
+    return found
 
 
 def _cue_problems(file: _Sound) -> list[str]:

@@ -42,7 +42,8 @@ LOCK, HOLDER = ".lock", ".running"    # of a study folder: held while a process 
 LEFTOVER = re.compile(r"\.alignblind-[0-9a-f]{16}\.part")    # what a killed process had not finished writing
 RECORD = "written.json"    # what was drawn into a folder: digests by file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-LONGEST, LONGEST_PART = 64, 200    # letters of a name; of a part's, which is made of several
+PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")    # made of several names and doses
+LONGEST, LONGEST_PART = 64, 200    # letters
 DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10))}    # no file names on Windows
 RESERVED = {"study", "plan", "comparison", "calibration", "written"} | DEVICES    # no names of parts
 PACKAGES = ("alignblind-mi", "torch", "transformers", "transformer-lens", "peft", "numpy", "pandas")
@@ -73,17 +74,31 @@ def stamp() -> dict[str, Any]:
 # ---- names and places --------------------------------------------------------------------------------------------------
 
 
-def name_problem(name: Any, longest: int = LONGEST) -> str:
+def name_problem(name: Any) -> str:
     """Why a name cannot become a part of a file name, as the end of a sentence ("is ..."); empty for a plain name.
 
-    Plain is: letters a-z and A-Z, digits, `_` and `-`, beginning with a letter or a digit, at most `longest` of them, and no name that a
-    system keeps for a device.
+    Plain is: letters a-z and A-Z, digits, `_` and `-`, beginning with a letter or a digit, at most 64 of them, and no name that a system
+    keeps for a device.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return "is no plain name: take letters a-z, digits, _ and -, no full stop or blank, a letter or digit first"
-    if len(name) > longest:
-        return f"is {len(name)} letters long: a name has at most {longest}"
+    if len(name) > LONGEST:
+        return f"is {len(name)} letters long: a name has at most {LONGEST}"
     return "is kept by some systems for a device: take another name" if name.lower() in DEVICES else ""
+
+
+def check_parts(names: Iterable[str]) -> None:
+    """Whether parts can be saved under these names. Errors: ResultError for one that is no plain name, is kept for another file of the
+    folder, or is given twice (small and capital letters are the same to some systems)."""
+    seen = set[str]()
+    for name in names:
+        problem = ("is no plain name: take letters a-z, digits, _, ., + and -" if not isinstance(name, str) or not PART_NAME.fullmatch(name)
+                   else f"is longer than {LONGEST_PART} letters" if len(name) > LONGEST_PART
+                   else "is the name of another file of the folder" if name.split(".")[0].lower() in RESERVED
+                   else "is there twice" if name.lower() in seen else "")
+        if problem:
+            raise ResultError(f"the part {str(name)[:LONGEST_PART]!r} {problem}.")
+        seen.add(name.lower())
 
 
 def refuse_taken(path: Path, *, what: str = "file", mine: Callable[[Path], bool] | None = None,
@@ -194,32 +209,44 @@ def write_drawn(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     if not (folder / "study.json").is_file():
         raise ResultError(f"{folder} is no results folder: it has no study.json.")
-    known, old = _read_record(folder), not (folder / RECORD).exists() and _is_of_old(folder)
-    new = {name: _digest(data) for name, data in files.items()}
-    for name in files:
+    record, old, rows = _read_record(folder), not (folder / RECORD).exists() and _is_of_old(folder), rows_digest(folder)
+    for name, data in files.items():
         file = folder / name
-        links = [at for at in (file, *file.parents) if at != folder and folder in at.parents and at.is_symlink()]
+        links = [at for at in (file, *file.parents) if folder in at.parents and at.is_symlink()]
         if links:
             raise ResultError(f"{links[0]} is a symbolic link, which is neither followed nor replaced: move it away, then draw again.")
-        if file.exists() and not old and (not file.is_file() or _digest(file.read_bytes()) not in (*known.get(name, ()), new[name])):
+        there = file.read_bytes() if file.is_file() else None
+        known = [*record.get(name, {}).get("digests", ()), _digest(data), *([_digest(there)] if old and there is not None else [])]
+        if file.exists() and (there is None or _digest(there) not in known):
             raise ResultError(f"{file} was not written by this command, or was changed since: move it away, then draw again (nothing was "
                               "touched; the rows are as they were).")
-    def recorded(digests: Mapping[str, Iterable[str]]) -> None:
-        write_text(folder / RECORD, json.dumps({name: list(dict.fromkeys(entry)) for name, entry in digests.items()}, indent=1))
-
-    before = {name: [_digest((folder / name).read_bytes())] for name in files if (folder / name).is_file()} if old else {}
-    recorded({**known, **{name: (*known.get(name, ()), *before.get(name, ()), new[name]) for name in files}})    # ours, if killed half-way
+        record[name] = {"rows": "", "digests": known}    # either is ours, if this process is killed half-way
+    write_text(folder / RECORD, json.dumps(record, indent=1))
     for name, data in files.items():
         write_bytes(folder / name, data)
-    recorded({**known, **{name: [digest] for name, digest in new.items()}})
+    record |= {name: {"rows": rows, "digests": [_digest(data)]} for name, data in files.items()}
+    write_text(folder / RECORD, json.dumps(record, indent=1))
 
 
-def _read_record(folder: Path) -> dict[str, list[str]]:
+def is_drawn(folder: Path, name: str) -> bool:
+    """Whether a file was drawn from the rows that the folder holds now, and is as it was drawn."""
+    file, entry = folder / name, _read_record(folder).get(name, {})
+    return file.is_file() and entry.get("rows") == rows_digest(folder) and entry.get("digests") == [_digest(file.read_bytes())]
+
+
+def rows_digest(folder: Path) -> str:
+    """What identifies all finished parts of a folder: a digest of their notes, which bear the digests of their rows."""
+    notes = sorted(part.with_suffix(".json") for part in folder.glob("*.parquet"))
+    return _digest(b"".join(_digest(note.read_bytes()).encode() + note.name.encode() for note in notes if note.is_file()))
+
+
+def _read_record(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         found = json.loads((folder / RECORD).read_text("utf-8")) if (folder / RECORD).exists() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ResultError(f"{folder / RECORD} is damaged ({error}): restore it, or move it and what was drawn away.") from error
-    if not isinstance(found, dict) or not all(isinstance(entry, list) for entry in found.values()):
+        raise ResultError(f"{folder / RECORD} is damaged ({error}): move it and what was drawn away, then draw again.") from error
+    if not isinstance(found, dict) or not all(isinstance(entry, dict) and isinstance(entry.get("digests"), list)
+                                              for entry in found.values()):
         raise ResultError(f"{folder / RECORD} is no record of what was drawn: move it away, then draw again.")
     return found
 
@@ -376,9 +403,7 @@ class StudyFolder:
         return self._file(name).is_file()
 
     def _file(self, name: str) -> Path:
-        problem = "is the name of another file of the folder" if str(name).lower() in RESERVED else name_problem(name, LONGEST_PART)
-        if problem:
-            raise ResultError(f"the part {str(name)[:LONGEST_PART]!r} {problem}.")
+        check_parts([name])
         return self.path / f"{name}.parquet"
 
     def part(self, name: str, compute: Callable[[], Result]) -> Result:

@@ -22,7 +22,7 @@ from alignblind_mi.loading import load_config
 from alignblind_mi.model import HookedModel
 from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import KINDS, implicit_prompts
-from alignblind_mi.results import Result, StudyFolder, stamp, write_text
+from alignblind_mi.results import Result, StudyFolder, check_parts, stamp, write_drawn
 from alignblind_mi.studies.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
 from alignblind_mi.studies.behaviour import ask, measure_behaviour
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, plan_rivals
@@ -57,8 +57,9 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     split = check_vocabulary(config, concept)
     n_layers = int(load_config(config.aligned).get_text_config().num_hidden_layers)
     plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)
+    check_parts(part_name("aligned", rival.name, name) for rival in plan.rivals for name in (*MEASURED, *data))
     with StudyFolder.claim(out, config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}) as folder:
-        write_text(out / "plan.json", json.dumps(described(plan), indent=1) + "\n")
+        write_drawn(out, {"plan.json": (json.dumps(described(plan), indent=1) + "\n").encode()})
         _compute(config, concept, folder, plan, split, data)
     return out
 

@@ -36,7 +36,7 @@ from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.organism import RECORD, organism_names, read_record
 from alignblind_mi.progress import Advance, Progress
 from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
-from alignblind_mi.results import Result, StudyFolder, load_result, stamp
+from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
 from alignblind_mi.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.studies.awareness import (
     SELFIE_TOKENS,
@@ -238,6 +238,7 @@ def run_parts(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
 
 
 def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
+    check_parts(part.name for part in parts)
     concept = load_concept(config.concept)
     split = check_vocabulary(config, concept)
     identity, begun = config.identity(), StudyFolder(out)
