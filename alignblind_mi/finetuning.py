@@ -24,6 +24,7 @@ from alignblind_mi.blocks import decoder_layers
 from alignblind_mi.edits import Treatment, adapter_name
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.loading import ModelSpec, fingerprint, load_config, load_huggingface, quiet
+from alignblind_mi.progress import interruptible
 from alignblind_mi.prompts import Prompt, Span
 from alignblind_mi.results import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, versions, write_text
 from alignblind_mi.tokens import Encoded
@@ -262,7 +263,7 @@ def finetune(job: Job, out: Path) -> Treatment:
     identity = job.identity()
     if not _is_trained(out):
         check_modules(job.spec, job.settings.modules)
-        with _alone(out):
+        with _alone(out), interruptible(_draft(out), "finished epochs"):
             if not _is_trained(out):    # by a process that was faster
                 _make(job, out, identity)
     return _treatment(out, identity)

@@ -4,8 +4,19 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 Advance = Callable[[int], None]
+
+
+@contextlib.contextmanager
+def interruptible(out: Path, kept: str = "finished parts") -> Iterator[None]:
+    """A block that writes into `out`: interrupted, it says what is kept there and how to go on, and ends as it would have."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: {kept} are kept in {out}; the same command, or call, goes on from there.", file=sys.stderr, flush=True)
+        raise
 
 
 class Progress:

@@ -25,7 +25,18 @@ import torch
 import transformers  # noqa: F401
 
 import alignblind_mi.finetuning
-from alignblind_mi import Decoding, LoraSettings, StudyConfig, load_concept, run_parts, run_study, study_parts
+from alignblind_mi import (
+    AlignblindError,
+    Decoding,
+    LoraSettings,
+    StudyConfig,
+    awareness_examples,
+    load_concept,
+    run_parts,
+    run_study,
+    study_parts,
+    train_lora,
+)
 from alignblind_mi.studies import comparison
 from alignblind_mi.studies.rivals import Plan, plan_rivals
 from alignblind_mi.studies.single import SteeringPlan, awareness_parts, bias_parts, measure_parts, steer_parts
@@ -66,6 +77,8 @@ def run(kind: str, config: StudyConfig, out: Path) -> None:
         measure_parts(config, out, steer_parts(config, SteeringPlan.create(config, method="mean_difference", strengths="0.5,1"), out))
     elif kind == "compare":
         compare(config, out)
+    elif kind == "adapter":
+        train(config, out)
     else:
         run_study(config, out)
 
@@ -81,7 +94,28 @@ def compare(config: StudyConfig, out: Path) -> None:
     comparison.run_comparison(config, out)
 
 
-KINDS = ("bias", "awareness", "patch", "steer", "lora", "compare", "study")
+def train(config: StudyConfig, out: Path) -> None:
+    """An adapter in the folder `out/mine/early`, which stands beside files of the user, and one that is to stand where such files are."""
+    mine = out / "mine"
+    if not mine.exists():    # a killed run has not got as far as any training
+        scratch = out.with_name(f"{out.name}.making-{os.getpid()}")
+        for name in FOREIGN:
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).write_text(f"the user's own {name}")
+        out.mkdir(exist_ok=True)
+        scratch.rename(mine)
+    examples = awareness_examples(load_concept("race"))[:128]
+    train_lora(config.aligned, examples, "early", mine / "early", settings=config.lora)
+    for taken in ("taken", "half"):    # a folder of the user's; a folder beside it that bears the name of an unfinished training
+        try:
+            train_lora(config.aligned, examples, "late", mine / taken, settings=config.lora)
+        except AlignblindError:
+            continue
+        sys.exit(f"{taken} was trained over")
+
+
+FOREIGN = ("taken/thesis.txt", "taken/deep/data.csv", ".half.part/notes.txt", "early.txt", ".early.part.txt")
+KINDS = ("bias", "awareness", "patch", "steer", "lora", "adapter", "compare", "study")
 
 
 def begin(kind: str, config: StudyConfig, out: Path) -> int:

@@ -14,13 +14,13 @@ from alignblind_mi.concept import DEFAULT_CONCEPT
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
 FLOORS = {
-    0: ("errors", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
+    0: ("errors", "progress", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
         "readings", "paired", "mixed", "power", "frontier"),
     1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
         "organism"),
     2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "trainer",
         "finetuning", "sense_loss", "lora", "unlearning"),
-    3: ("progress", "studies"),
+    3: ("studies",),
     4: ("figures", "report", "calibration_page", "comparison_page", "scoring", "views", "commands", "__main__"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}

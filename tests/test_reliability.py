@@ -25,6 +25,7 @@ from alignblind_mi.results import Result, ResultError, StudyFolder, load_result,
 from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts
 
 TESTS = Path(__file__).parent
+FOREIGN = ("taken/thesis.txt", "taken/deep/data.csv", ".half.part/notes.txt", "early.txt", ".early.part.txt")    # as in kill_driver.py
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
 OF_THE_MOMENT = {"made": "", "batches": "", "cost": ""}    # provenance that may differ: when, free memory, times
 ROWS = pd.DataFrame({"n": range(2000), "text": [f"row {i}" for i in range(2000)], "x": np.linspace(0, 1, 2000)})
@@ -46,6 +47,13 @@ def test_fifty_kills_at_random_moments_change_no_row(small, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert sum(said["killed"].values()) == 50
+    for number in range(said["finished"].pop("adapter")):
+        mine = tmp_path / "killed" / f"adapter-{number}" / "mine"
+        there = [str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file() and path.parent != mine / "early"]
+        assert sorted(there) == sorted(FOREIGN)
+        assert all((mine / name).read_text() == f"the user's own {name}" for name in FOREIGN)
+        weights = tmp_path / "undisturbed" / "adapter" / "mine" / "early" / "adapter_model.safetensors"
+        assert (mine / "early" / weights.name).read_bytes() == weights.read_bytes()
     for kind, times in said["finished"].items():
         expected = load_study(tmp_path / "undisturbed" / kind)
         for number in range(times):

@@ -320,3 +320,20 @@ def test_half_the_rows_or_an_altered_note_are_no_result(tmp_path):
     note.write_text(note.read_text().replace('"a"', '"b"'))
     with pytest.raises(ResultError, match="changed since it was written"):
         load_result(path)
+
+
+# ---- interrupted -------------------------------------------------------------------------------------------------------
+
+
+def test_an_interruption_says_what_is_kept_and_how_to_go_on(small, tmp_path, capsys):
+    from alignblind_mi import Part, StudyConfig, run_parts
+
+    def interrupted(model, advance):
+        raise KeyboardInterrupt
+
+    parts = [Part("first", "base", False, lambda model, advance: ROWS), Part("second", "base", False, interrupted)]
+    with pytest.raises(KeyboardInterrupt):
+        run_parts(StudyConfig.create(str(small), str(small), quick=True), tmp_path / "s", parts)
+    said = f"interrupted: finished parts are kept in {tmp_path / 's'}; the same command, or call, goes on from there."
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "s" / "first.parquet").is_file()

@@ -33,7 +33,7 @@ from alignblind_mi.organism.family import Member, build_family, cache_folder, ca
 from alignblind_mi.organism.members import measured_concept
 from alignblind_mi.patching import grid_sites, patch_grid
 from alignblind_mi.probes import train_probes
-from alignblind_mi.progress import Progress
+from alignblind_mi.progress import Progress, interruptible
 from alignblind_mi.prompts import Prompt, assignments, implicit_prompts
 from alignblind_mi.results import Result, StudyFolder, stamp
 from alignblind_mi.steering import sense_steering
@@ -97,7 +97,7 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cach
 
     Finished parts are not measured again. Errors: OrganismError or ResultError for a cache or folder that cannot be used.
     """
-    with StudyFolder.claim(out, config.identity()) as folder:
+    with interruptible(out), StudyFolder.claim(out, config.identity()) as folder:
         _measure_all(config, folder, jobs, cache)
     return out
 

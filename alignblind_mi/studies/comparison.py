@@ -20,7 +20,7 @@ from alignblind_mi.concept import Concept, concept_names, load_concept
 from alignblind_mi.edits import Treatment
 from alignblind_mi.loading import load_config
 from alignblind_mi.model import HookedModel
-from alignblind_mi.progress import Advance, Progress
+from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.prompts import KINDS, implicit_prompts
 from alignblind_mi.results import Result, StudyFolder, check_parts, stamp, write_drawn
 from alignblind_mi.studies.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
@@ -58,7 +58,8 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     n_layers = int(load_config(config.aligned).get_text_config().num_hidden_layers)
     plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)
     check_parts(part_name("aligned", rival.name, name) for rival in plan.rivals for name in (*MEASURED, *data))
-    with StudyFolder.claim(out, config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}) as folder:
+    identity = config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}
+    with interruptible(out), StudyFolder.claim(out, identity) as folder:
         write_drawn(out, {"plan.json": (json.dumps(described(plan), indent=1) + "\n").encode()})
         _compute(config, concept, folder, plan, split, data)
     return out

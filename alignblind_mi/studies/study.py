@@ -34,7 +34,7 @@ from alignblind_mi.loading import (
 from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora, trainable
 from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.organism import RECORD, organism_names, read_record
-from alignblind_mi.progress import Advance, Progress
+from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
 from alignblind_mi.steering import can_steer, layer_windows, sense_steering
@@ -243,7 +243,7 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
     split = check_vocabulary(config, concept)
     identity, begun = config.identity(), StudyFolder(out)
     finished = begun.holds(identity, [part.name for part in parts])    # then nothing is written, and nobody is kept out
-    with nullcontext(begun) if finished else StudyFolder.claim(out, identity) as folder:
+    with interruptible(out), nullcontext(begun) if finished else StudyFolder.claim(out, identity) as folder:
         _compute(config, concept, folder, parts, split)
     return out
 
