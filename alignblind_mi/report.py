@@ -29,10 +29,12 @@ from alignblind_mi.studies.audit import CITATIONS, alignment_claims, methods_ope
 from alignblind_mi.studies.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.studies.mitigation import comparison_table, early_window, late_window, steering_names
 from alignblind_mi.studies.study import INSTRUMENTS, instruments, load_study, organism_record, questions, view_names
+from alignblind_mi.texts import csv_text, encodable, label, shortened, visible
 from alignblind_mi.views import as_page, pattern_view, token_view
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 ROLES = ("base", "aligned")
 PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "lora_")    # how the names of a study's parts begin
@@ -45,6 +47,9 @@ INSTRUMENT_COLUMNS = BOTH_COLUMNS | {"instrument", "identifier", "context", "con
 READING_COLUMNS = BOTH_COLUMNS | {"interpretation", "context", "control", "mark", "mention", "layer", "d_group", "d_other", "base_group",
                                   "base_other", "blind"}
 PAPER_LINK = "https://arxiv.org/abs/2506.00253"
+LONGEST, LONGEST_TITLE = 500, 2000    # characters of a text on a page, and of the same text where it is pointed at
+# Pages run nothing and fetch nothing: styles and pictures are inside them, the views beside them are shown in frames without rights.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-src 'self' file:; base-uri 'none'; form-action 'none'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +151,7 @@ def save_shown(folder: Path, tables: dict[str, pd.DataFrame], drawn: dict[str, F
     """Write tables/NAME.csv, figures/NAME.png and figures/NAME.svg into a folder. Returns the figures as SVG, by name."""
     vectors = {name: figures.to_svg(figure) for name, figure in drawn.items()}
     for name, table in tables.items():
-        write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
+        write_text(folder / "tables" / f"{name}.csv", csv_text(table))
     for name, figure in drawn.items():
         write_bytes(folder / "figures" / f"{name}.png", figures.to_png(figure))
         write_text(folder / "figures" / f"{name}.svg", vectors[name].decode("utf-8"))
@@ -721,8 +726,8 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
 
     Its words are in the template.
     """
-    return environment().get_template("report.html.j2").render(
-        study=study, config=study.config, concept=study.concept, cue=study.concept.cue(study.config["cue"]), record=study.record,
+    return page_text(
+        "report.html.j2", study=study, config=study.config, concept=study.concept, cue=study.concept.cue(study.config["cue"]), record=study.record,
         tables={name: _records(table) for name, table in tables.items()}, columns=COLUMNS | _sense_columns(study.concept),
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
         phrases=_phrases(study), provenance=_provenance(study),
@@ -737,19 +742,46 @@ def _sense_columns(concept: Concept) -> dict[str, tuple[Column, ...]]:
     return {"selfie": (_text("model", "role"), CONTROL, _count("n texts", "n"), *shares)}
 
 
-def environment() -> "Environment":
+def page_text(template: str, **given: Any) -> str:
+    """A page from one of the package's templates. Every text is escaped, and shortened where it is longer than any that is meant."""
+    return encodable(_environment().get_template(template).render(given))
+
+
+def _environment() -> "Environment":
     """jinja2 over the package's templates: strict about names, with this module's ways to write numbers."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     found = Environment(loader=PackageLoader("alignblind_mi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                        lstrip_blocks=True)
-    found.filters |= {"percent": percent, "signed": signed}
+                        lstrip_blocks=True, finalize=_shown)
+    found.filters |= {"percent": percent, "signed": signed, "label": label, "whole": _whole}
+    found.globals["policy"] = POLICY
     return found
 
 
-def as_uri(svg: bytes) -> str:
+def _shown(value: Any) -> Any:
+    """What stands in a page for a value: a text with its control characters written out, its end only when pointed at if it is long."""
+    from markupsafe import Markup
+
+    if hasattr(value, "__html__") or not isinstance(value, str):
+        return value
+    text = visible(value)
+    if len(text) <= LONGEST:
+        return text
+    return Markup('<span title="{}">{}</span>').format(shortened(text, LONGEST_TITLE), shortened(text, LONGEST))
+
+
+def _whole(text: str) -> "Markup":
+    """The filter for our own paragraphs, however long."""
+    from markupsafe import escape
+
+    return escape(visible(text))
+
+
+def as_uri(svg: bytes) -> "Markup":
     """An image as a data URI."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+    from markupsafe import escape
+
+    return escape("data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii"))
 
 
 def _questions(concept: Concept) -> dict[str, str]:
