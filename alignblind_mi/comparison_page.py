@@ -135,7 +135,8 @@ def _render(found: Compared, tables: dict[str, pd.DataFrame], vectors: dict[str,
     spec = ModelSpec(**config["aligned"])
     made = sorted(note["made"] for note in notes)
     return page_text(
-        "comparison.html.j2", config=config, names=names, organism=any(name.startswith(EMBEDDED) for name in names.values()) or bool(organism_record(spec)),
+        "comparison.html.j2", config=config, names=names,
+        organism=any(name.startswith(EMBEDDED) for name in names.values()) or bool(organism_record(spec)),
         tables={name: table.to_dict("records") for name, table in tables.items()}, columns=COLUMNS,
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, unfinished=unfinished(found), methods=methods_paragraph(found),
         citations=CITATIONS, revisions={name: note["revision"] for name, note in found.notes.items() if name in ("base", "untreated")},

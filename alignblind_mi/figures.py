@@ -27,6 +27,7 @@ SERIES_MARKERS = ("o", "s", "^", "D", "v", "P")
 CONTROL_NAMES = {"": "identifiers", "anchor_group": "words of the group sense", "anchor_other": "words of the other sense",
                  "text": "text alone, asked", "wrong_token": "word before", "random": "random vector"}
 INK, PALE, UNBIASED = "#222222", "#D5D5D5", 0.5
+LONGEST = 48    # characters of a name in a figure; tables have it whole
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "#FFFFFF", "figure.dpi": 100, "savefig.dpi": 200, "font.family": "DejaVu Sans", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -55,11 +56,13 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def _drawable(given: object) -> object:
     """A table, or a text, whose names are labels: one line, at most so long, no control characters. What differs still differs."""
     if isinstance(given, str):
-        return short_label(given)
+        return short_label(given, LONGEST)
     if not isinstance(given, pd.DataFrame):
         return given
-    texts = [name for name, dtype in given.dtypes.items() if dtype.kind not in "biufM"]
-    return given.assign(**{str(name): [short_label(value) if isinstance(value, str) else value for value in given[name]] for name in texts})
+    table = given.copy(deep=False)
+    for name in [name for name, dtype in given.dtypes.items() if dtype.kind not in "biufM"]:
+        table[name] = [short_label(value, LONGEST) if isinstance(value, str) else value for value in given[name]]
+    return table
 
 
 def to_png(figure: Figure) -> bytes:
@@ -541,7 +544,7 @@ def _line(colour: str, label: str, *, width: float = 1.4, marker: str = "", ls: 
 
 def _key(label: str) -> str:
     """A label as a legend shows it: matplotlib leaves out those that begin with an underscore."""
-    return short_label(f" {label}" if label.startswith("_") else label)
+    return short_label(f" {label}" if label.startswith("_") else label, LONGEST)
 
 
 def _swatches(colours: dict[str, str], present: Sequence[str]) -> list[object]:

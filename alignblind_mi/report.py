@@ -727,7 +727,8 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
     Its words are in the template.
     """
     return page_text(
-        "report.html.j2", study=study, config=study.config, concept=study.concept, cue=study.concept.cue(study.config["cue"]), record=study.record,
+        "report.html.j2", study=study, config=study.config, concept=study.concept,
+        cue=study.concept.cue(study.config["cue"]), record=study.record,
         tables={name: _records(table) for name, table in tables.items()}, columns=COLUMNS | _sense_columns(study.concept),
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
         phrases=_phrases(study), provenance=_provenance(study),

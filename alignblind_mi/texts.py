@@ -19,7 +19,7 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u061c
                      "\uffff]")
 _UNSEEN_AND_BREAKS = re.compile(f"[\t\n]|{_UNSEEN.pattern}")
 _FORMULA = re.compile(r"[\s\ufeff]*[=+\-@＝＋－＠]|[\t\r\n]")    # how a cell begins that a spreadsheet computes (OWASP, "CSV Injection")
-_IN_SCRIPTS = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\x7f": "\\u007f"})
+_IN_SCRIPTS = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
 def visible(text: object, *, lines: bool = True) -> str:
@@ -80,13 +80,13 @@ def safe_streams() -> None:
 def csv_text(table: "pd.DataFrame") -> str:
     """The table as CSV, without its index. A text that a spreadsheet would compute (`=1+1`) begins with an apostrophe; numbers are numbers.
 
-    Control characters are written out, as in `visible`: a lone carriage return would begin a row. The Parquet rows have every text as it is.
+    Control characters are written out, as in `visible`: a lone carriage return would begin a row. Parquet rows have every text as it is.
     """
     safe = table.copy(deep=False)
     for i, dtype in enumerate(table.dtypes):
         if dtype.kind not in "biuf":
             safe.isetitem(i, [_cell(value) for value in table.iloc[:, i]])
-    safe.columns = [_text_cell(str(name)) for name in table.columns]    # type: ignore[assignment]
+    safe.columns = [_text_cell(str(name)) for name in table.columns]
     return encodable(safe.to_csv(index=False, lineterminator="\n"))
 
 
@@ -109,4 +109,9 @@ def script_json(value: Any) -> str:
 
     Errors: ValueError for a number that is not finite, TypeError for what JSON does not hold.
     """
-    return json.dumps(value, allow_nan=False).translate(_IN_SCRIPTS)
+    return json_text(value, indent=None).translate(_IN_SCRIPTS)
+
+
+def json_text(value: Any, *, indent: int | None = 1) -> str:
+    """A value as JSON in visible ASCII characters, which `say` leaves as they are. Errors: as `script_json`."""
+    return json.dumps(value, indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
