@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,13 +58,9 @@ def label(text: object, most: int = 60) -> str:
 def say(text: object, *, err: bool = False, end: str = "\n") -> None:
     """Print a text as it is, on whatever terminal: without markup, control characters visible, what the encoding lacks written out."""
     stream = sys.stderr if err else sys.stdout
-    stream.write(_fitting(visible(text) + end, stream))
-    stream.flush()
-
-
-def _fitting(text: str, stream: TextIO) -> str:
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    stream.write((visible(text) + end).encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
 
 
 def safe_streams() -> None:
