@@ -18,6 +18,7 @@ from alignblind_mi.errors import ScoreError
 from alignblind_mi.readings import classify, is_interpretations, read_interpretations, reading_names, reading_shares
 from alignblind_mi.released import read_released
 from alignblind_mi.statistics import clustered_interval, summarise
+from alignblind_mi.texts import encodable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,7 +158,7 @@ def _read_all(paths: Sequence[Path]) -> tuple[pd.DataFrame | None, pd.DataFrame 
         files.update({file: rows for file, rows in found.items() if file not in files})
     if not files:
         raise ScoreError("nothing to score: give result files or folders.")
-    named = [rows.assign(file=file.name) for file, rows in files.items()]
+    named = [rows.assign(file=encodable(file.name)) for file, rows in files.items()]
     return _joined([rows for rows in named if "answer" in rows]), _joined([rows for rows in named if "answer" not in rows])
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ def _written_out(found: re.Match[str]) -> str:
 def encodable(text: str) -> str:
     r"""The text as a UTF-8 file can hold it: lone surrogates (of undecodable file names, of JSON's `\ud800`) are written out."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def encodable_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table whose texts are `encodable`: pandas and Parquet hold no other."""
+    return {name: encodable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def shortened(text: str, most: int) -> str:

@@ -35,11 +35,15 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-ge
 RUN = "document.documentElement.id='PW'+'NED';console.log('PW'+'NED')"
 RAN = "PWNED"
 ELEMENT = "<b id=OWNED>x</b>"
-PAYLOADS = (f"</script><script>{RUN}</script>", f'<img src=x onerror="{RUN}">', f'"><svg onload="{RUN}">', f"'><iframe srcdoc=\"<script>{RUN}</script>\">",
+PAYLOADS = (f"</script><script>{RUN}</script>", f'<img src=x onerror="{RUN}">', f'"><svg onload="{RUN}">',
+            f"'><iframe srcdoc=\"<script>{RUN}</script>\">",
             f"<!--<script>{RUN}</script>-->", f"</title></style><script>{RUN}</script>", f'"); {RUN}; ("', f"\u2028{RUN}\u2029", ELEMENT,
             f"{{{{ {RUN} }}}}", f"javascript:{RUN}", "&nbsp;&lt;i&gt;", "<|begin_of_text|>", " harmless")
 EVIL = "".join(PAYLOADS[:6]) + ELEMENT
 NAME = f'<img src=x onerror="{RUN}">' + ELEMENT.replace("/", "")    # as a file can be called
+
+
+STILL = ("--dump-dom", "--virtual-time-budget=300")    # of pages that have no script of their own
 
 
 class Shown(NamedTuple):
@@ -58,9 +62,9 @@ class Shown(NamedTuple):
 def chromium(tmp_path):
     """Run the browser on a file. Frames without rights share its process, so that a picture waits for them."""
     def run(file: Path, *options: str) -> Shown:
-        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2500", "--enable-logging=stderr",
-                   "--disable-features=IsolateSandboxedIframes", "--disable-site-isolation-trials", f"--user-data-dir={tmp_path / 'profile'}",
-                   *options, file.as_uri()]
+        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-3d-apis", "--enable-logging=stderr",
+                   "--virtual-time-budget=2500", "--disable-features=IsolateSandboxedIframes", "--disable-site-isolation-trials",
+                   f"--user-data-dir={tmp_path / 'profile'}", *options, file.as_uri()]
         done = subprocess.run(command, capture_output=True, timeout=60, check=True)
         return Shown(done.stdout.decode("utf-8"), done.stderr.decode("utf-8", "replace"))
     return run
@@ -173,14 +177,11 @@ def study(tmp_path_factory) -> Path:
             note = {"versions": VERSIONS | {EVIL: EVIL}, "made": "2025-01-02T03:04:05+00:00", "model": EVIL, "engine": EVIL,
                     "split_identifiers": {EVIL: 2}}
             save_result(Result(rows.assign(**about), note), out / f"view_{name}_{role}.parquet")
-    for file in out.glob("lora_*.parquet"):
-        rows = pd.read_parquet(file)
-        rows.assign(category=rows["category"] if "category" in rows else "", model=EVIL).to_parquet(file, index=False)
     return write_report(out)
 
 
 def test_the_report_of_a_study(chromium, study):
-    shown = chromium(study, "--dump-dom")
+    shown = chromium(study, *STILL)
     check(shown, "Position versus association", "data:image/svg+xml;base64", "&lt;img src=x onerror=", "r_blind and its controls"[:7])
     assert shown.dom.count('sandbox="allow-scripts"') == 4
 
@@ -189,13 +190,13 @@ def test_the_frames_of_a_report_are_drawn_and_run_nothing(chromium, study, tmp_p
     page = study.read_text("utf-8")
     policy, frames = re.findall(r"<meta http-equiv=[^>]*>", page), re.findall(r"<iframe [^>]*>", page)
     assert len(frames) == 4
-    body = "".join(f'{frame.replace("lazy", "eager")}</iframe>' for frame in frames)
+    body = "".join(f'{frame.replace("lazy", "eager")}</iframe>' for frame in frames[:2])    # the others are of the other model
     style = "<style>* { margin: 0; border: 0 } iframe { display: block; width: 100%; height: 400px }</style>"
     (study.parent / "frames.html").write_text(f'<!DOCTYPE html><meta charset="utf-8">{policy[0]}{style}<body>{body}</body>', "utf-8")
-    shown = chromium(study.parent / "frames.html", "--window-size=1000,1600", f"--screenshot={tmp_path / 'frames.png'}")
+    shown = chromium(study.parent / "frames.html", "--window-size=1000,800", f"--screenshot={tmp_path / 'frames.png'}")
     assert RAN not in shown.console
     assert "Content Security Policy" not in shown.console
-    assert min(inked(tmp_path / "frames.png", 4)) > 2000
+    assert min(inked(tmp_path / "frames.png", 2)) > 2000
 
 
 @pytest.fixture(scope="module")
@@ -204,15 +205,15 @@ def comparison(tmp_path_factory) -> Path:
     folder, concept = tmp_path_factory.mktemp("browser_comparison"), load_concept("race")
     names = ["untreated", "steer" + NAME, "placebo" + NAME, "unlearn" + ELEMENT.replace("/", "")]
     families = ["untreated", "steering", "placebo", "unlearning"]
-    rivals = [{"treatment": name, "family": family, "curve": family if family != "placebo" and i else "", "dose": 1.0 if i else None,
-               "placebos": [names[2]] if family == "steering" else []} for i, (name, family) in enumerate(zip(names, families, strict=True))]
+    planned = list(zip(names, families, strict=True))
+    rivals = [{"treatment": name, "family": family, "curve": family if family in ("steering", "unlearning") else "", "dose": 1.0,
+               "placebos": [names[2]] if family == "steering" else []} for name, family in planned]
     config = config_of(base=EVIL, aligned=EVIL) | {"comparison": True, "data": {}, "quick": True}
     (folder / "study.json").write_text(json.dumps(config), "utf-8")
     plan = {"rivals": rivals, "left_out": {EVIL: EVIL}, "trained": []}
     (folder / "plan.json").write_text(json.dumps(plan), "utf-8")
     random = np.random.default_rng(0)
-    for name, role, family in [("untreated", "base", "untreated"), *((name, "aligned", family) for name, family in zip(names, families,
-                                                                                                                       strict=True))]:
+    for name, role, family in [("untreated", "base", "untreated"), *((name, "aligned", family) for name, family in planned)]:
         treatment = {"treatment": name, "family": family, "sense": "", "layers": ""}
         given = answers(concept, role, treatment, design="balanced", invalid=0.1, rate=0.9 if name == "untreated" else 0.6)
         effects = pd.DataFrame([{"measure": measure, "item": f"i{i}", "value": float(random.random()), "weight": 1.0} for i in range(4)
@@ -229,13 +230,13 @@ def comparison(tmp_path_factory) -> Path:
 
 
 def test_the_page_of_a_comparison(chromium, comparison):
-    check(chromium(comparison, "--dump-dom"), "Benefit and damage", "data:image/svg+xml;base64", "&lt;img src=x onerror=")
+    check(chromium(comparison, *STILL), "Benefit and damage", "data:image/svg+xml;base64", "&lt;img src=x onerror=")
     assert len(list((comparison.parent / "figures").glob("*.svg"))) == 3
 
 
 def test_a_figure_opened_by_itself(chromium, comparison):
     for name in ("comparison", "frontier"):
-        shown = chromium(comparison.parent / "figures" / f"{name}.svg", "--dump-dom")
+        shown = chromium(comparison.parent / "figures" / f"{name}.svg", *STILL)
         assert RAN not in shown.dom + shown.console
         assert not re.search(r"<(img|script|b)\b", re.sub(r"<!--.*?-->", "", shown.dom, flags=re.DOTALL))
         assert "<path" in shown.dom
@@ -255,7 +256,7 @@ def calibrated(tmp_path_factory) -> Path:
 
 
 def test_the_page_of_a_calibration(chromium, calibrated):
-    check(chromium(calibrated, "--dump-dom"), "Which instrument to believe", "data:image/svg+xml;base64", "&lt;img src=x onerror=")
+    check(chromium(calibrated, *STILL), "Which instrument to believe", "data:image/svg+xml;base64", "&lt;img src=x onerror=")
 
 
 def test_tables_beside_the_pages_have_no_formulas(comparison, study):

@@ -15,6 +15,7 @@ import pytest
 import typer
 from rich.console import Console
 from rich.text import Text
+from test_released import as_released
 from typer.testing import CliRunner
 
 from alignblind_mi import figures, scoring
@@ -79,7 +80,8 @@ def test_no_cell_or_title_of_a_csv_is_a_formula(text):
 
 
 def test_numbers_and_gaps_of_a_csv_stay_what_they_are():
-    mixed = pd.DataFrame({"object": pd.Series([-1, -2.5, None, "-3", True, pd.NA], dtype=object), "n": [-1, 2, 3, 4, 5, 6], "b": [True] * 6})
+    objects = pd.Series([-1, -2.5, None, "-3", True, pd.NA], dtype=object)
+    mixed = pd.DataFrame({"object": objects, "n": [-1, 2, 3, 4, 5, 6], "b": [True] * 6})
     assert csv_text(mixed) == "object,n,b\n-1,-1,True\n-2.5,2,True\n,3,True\n'-3,4,True\nTrue,5,True\n,6,True\n"
     assert csv_text(pd.DataFrame({"a": [0.1, float("nan")]})) == pd.DataFrame({"a": [0.1, float("nan")]}).to_csv(index=False)
     twice = pd.DataFrame([["=1", 2]], columns=["a", "a"])
@@ -169,7 +171,7 @@ ARGUMENTS = [["concept", "check", "[/red]\udcff.toml"], ["score", "[bold]\udcff\
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_no_output_fails_for_its_encoding(encoding):
     """In one process that is given each command line in turn, as the shell gives undecodable bytes: by surrogates."""
-    code = (f"import sys\nfrom alignblind_mi.__main__ import main\nfor arguments in {ARGUMENTS!r}:\n    sys.argv = ['alignblind', *arguments]\n"
+    code = (f"import sys\nfrom alignblind_mi.__main__ import main\nfor given in {ARGUMENTS!r}:\n    sys.argv = ['alignblind', *given]\n"
             "    try:\n        main()\n    except SystemExit as end:\n        print('ended', end.code)\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=dict(os.environ, PYTHONIOENCODING=encoding))
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
@@ -184,7 +186,10 @@ def commands(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[t
     return [(path, command), *(found for name, one in below.items() for found in commands(one, (*path, name)))]
 
 
-@pytest.mark.parametrize(("path", "command"), commands(typer.main.get_command(app)), ids=lambda x: "-".join(x) if isinstance(x, tuple) else "")
+COMMANDS = commands(typer.main.get_command(app))
+
+
+@pytest.mark.parametrize(("path", "command"), COMMANDS, ids=["-".join(path) for path, _ in COMMANDS])
 def test_help_shows_every_bracket_that_is_written(path, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setenv("TERMINAL_WIDTH", "400")
@@ -206,7 +211,7 @@ HOSTILE = [r"$\frac{", "$x$ and $y^2$", "</text><script>alert(1)</script>", "-->
 
 @pytest.fixture
 def treatments() -> pd.DataFrame:
-    ends = {name: 0.5 for name in ("implicit", "low", "high", "cluster_low", "cluster_high", "worst", "best", "invalid_share")}
+    ends = dict.fromkeys(("implicit", "low", "high", "cluster_low", "cluster_high", "worst", "best", "invalid_share"), 0.5)
     return pd.DataFrame([{"label": name, "n": 4, **ends} for name in HOSTILE])
 
 
@@ -220,8 +225,8 @@ def test_a_name_in_a_figure_is_no_formula_no_tag_and_short(treatments):
     assert len(svg) < 1_000_000
     assert len(figures.to_png(figure)) < 1_000_000
     tags = {element.tag.split("}")[-1] for element in ElementTree.fromstring(svg).iter()}
-    assert tags <= {"svg", "metadata", "RDF", "Work", "type", "format", "Agent", "title", "creator", "defs", "style", "g", "path", "use", "clipPath",
-                    "rect", "pattern", "line", "text"}
+    assert not tags & {"script", "foreignObject", "image", "a", "iframe", "text"}
+    assert "path" in tags
 
 
 def test_the_settings_of_a_user_do_not_turn_names_into_formulas(treatments):
@@ -250,7 +255,8 @@ def test_a_long_text_on_a_page_is_shortened_and_has_more_where_it_is_pointed_at(
     column = type("Column", (), {"title": "<i>" + "t" * 100_000, "numeric": False, "cell": staticmethod(lambda row: row["name"])})
     from alignblind_mi.report import _environment
 
-    template = _environment().from_string('{% from "macros.html.j2" import table with context %}{% call table("x", "y") %}{{ note }}{% endcall %}')
+    template = _environment().from_string('{% from "macros.html.j2" import table with context %}'
+                                          '{% call table("x", "y") %}{{ note }}{% endcall %}')
     long = "<b onclick='x'>\"" + "n" * 100_000
     made = template.render(pictures={}, tables={"x": [{"name": long}, {"name": "short"}]}, columns={"x": [column]}, note=long)
     assert len(made) < 4 * (LONGEST + LONGEST_TITLE) + 2000
@@ -258,3 +264,24 @@ def test_a_long_text_on_a_page_is_shortened_and_has_more_where_it_is_pointed_at(
     assert "<b" not in made
     assert "<i>" not in made
     assert "<td>short</td>" in made
+
+
+# ---- half characters in files ----------------------------------------------------------------------------------------------------
+
+
+def test_answers_and_interpretations_with_half_characters_are_scored(race, tmp_path, capsys):
+    """JSON's \\ud800, and a file name that is not UTF-8: no table can hold them."""
+    import itertools
+
+    data, _ = as_released(race, "default", " \ud800 5 [/red]=\x1b[31m", "weapon")
+    file = tmp_path / os.fsdecode(b"default_item-weapon_bias_results_\xff[bold]x_deterministic.json")
+    file.write_text(json.dumps(data), "ascii")
+    lines = [{"prompt": "p\ud800", "interpretation": f"\ud800 {text}", "layer": 0, "token": 1, "token_decoded": "\ud800"}
+             for text in ("race", "color")]
+    readings = tmp_path / os.fsdecode(b"\xff[red]_readings.json")
+    readings.write_text("\n".join(map(json.dumps, lines)), "ascii")
+    for path, paths in itertools.product((file, readings), ((), ("--json",))):
+        done = CliRunner().invoke(app, ["score", str(path), *paths])
+        assert done.exit_code == 0, done.exception
+        assert r"\udcff" in done.stdout
+        assert json.loads(done.stdout) if paths else True
