@@ -170,7 +170,7 @@ def hostile_concept(folder: Path) -> Path:
 def study(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     out = make_study(folder / NAME, base=EVIL, aligned=EVIL + " 2", concept=str(hostile_concept(folder)),
-                     base_revision=EVIL, chat={"system": EVIL, "date": EVIL})
+                     without=("steering",), base_revision=EVIL, chat={"system": EVIL, "date": EVIL})
     for role in ("base", "aligned"):
         for name, rows in (("attention", attention()), ("tokens", lens())):
             about = {"model": EVIL, "role": role, "treatment": "untreated", "family": "untreated", "sense": "", "layers": ""}
@@ -180,9 +180,9 @@ def study(tmp_path_factory) -> Path:
     return write_report(out)
 
 
-def test_the_report_of_a_study(chromium, study):
-    shown = chromium(study, *STILL)
-    check(shown, "Position versus association", "data:image/svg+xml;base64", "&lt;img src=x onerror=", "r_blind and its controls"[:7])
+def test_the_report_of_a_study(chromium, study, tmp_path):
+    shown = chromium(Path(shutil.copy(study, tmp_path)), *STILL)    # without its frames, which the next test draws
+    check(shown, "Position versus association", "data:image/svg+xml;base64", "&lt;img src=x onerror=", "r_blind")
     assert shown.dom.count('sandbox="allow-scripts"') == 4
 
 
