@@ -1,6 +1,5 @@
 """The command line: thin verbs over the public functions. Results go to standard output, everything else to standard error."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, no_type_check
@@ -40,6 +39,7 @@ from alignblind_mi.commands.power import power
 from alignblind_mi.commands.steer import steer
 from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.texts import json_text, safe_streams, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
@@ -59,7 +59,7 @@ app.command("power")(power)
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     if version:
-        typer.echo(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -90,6 +90,7 @@ def study(
     Example: alignblind study --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out llama3-8b
     """
     from alignblind_mi.report import write_report
+    from alignblind_mi.results import is_drawn
     from alignblind_mi.studies.study import StudyConfig, run_study
     from alignblind_mi.studies.study_file import read_study_file
 
@@ -101,14 +102,9 @@ def study(
                                     temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
                                     engine=engine, trust_remote_code=trust_remote_code)
     page = run_study(config, out) / "report.html"
-    if not _is_current(page):
+    if not is_drawn(out, page.name):
         write_report(out)
-    typer.echo(f"The report is {page.resolve()}")
-
-
-def _is_current(page: Path) -> bool:
-    """Whether a report is there that was drawn after the last part was finished."""
-    return page.is_file() and page.stat().st_mtime >= max(part.stat().st_mtime for part in page.parent.glob("*.parquet"))
+    say(f"The report is {page.resolve()}")
 
 
 @app.command()
@@ -150,9 +146,9 @@ def forecast(
     found = forecast_study(config, measure=rate)
     if as_json:
         fits = [{**asdict(one), "fits": one.fits} for one in found.fits]
-        typer.echo(json.dumps({**asdict(found), "fits": fits}, indent=1))
+        say(json_text({**asdict(found), "fits": fits}))
     else:
-        typer.echo(str(found))
+        say(str(found))
 
 
 @app.command()
@@ -164,7 +160,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Results folder of a stud
     from alignblind_mi.results import folder_kind
 
     write = {"comparison": write_comparison, "calibration": write_calibration}.get(folder_kind(folder), write_report)
-    typer.echo(f"The report is {write(folder).resolve()}")
+    say(f"The report is {write(folder).resolve()}")
 
 
 @app.command()
@@ -183,7 +179,7 @@ def calibrate(
 
     config = CalibrationConfig.create(seeds, quick=quick)
     page = write_calibration(run_calibration(config, out, jobs=jobs or processors()))
-    typer.echo(f"The page is {page.resolve()}")
+    say(f"The page is {page.resolve()}")
 
 
 @app.command()
@@ -205,7 +201,7 @@ def score(
     records = score_paths(paths, rule=rule, by=listed(by),
                           concept=load_concept(concept))
     if as_json:
-        typer.echo(json.dumps(records, indent=1, allow_nan=False))
+        say(json_text(records))
     else:
         render(records)
 
@@ -222,16 +218,17 @@ def organism_build(
     from alignblind_mi.organism.build import build_organism
 
     report = build_organism(out, concept=concept, seed=seed, reading=reading, behaviour=behaviour,
-                            progress=lambda line: typer.echo(line, err=True))
-    typer.echo(str(report))
+                            progress=lambda line: say(line, err=True))
+    say(str(report))
 
 
 def main() -> None:
     """Entry point: errors of this project are one sentence and exit code 2."""
+    safe_streams()
     try:
         app()
     except AlignblindError as error:
-        print(f"alignblind: {error}", file=sys.stderr)
+        say(f"alignblind: {error}", err=True)
         sys.exit(2)
 
 

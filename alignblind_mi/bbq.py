@@ -100,7 +100,9 @@ def _read(file: Path, targets: Mapping[tuple[str, str], int | None] | None) -> l
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(_item(json.loads(line), targets))
+                data = json.loads(line)
+                json.dumps(data, ensure_ascii=False).encode()    # half a character ("\ud800") is a ValueError: no tokenizer takes one
+                found.append(_item(data, targets))
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 said = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
                 raise BBQError(f"{file}, line {number}: {said}; expected an item of BBQ as published.") from error

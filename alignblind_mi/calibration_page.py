@@ -11,10 +11,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from alignblind_mi import figures
-from alignblind_mi.report import Column, as_uri, environment, percent, plain, save_shown, signed, version_names
-from alignblind_mi.results import ResultError, load_result, write_text
+from alignblind_mi.report import Column, as_uri, page_text, percent, plain, save_shown, signed, version_names
+from alignblind_mi.results import ResultError, load_result, write_drawn
 from alignblind_mi.studies.calibration import CUE, QUESTION, SELFIE_PROMPT, STREAM, TARGET_LAYER
 from alignblind_mi.studies.verdicts import advice, calibration_records, calibration_tables
+from alignblind_mi.texts import encodable
 
 
 def read_calibration(folder: Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
@@ -36,8 +37,8 @@ def write_calibration(folder: Path) -> Path:
     records = calibration_records(rows, tables)
     vectors = save_shown(folder, tables | {"records": pd.DataFrame(records)}, _draw(records, tables))
     page = folder / "calibration.html"
-    write_text(page, _render(records, tables, vectors, notes))
-    write_text(folder / "calibration.json", json.dumps(records, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(records, indent=1, allow_nan=False) + "\n"
+    write_drawn(folder, {"calibration.json": text.encode(), page.name: encodable(_render(records, tables, vectors, notes)).encode()})
     return page
 
 
@@ -75,8 +76,8 @@ COLUMNS = {"records": (
 
 def _render(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame], vectors: dict[str, bytes], notes: list[dict[str, Any]]) -> str:
     made = sorted(note["made"] for note in notes)
-    return environment().get_template("calibration.html.j2").render(
-        tables={"records": records}, columns=COLUMNS, records=records, advice=advice(records),
+    return page_text(
+        "calibration.html.j2", tables={"records": records}, columns=COLUMNS, records=records, advice=advice(records),
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, members=[(note["member"], note["failed_gates"]) for note in notes],
         causal_seeds=len(records[0]["causal_seeds"]), seeds=records[0]["seeds"], quick=notes[0]["config"]["quick"],
         versions=version_names(notes), made=made, cue=CUE, question=QUESTION, selfie=SELFIE_PROMPT,

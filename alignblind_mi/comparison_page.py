@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from alignblind_mi import figures
 from alignblind_mi.loading import EMBEDDED, ModelSpec
-from alignblind_mi.report import Column, as_uri, environment, percent, plain, save_shown, signed, version_names
-from alignblind_mi.results import write_text
+from alignblind_mi.report import Column, as_uri, page_text, percent, plain, save_shown, signed, version_names
+from alignblind_mi.results import write_drawn
 from alignblind_mi.studies.audit import CITATIONS, LEAST, MOST_INVALID, MOST_WRONG
 from alignblind_mi.studies.comparison_verdicts import (
     Compared,
@@ -24,6 +24,7 @@ from alignblind_mi.studies.comparison_verdicts import (
     unfinished,
 )
 from alignblind_mi.studies.study import organism_record
+from alignblind_mi.texts import encodable
 
 
 def write_comparison(folder: Path) -> Path:
@@ -33,8 +34,8 @@ def write_comparison(folder: Path) -> Path:
     records = comparison_records(found, tables)
     vectors = save_shown(folder, tables, _draw(tables))
     page = folder / "comparison.html"
-    write_text(page, _render(found, tables, vectors))
-    write_text(folder / "comparison.json", json.dumps(records, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(records, indent=1, allow_nan=False) + "\n"
+    write_drawn(folder, {"comparison.json": text.encode(), page.name: encodable(_render(found, tables, vectors)).encode()})
     return page
 
 
@@ -134,8 +135,9 @@ def _render(found: Compared, tables: dict[str, pd.DataFrame], vectors: dict[str,
     names = {role: config[role]["name"] for role in ("base", "aligned")}
     spec = ModelSpec(**config["aligned"])
     made = sorted(note["made"] for note in notes)
-    return environment().get_template("comparison.html.j2").render(
-        config=config, names=names, organism=any(name.startswith(EMBEDDED) for name in names.values()) or bool(organism_record(spec)),
+    return page_text(
+        "comparison.html.j2", config=config, names=names,
+        organism=any(name.startswith(EMBEDDED) for name in names.values()) or bool(organism_record(spec)),
         tables={name: table.to_dict("records") for name, table in tables.items()}, columns=COLUMNS,
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, unfinished=unfinished(found), methods=methods_paragraph(found),
         citations=CITATIONS, revisions={name: note["revision"] for name, note in found.notes.items() if name in ("base", "untreated")},

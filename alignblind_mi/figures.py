@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from alignblind_mi.texts import label as short_label
+
 # Okabe and Ito's palette: distinct for colour-blind readers and in grey print.
 ROLE_COLOURS = {"base": "#56B4E9", "aligned": "#D55E00"}
 SERIES_COLOURS = ("#0072B2", "#E69F00", "#666666", "#009E73", "#CC79A7", "#F0E442")
@@ -25,12 +27,14 @@ SERIES_MARKERS = ("o", "s", "^", "D", "v", "P")
 CONTROL_NAMES = {"": "identifiers", "anchor_group": "words of the group sense", "anchor_other": "words of the other sense",
                  "text": "text alone, asked", "wrong_token": "word before", "random": "random vector"}
 INK, PALE, UNBIASED = "#222222", "#D5D5D5", 0.5
+LONGEST = 48    # characters of a name in a figure; tables have it whole
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "#FFFFFF", "figure.dpi": 100, "savefig.dpi": 200, "font.family": "DejaVu Sans", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.labelsize": 9, "axes.edgecolor": "#555555", "axes.linewidth": 0.8, "axes.grid": True, "axes.grid.axis": "y",
     "axes.axisbelow": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.7, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
     "legend.frameon": False, "legend.fontsize": 9, "hatch.linewidth": 0.6, "svg.hashsalt": "alignblind_mi",
+    "text.parse_math": False, "text.usetex": False,    # names are texts: a dollar sign in one begins no formula
 }
 
 
@@ -41,12 +45,24 @@ def _style() -> Iterator[None]:
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw under the style of this module and leave matplotlib's settings as they were."""
+    """Draw under the style of this module, with names as short lines, and leave matplotlib's settings as they were."""
     @wraps(draw)
     def styled(*args: object, **kwargs: object) -> Figure:
         with _style():
-            return draw(*args, **kwargs)
+            return draw(*map(_drawable, args), **{name: _drawable(value) for name, value in kwargs.items()})
     return styled
+
+
+def _drawable(given: object) -> object:
+    """A table, or a text, whose names are labels: one line, at most so long, no control characters. What differs still differs."""
+    if isinstance(given, str):
+        return short_label(given, LONGEST)
+    if not isinstance(given, pd.DataFrame):
+        return given
+    table = given.copy(deep=False)
+    for name in [name for name, dtype in given.dtypes.items() if dtype.kind not in "biufM"]:
+        table[name] = [short_label(value, LONGEST) if isinstance(value, str) else value for value in given[name]]
+    return table
 
 
 def to_png(figure: Figure) -> bytes:
@@ -517,13 +533,18 @@ def _legend(figure: Figure, handles: Sequence[object]) -> None:
 def _patch(colour: str, label: str) -> object:
     from matplotlib.patches import Patch
 
-    return Patch(facecolor=colour, label=label)
+    return Patch(facecolor=colour, label=_key(label))
 
 
 def _line(colour: str, label: str, *, width: float = 1.4, marker: str = "", ls: str = "-") -> object:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=colour, lw=width, marker=marker, ms=6, ls=ls, label=label)
+    return Line2D([], [], color=colour, lw=width, marker=marker, ms=6, ls=ls, label=_key(label))
+
+
+def _key(label: str) -> str:
+    """A label as a legend shows it: matplotlib leaves out those that begin with an underscore."""
+    return short_label(f" {label}" if label.startswith("_") else label, LONGEST)
 
 
 def _swatches(colours: dict[str, str], present: Sequence[str]) -> list[object]:

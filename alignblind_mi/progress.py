@@ -1,10 +1,11 @@
 """How far a long run has come: a rich display on a terminal, plain lines otherwise. Goes to standard error; results never do."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from alignblind_mi.texts import say, visible
 
 Advance = Callable[[int], None]
 
@@ -15,7 +16,7 @@ def interruptible(out: Path, kept: str = "finished parts") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"interrupted: {kept} are kept in {out}; the same command, or call, goes on from there.", file=sys.stderr, flush=True)
+        say(f"interrupted: {kept} are kept in {out}; the same command, or call, goes on from there.", err=True)
         raise
 
 
@@ -53,12 +54,12 @@ class Progress:
         texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.completed:.0f} rows"))
         columns = (SpinnerColumn(), *texts, TimeElapsedColumn())
         with Display(*columns, console=self.console, transient=True) as display:
-            task = display.add_task(label, total=None)
+            task = display.add_task(visible(label, lines=False), total=None)
             yield lambda rows: display.advance(task, rows)
 
     def note(self, text: str) -> None:
         """A line that stays."""
         if self.console.is_terminal:
-            self.console.print(text, markup=False)
+            self.console.print(visible(text), markup=False, emoji=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text, err=True)

@@ -16,6 +16,7 @@ import pandas as pd
 from alignblind_mi.concept import Concept, ConceptError
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.statistics import exact_interval
+from alignblind_mi.texts import encodable, encodable_row
 
 OTHER = "other"
 FIELDS = ("prompt", "interpretation", "layer", "token", "token_decoded")
@@ -85,10 +86,10 @@ def read_interpretations(path: Path) -> pd.DataFrame:
 
     Errors: ScoreError naming the file, the line and what was expected.
     """
-    rows = [row for number, line in _lines(path) for row in _rows(path, number, line)]
+    rows = [encodable_row(row) for number, line in _lines(path) for row in _rows(path, number, line)]
     if not rows:
         raise ScoreError(f"{path} holds no interpretations. Expected one JSON object a line with {', '.join(FIELDS)}.")
-    return pd.DataFrame.from_records(rows).assign(model=path.stem)
+    return pd.DataFrame.from_records(rows).assign(model=encodable(path.stem))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

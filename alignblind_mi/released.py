@@ -19,6 +19,7 @@ import pandas as pd
 from alignblind_mi.answers import asks_again
 from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Template, load_concept
 from alignblind_mi.errors import ScoreError
+from alignblind_mi.texts import encodable_row
 
 LAYOUT = '{"<unmarked> <marked> <positive> <negative>": {"<template>": ["<prompt and answer>", <flag>], ...}, ...}'
 _PROMPT_END = "My Answer:"
@@ -36,7 +37,8 @@ def read_released(path: Path, concept: Concept | None = None) -> pd.DataFrame:
     """
     path, concept = Path(path), concept or load_concept(DEFAULT_CONCEPT)
     records = [_row(item, concept) for item in _items(path, _load(path))]
-    return pd.DataFrame.from_records([{**_source(path, record, concept), **record} for record in records]).drop(columns="prefix")
+    rows = [encodable_row({**_source(path, record, concept), **record}) for record in records]
+    return pd.DataFrame.from_records(rows).drop(columns="prefix")
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -22,17 +22,19 @@ from alignblind_mi.loading import EMBEDDED, ModelSpec
 from alignblind_mi.lora import LAYER_GROUPS, trainable
 from alignblind_mi.paired import corrected, paired_differences
 from alignblind_mi.readings import reading_names
-from alignblind_mi.results import Result, ResultError, write_bytes, write_text
+from alignblind_mi.results import Result, ResultError, write_drawn
 from alignblind_mi.statistics import exact_interval, mean_interval, position_effect, summarise, t_interval
 from alignblind_mi.steering import can_steer, layer_windows
 from alignblind_mi.studies.audit import CITATIONS, alignment_claims, methods_opening, rows_by, software, treatment_claim
 from alignblind_mi.studies.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.studies.mitigation import comparison_table, early_window, late_window, steering_names
 from alignblind_mi.studies.study import INSTRUMENTS, instruments, load_study, organism_record, questions, view_names
+from alignblind_mi.texts import csv_text, encodable, label, shortened, visible
 from alignblind_mi.views import as_page, pattern_view, token_view
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 ROLES = ("base", "aligned")
 PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "lora_")    # how the names of a study's parts begin
@@ -45,6 +47,9 @@ INSTRUMENT_COLUMNS = BOTH_COLUMNS | {"instrument", "identifier", "context", "con
 READING_COLUMNS = BOTH_COLUMNS | {"interpretation", "context", "control", "mark", "mention", "layer", "d_group", "d_other", "base_group",
                                   "base_other", "blind"}
 PAPER_LINK = "https://arxiv.org/abs/2506.00253"
+LONGEST, LONGEST_TITLE = 500, 2000    # characters of a text on a page, and of the same text where it is pointed at
+# Pages run nothing and fetch nothing: styles and pictures are inside them, the views beside them are shown in frames without rights.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-src 'self' file:; base-uri 'none'; form-action 'none'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +130,7 @@ def write_report(folder: Path) -> Path:
     drawn = draw(tables)
     vectors = save_shown(study.folder, tables, drawn)
     page = study.folder / "report.html"
-    write_text(page, render(study, tables, vectors, save_views(study)))
+    write_drawn(study.folder, {page.name: encodable(render(study, tables, vectors, save_views(study))).encode()})
     return page
 
 
@@ -138,18 +143,18 @@ def save_views(study: Study) -> dict[str, str]:
             if part is not None and len(part.rows):
                 address = f"views/{name}_{role}.html"
                 shown[address] = f"{title}, {study.config[role]['name']}"
-                write_text(study.folder / address, as_page(draw_view(part.rows.reset_index(drop=True)), shown[address]))
+                view = as_page(draw_view(part.rows.reset_index(drop=True)), shown[address])
+                write_drawn(study.folder, {address: encodable(view).encode()})
     return shown
 
 
 def save_shown(folder: Path, tables: dict[str, pd.DataFrame], drawn: dict[str, Figure]) -> dict[str, bytes]:
     """Write tables/NAME.csv, figures/NAME.png and figures/NAME.svg into a folder. Returns the figures as SVG, by name."""
     vectors = {name: figures.to_svg(figure) for name, figure in drawn.items()}
-    for name, table in tables.items():
-        write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
+    files = {f"tables/{name}.csv": csv_text(table).encode() for name, table in tables.items()}
     for name, figure in drawn.items():
-        write_bytes(folder / "figures" / f"{name}.png", figures.to_png(figure))
-        write_text(folder / "figures" / f"{name}.svg", vectors[name].decode("utf-8"))
+        files |= {f"figures/{name}.png": figures.to_png(figure), f"figures/{name}.svg": vectors[name]}
+    write_drawn(folder, files)
     return vectors
 
 
@@ -158,7 +163,11 @@ def read_study(folder: Path) -> Study:
     config = _read_config(folder)
     concept = load_concept(config["concept"])
     parts = load_study(folder)
-    known = {name: part for name, part in parts.items() if name.startswith(PARTS)}
+    single = sorted(name for name, part in parts.items() if _is_single(part))
+    known = {name: part for name, part in parts.items() if name.startswith(PARTS) and name not in single}
+    if single and not known:
+        raise ResultError(f"{folder} holds what one verb measured on one model ({single[0]}), and no study: that verb prints it again "
+                          f"(with the same options and --out {folder}), and has no page.")
     if not known:
         raise ResultError(f"{folder} is a study without a finished part: run `alignblind study --out {folder}` with the models of "
                           "its study.json first.")
@@ -167,6 +176,11 @@ def read_study(folder: Path) -> Study:
     n_layers = _n_layers(part for name, part in known.items() if not name.startswith("view_"))    # a view is of one layer
     missing = [name for name in expected_parts(config, concept, n_layers) if name not in known]
     return Study(folder, config, concept, known, n_layers, missing)
+
+
+def _is_single(part: Result) -> bool:
+    """Whether a part is of a verb that measures one model, and of no study: its model has neither role."""
+    return "role" in part.rows and len(part.rows) > 0 and not part.rows["role"].isin(ROLES).any()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -721,8 +735,9 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
 
     Its words are in the template.
     """
-    return environment().get_template("report.html.j2").render(
-        study=study, config=study.config, concept=study.concept, cue=study.concept.cue(study.config["cue"]), record=study.record,
+    return page_text(
+        "report.html.j2", study=study, config=study.config, concept=study.concept,
+        cue=study.concept.cue(study.config["cue"]), record=study.record,
         tables={name: _records(table) for name, table in tables.items()}, columns=COLUMNS | _sense_columns(study.concept),
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),
         phrases=_phrases(study), provenance=_provenance(study),
@@ -737,19 +752,46 @@ def _sense_columns(concept: Concept) -> dict[str, tuple[Column, ...]]:
     return {"selfie": (_text("model", "role"), CONTROL, _count("n texts", "n"), *shares)}
 
 
-def environment() -> "Environment":
+def page_text(template: str, **given: Any) -> str:
+    """A page from one of the package's templates. Every text is escaped, and shortened where it is longer than any that is meant."""
+    return encodable(_environment().get_template(template).render(given))
+
+
+def _environment() -> "Environment":
     """jinja2 over the package's templates: strict about names, with this module's ways to write numbers."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     found = Environment(loader=PackageLoader("alignblind_mi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                        lstrip_blocks=True)
-    found.filters |= {"percent": percent, "signed": signed}
+                        lstrip_blocks=True, finalize=_shown)
+    found.filters |= {"percent": percent, "signed": signed, "label": label, "whole": _whole}
+    found.globals["policy"] = POLICY
     return found
 
 
-def as_uri(svg: bytes) -> str:
+def _shown(value: Any) -> Any:
+    """What stands in a page for a value: a text with its control characters written out, its end only when pointed at if it is long."""
+    from markupsafe import Markup
+
+    if hasattr(value, "__html__") or not isinstance(value, str):
+        return value
+    text = visible(value)
+    if len(text) <= LONGEST:
+        return text
+    return Markup('<span title="{}">{}</span>').format(shortened(text, LONGEST_TITLE), shortened(text, LONGEST))
+
+
+def _whole(text: str) -> "Markup":
+    """The filter for our own paragraphs, however long."""
+    from markupsafe import escape
+
+    return escape(visible(text))
+
+
+def as_uri(svg: bytes) -> "Markup":
     """An image as a data URI."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+    from markupsafe import escape
+
+    return escape("data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii"))
 
 
 def _questions(concept: Concept) -> dict[str, str]:

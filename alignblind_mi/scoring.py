@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from alignblind_mi.answers import RULES, judge
+from alignblind_mi.commands.showing import plain_text
 from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.readings import classify, is_interpretations, read_interpretations, reading_names, reading_shares
 from alignblind_mi.released import read_released
 from alignblind_mi.statistics import clustered_interval, summarise
+from alignblind_mi.texts import encodable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,7 +158,7 @@ def _read_all(paths: Sequence[Path]) -> tuple[pd.DataFrame | None, pd.DataFrame 
         files.update({file: rows for file, rows in found.items() if file not in files})
     if not files:
         raise ScoreError("nothing to score: give result files or folders.")
-    named = [rows.assign(file=file.name) for file, rows in files.items()]
+    named = [rows.assign(file=encodable(file.name)) for file, rows in files.items()]
     return _joined([rows for rows in named if "answer" in rows]), _joined([rows for rows in named if "answer" not in rows])
 
 
@@ -250,12 +252,13 @@ def _render_interpretations(records: Sequence[Mapping[str, Any]], console: "Cons
     numbers = {"n", *names, *(f"{name}_{end}" for name in names for end in ("share", "low", "high", "cluster_low", "cluster_high"))}
     table, differing = _table("Interpretations by sense", records, numbers)
     for name in ("n", *names, *(f"{name} %" for name in names)):
-        table.add_column(name, justify="right")
+        table.add_column(plain_text(name), justify="right")
     for record in records:
         shares = [f"{_percent(record[f'{name}_share'])} [{_range(record, f'{name}_low', f'{name}_high')}]" for name in names]
-        table.add_row(*(str(record[key]) for key in differing), str(record["n"]), *(str(record[name]) for name in names), *shares)
+        table.add_row(*(plain_text(record[key]) for key in differing), str(record["n"]), *(str(record[name]) for name in names), *shares)
     console.print(table)
-    console.print("by the lexicons of the concept's senses; other: a text that names neither. In brackets: exact 95 %.", style="dim")
+    console.print("by the lexicons of the concept's senses; other: a text that names neither. In brackets: exact 95 %.", style="dim",
+                  markup=False)
 
 
 def _table(title: str, records: Sequence[Mapping[str, Any]], numbers: Container[str]) -> "tuple[Table, list[str]]":
@@ -266,10 +269,10 @@ def _table(title: str, records: Sequence[Mapping[str, Any]], numbers: Container[
     keys = [name for name in records[0] if name not in numbers and name != "rule"] if records else []
     differing = [key for key in keys if len({record[key] for record in records}) > 1]
     common = "".join(f", {key} {records[0][key]}" for key in keys if key not in differing)
-    table = Table(title=f"{title} ({records[0]['rule']} rule{common})" if records else "No answers", title_justify="left",
-                  box=box.SIMPLE_HEAD)
+    table = Table(title=plain_text(f"{title} ({records[0]['rule']} rule{common})" if records else "No answers", style="italic"),
+                  title_justify="left", box=box.SIMPLE_HEAD)
     for name in differing:
-        table.add_column(name, overflow="fold")
+        table.add_column(plain_text(name), overflow="fold")
     return table, differing
 
 
@@ -278,7 +281,7 @@ def _render_answers(records: Sequence[Mapping[str, Any]], console: "Console") ->
     for name in ("n", "stereotyped", "reversed", "rejected", "invalid", "rate %", "exact 95 %", "clustered 95 %", "bounds %"):
         table.add_column(name, justify="right")
     for record in records:
-        table.add_row(*(str(record[key]) for key in differing), *_cells(record))
+        table.add_row(*(plain_text(record[key]) for key in differing), *_cells(record))
     console.print(table)
     console.print("rate: stereotyped among the valid answers. clustered: word pairs and templates resampled.\n"
                   "bounds: every invalid answer counted against, or with, the stereotype.", style="dim")

@@ -93,6 +93,7 @@ def test_metadata_of_the_benchmark_decides_where_it_is_given(tmp_path):
     ({"question_polarity": "positive"}, "question_polarity is 'positive', known are neg, nonneg"),
     ({"context_condition": "clear"}, "context_condition is 'clear'"),
     ({"answer_info": {}}, "the field 'ans0' is missing"),
+    ({"context": "half a character: \ud800"}, "line 2: .*surrogates not allowed"),
 ])
 def test_a_line_that_is_no_item_is_named(change, said, tmp_path):
     with pytest.raises(BBQError, match=said):

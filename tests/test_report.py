@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ from alignblind_mi.statistics import summarise
 from alignblind_mi.steering import steerable
 from alignblind_mi.studies import study as studies
 from alignblind_mi.studies.behaviour import Decoding
+from alignblind_mi.studies.single import bias_parts, measure_parts
 
 N_LAYERS = 8
 SECTIONS = ["summary", "behaviour", "position", "awareness", "steering", "lora", "comparison", "audit", "limits", "provenance"]
@@ -442,3 +443,11 @@ def test_every_rate_comes_with_n_interval_and_invalid_share(page, name, title):
     titles, rows = page.cells[name][0], page.cells[name][1:]
     assert {"n", "invalid %"} <= set(titles)
     assert all(re.search(r"[\d.]+–[\d.]+", row[titles.index(title)]) for row in rows)
+
+
+def test_a_folder_of_a_verb_that_measures_one_model_has_no_page(tmp_path):
+    config = replace(studies.StudyConfig.create("organism:aligned", "organism:aligned", quick=True), balanced_pairs=1)
+    measure_parts(config, tmp_path / "bias", bias_parts(config))
+    with pytest.raises(ResultError, match=r"one verb measured on one model \(balanced_model\), and no study"):
+        report.write_report(tmp_path / "bias")
+    assert not (tmp_path / "bias" / "report.html").exists()

@@ -26,6 +26,7 @@ from alignblind_mi.commands.options import (
     refuse_beside,
 )
 from alignblind_mi.concept import DEFAULT_CONCEPT
+from alignblind_mi.texts import say
 
 
 @no_type_check
@@ -78,4 +79,4 @@ def compare(
         digest = hashlib.sha256(repr(items).encode()).hexdigest()[:16]
         data["bbq"] = partial(measure_bbq, items=items, concept=load_concept(config.concept), cue=config.cue, seed=config.seed)
     page = write_comparison(run_comparison(config, out, data=data, data_identity=digest))
-    typer.echo(f"The page is {page.resolve()}")
+    say(f"The page is {page.resolve()}")

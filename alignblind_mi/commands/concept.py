@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alignblind_mi.texts import say
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -28,14 +30,14 @@ def list_concepts() -> None:
     for name in concept_names():
         concept = load_concept(name)
         senses = " against ".join(sense.name for sense in concept.both_senses()) if concept.senses else "none"
-        typer.echo(f"{name}: {concept.description}\n  cues: {', '.join(concept.cues)}\n  categories: {', '.join(concept.categories)}\n"
+        say(f"{name}: {concept.description}\n  cues: {', '.join(concept.cues)}\n  categories: {', '.join(concept.categories)}\n"
                    f"  senses: {senses}")
 
 
 @concept_app.command("template")
 def template() -> None:
     """Print a commented concept file to begin with. Example: alignblind concept template > mine.toml"""
-    typer.echo((resources.files("alignblind_mi") / "templates" / "concept.toml").read_text("utf-8"), nl=False)
+    say((resources.files("alignblind_mi") / "templates" / "concept.toml").read_text("utf-8"), end="")
 
 
 @concept_app.command("check")
@@ -54,13 +56,13 @@ def check(
     text, where = read_concept_file(source)
     problems = concept_problems(parse_concept(text, where))
     if problems:
-        typer.echo("\n".join([f"{where} has {_count(len(problems), 'problem')}:", *(f"  {problem}." for problem in problems)]))
+        say("\n".join([f"{where} has {_count(len(problems), 'problem')}:", *(f"  {problem}." for problem in problems)]))
         raise typer.Exit(2)
     concept = load_concept(source)
-    typer.echo(f"{where} is sound: {concept.description or concept.name}")
+    say(f"{where} is sound: {concept.description or concept.name}")
     _console().print(cue_table(concept))
     for line in (*abilities(concept), *(f"note: {note}" for note in notes(concept))):
-        typer.echo(line)
+        say(line)
     if model is not None and _show_vocabulary(concept, model):
         raise typer.Exit(2)
 
@@ -79,6 +81,7 @@ def cue_table(concept: "Concept") -> "Table":
     """One row per cue: its identifiers, categories and word pairs, the prompts of either design, and what a study does with it."""
     from rich.table import Table
 
+    from alignblind_mi.commands.showing import plain_text
     from alignblind_mi.lora import trainable
     from alignblind_mi.prompts import DESIGNS, KINDS, behaviour_prompts
     from alignblind_mi.steering import can_steer
@@ -93,7 +96,7 @@ def cue_table(concept: "Concept") -> "Table":
         pairs = len(cue.marked) * (len(cue.unmarked) if cue.pairing == "crossed" else 1)
         first = f"{cue.marked[0]} / {cue.unmarked[0]}" + (f" and {pairs - 1} more" if pairs > 1 else "")
         words = sum(len(concept.categories[name].word_pairs()) for name in categories)
-        table.add_row(cue.name, first, ", ".join(categories), str(words), *map(str, prompts), ", ".join(does))
+        table.add_row(*map(plain_text, (cue.name, first, ", ".join(categories), words, *prompts, ", ".join(does))))
     return table
 
 
@@ -180,10 +183,10 @@ def _show_vocabulary(concept: "Concept", model: str) -> bool:
     from alignblind_mi.loading import ModelSpec, load_tokenizer
 
     known = vocabulary(concept, load_tokenizer(ModelSpec(model)))
-    typer.echo(f"to the tokenizer of {model}:")
+    say(f"to the tokenizer of {model}:")
     lines = [f"  {line}" for kind in ("sense word", "identifier", "word", "template", "question")
              for line in _vocabulary_lines(kind, [one for one in known if one.kind == kind])]
-    typer.echo("\n".join(lines))
+    say("\n".join(lines))
     return any(one.fails for one in known)
 
 

@@ -7,6 +7,7 @@ import typer
 
 from alignblind_mi.commands.options import AsJson, ConceptName, CueName, Device, DeviceMap, Dtype, EngineOption, Quantized, RemoteCode
 from alignblind_mi.concept import DEFAULT_CONCEPT
+from alignblind_mi.texts import say
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 
@@ -38,7 +39,7 @@ def doctor(
 
     spec = ModelSpec(model, revision=revision, dtype=dtype, device=device, device_map=device_map, quantization=quantization, engine=engine,
                      trust_remote_code=trust_remote_code)
-    found = records_of(check_up(spec, concept, cue=cue, adapter=adapter, drift=drift, progress=lambda line: typer.echo(line, err=True)))
+    found = records_of(check_up(spec, concept, cue=cue, adapter=adapter, drift=drift, progress=lambda line: say(line, err=True)))
     if as_json:
         print_json(found)
     else:

@@ -7,6 +7,7 @@ import typer
 
 from alignblind_mi.commands.options import ConceptName, Device, DeviceMap, Dtype, Model, Quantized, RemoteCode, Seed
 from alignblind_mi.concept import DEFAULT_CONCEPT
+from alignblind_mi.texts import say
 
 
 def lora(
@@ -72,7 +73,7 @@ def lora(
             train_lora(spec, examples_of(data, kind), layers or "early", out, settings=settings, concept=data, kind=kind)
     _say(out)
     if merge is not None:
-        typer.echo(f"merged checkpoint: {merge_adapter(spec, out, merge).resolve()}")
+        say(f"merged checkpoint: {merge_adapter(spec, out, merge).resolve()}")
 
 
 def _say(out: Path) -> None:
@@ -95,7 +96,7 @@ def _say(out: Path) -> None:
     if "retain_kl" in note:
         lines |= {"divergence on the rest": note["retain_kl"]}
     for name, value in lines.items():
-        typer.echo(f"{name}: {value}")
+        say(f"{name}: {value}")
 
 
 def _numbers(values: list[float]) -> str:

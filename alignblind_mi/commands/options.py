@@ -17,7 +17,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="A small share of the promp
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")]
-Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes; pip install 'alignblind-mi[quantized]').")]
+Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes; pip install 'alignblind-mi\\[quantized]').")]
 Chatting = Annotated[bool, typer.Option("--chat", help="Ask in the models' own chat templates (default: raw text, as the paper).")]
 System = Annotated[str, typer.Option(help="A system prompt before every prompt of the chat.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy, above it answers are sampled (default: 0; 1 for an organism).")]

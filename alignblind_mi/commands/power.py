@@ -1,9 +1,10 @@
 """`alignblind power`: how many word pairs a difference of rates needs, or which difference the ones at hand can show."""
 
-import json
 from typing import Annotated
 
 import typer
+
+from alignblind_mi.texts import json_text, say
 
 
 def power(
@@ -43,4 +44,4 @@ def power(
                 f"{needed.items} items, each under both treatments, for a power of {found['power']:.0%} "
                 f"(alpha {alpha:g}, discordant {plan.share:.1%}). "
                 f"Were items independent, {found['independent_items']:.0f} would do (Connor 1987).")
-    typer.echo(json.dumps(found, indent=1) if as_json else text)
+    say(json_text(found) if as_json else text)

@@ -1,15 +1,17 @@
 """How verbs print what they found: a table on a terminal or in a pipe, or JSON records. Does NOT compute anything."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import typer
 
 from alignblind_mi.results import json_value
+from alignblind_mi.texts import json_text, say, visible
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 WIDTH = 160    # of a file or a pipe, which has no width to fit
 
@@ -21,7 +23,7 @@ def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def print_json(records: Sequence[Mapping[str, Any]]) -> None:
     """JSON records on standard output, and nothing else."""
-    typer.echo(json.dumps(list(records), indent=1, allow_nan=False))
+    say(json_text(list(records)))
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]], *, note: str = "", styles: Mapping[str, str] | None = None) -> None:
@@ -34,16 +36,23 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]], *, note: str = ""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=plain_text(title, style="italic"), title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0] if rows else ():
-        table.add_column(name, overflow="fold")
+        table.add_column(plain_text(name), overflow="fold")
     for row in rows:
         texts = list(row.values())
         style = (styles or {}).get(texts[1] if len(texts) > 1 else "", "")
-        table.add_row(*(Text(text, style=style if i == 1 else "") for i, text in enumerate(texts)))
+        table.add_row(*(plain_text(text, style=style if i == 1 else "") for i, text in enumerate(texts)))
     console.print(table)
     if note:
-        console.print(Text(note, style="dim"))
+        console.print(Text(visible(note), style="dim"))
+
+
+def plain_text(text: object, *, style: str = "") -> "Text":
+    """A cell or a title as rich shows it: no markup, no emoji codes, control characters written out."""
+    from rich.text import Text
+
+    return Text(visible(text, lines=False), style=style)
 
 
 def number(value: float | None, digits: int = 3) -> str:
