@@ -6,6 +6,7 @@ Knows PEFT; does NOT know rows or treatments.
 import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) ->
     for folder, name in zip(folders, check_folders(folders, spec.allow_pickle), strict=True):
         try:
             with quiet():
+                warnings.filterwarnings("ignore", "Found missing adapter keys")    # refused below, for every adapter
                 if peft is None:
                     peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
                 else:

@@ -235,7 +235,9 @@ def check_adapter(peft: Any, name: str, folder: Path, model: str) -> None:
     if read.unexpected_keys:
         raise ModelError(f"the adapter {folder} does not fit {model}: the model has no place for {named(read.unexpected_keys)}. It was "
                          "trained on another model or another class of it (such as one without the head), or its weights were renamed.")
-    unset = [key for key in read.missing_keys if _belongs(key, name)]
+    state, missing = peft.state_dict(), set(read.missing_keys)
+    given = {state[key].data_ptr() for key in state if key not in missing and not state[key].is_meta}    # shared where layers are tied
+    unset = [key for key in missing if _belongs(key, name) and (state[key].is_meta or state[key].data_ptr() not in given)]
     if unset:
         raise ModelError(f"the adapter {folder} does not fit {model}: its file lacks {named(unset)}, which its {ADAPTER_CONFIG} promises.")
 

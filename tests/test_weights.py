@@ -9,7 +9,7 @@ import torch
 from doubles import make_adapter, tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from alignblind_mi.edits import Treatment
 from alignblind_mi.errors import AlignblindError
@@ -36,7 +36,7 @@ def folder(sound, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_is_unpickled(request, monkeypatch):
-    if "unpickles" not in request.keywords:
+    if request.function is not test_pickles_are_read_if_asked_for:
         monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a file is unpickled"))
 
 
@@ -85,7 +85,8 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(folder, name, tmp_path)
         loaded(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["b"]}}', "[" * 9999])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["b"]}}',
+                                  "[" * 9999])
 def test_an_index_that_is_none_is_refused(folder, text):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
@@ -98,7 +99,7 @@ def test_a_shard_that_is_not_there_is_refused_by_name_and_a_whole_index_is_read(
     shard(folder, "part.safetensors")
     assert all(torch.equal(expected[key], tensor) for key, tensor in loaded(folder).state_dict().items())
     (folder / "part.safetensors").unlink()
-    with pytest.raises(ModelError, match="'part.safetensors', which is not in the folder"):
+    with pytest.raises(ModelError, match=r"'part\.safetensors', which is not in the folder"):
         check_model(ModelSpec(str(folder)))
 
 
@@ -151,7 +152,6 @@ def test_an_index_on_the_hub_that_names_a_pickle_is_refused(hub):
         loaded(Path("somebody/model"))
 
 
-@pytest.mark.unpickles
 def test_pickles_are_read_if_asked_for(folder, sound, tmp_path):
     expected = loaded(folder).state_dict()
     shard(folder, "weights.bin", pickled=True)
@@ -262,6 +262,22 @@ def test_offloaded_weights_are_looked_at_in_their_file(folder, tmp_path):
         loaded(folder, **options)
 
 
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_weights_are_looked_at_in_their_file(quantization, tmp_path):
+    """Packed bits are always finite. A checkpoint that was saved quantised fits as well."""
+    folder = tiny_llama(tmp_path / "model", WORDS)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(AutoTokenizer.from_pretrained(folder)), hidden_size=64, intermediate_size=64,
+                                 num_hidden_layers=1, num_attention_heads=4, bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
+    model = loaded(folder, quantization=quantization)
+    saved = Path(shutil.copytree(folder, tmp_path / "saved"))
+    model.save_pretrained(saved)
+    assert loaded(saved).is_quantized
+    change(folder / "model.safetensors", spoilt("model.layers.0.mlp.up_proj.weight", torch.nan))
+    with pytest.raises(ModelError, match=r"not finite.*layers\.0\.mlp\.up_proj\.weight"):
+        loaded(folder, quantization=quantization)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
 def test_every_kind_of_number_can_be_looked_at(dtype):
     assert is_finite(torch.ones(3, 2).to(dtype))
@@ -278,10 +294,23 @@ def test_what_transformers_itself_passes_over_is_no_fault(folder):
     assert [file.name for file in files_of(ModelSpec(str(folder)), model.config)] == ["model.safetensors"]
 
 
-def test_the_doctor_says_what_is_wrong_with_weights(folder, sound, tmp_path):
+def test_the_doctor_says_what_is_wrong_with_weights(tiny_folder, tmp_path):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     change(folder / "model.safetensors", spoilt("model.norm.weight", torch.nan))
-    found = check_up(str(folder), drift=False).set_index("check") if _knows_words(folder) else None
-    assert found is None or found.loc["weights", "status"] == "fail"
+    found = check_up(str(folder), drift=False).set_index("check")
+    assert found.loc["weights", "status"] == "fail"
+    assert "model.norm.weight" in found.loc["weights", "found"]
+    assert found.loc["engine", "status"] == "skipped"
+    shard(folder, "weights.bin", pickled=True)
+    assert "weights.bin" in check_up(str(folder), drift=False).set_index("check").loc["weights", "found"]
+
+
+def test_the_doctor_says_what_is_wrong_with_an_adapter(tiny_folder, tmp_path):
+    adapter = make_adapter(tiny_folder, tmp_path / "one", 0)
+    change(adapter / "adapter_model.safetensors", spoilt(f"{QUERY}.lora_A.weight", torch.nan))
+    found = check_up(str(tiny_folder), adapter=adapter, drift=False).set_index("check")
+    assert found.loc["adapter", "status"] == "fail"
+    assert "not finite" in found.loc["adapter", "found"]
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------------------
