@@ -34,8 +34,9 @@ def check_folder(spec: ModelSpec) -> None:
         return
     if (source / ADAPTER_CONFIG).is_file():
         raise ModelError(_embedded(spec))
-    _check_named(spec, load_config(spec))
-    entry = next((name for name in _entries(spec, load_config(spec)) if (source / name).is_file()), None)
+    config = load_config(spec)
+    _check_named(spec, config)
+    entry = next((name for name in _entries(spec, config) if (source / name).is_file()), None)
     if entry is None or not entry.endswith(".index.json"):
         return
     for name in _shards(spec, source / entry):
