@@ -31,6 +31,7 @@ from alignblind_mi.commands.options import (
     StudyFile,
     System,
     Temperature,
+    Unpickling,
     listed,
     refuse_beside,
 )
@@ -84,6 +85,7 @@ def study(
     quantization: Quantized = None,
     engine: EngineOption = "auto",
     trust_remote_code: RemoteCode = False,
+    allow_pickle: Unpickling = False,
 ) -> None:
     """Run the whole study and write OUT/report.html; its settings are options, or all in a YAML file (see experiments/study.yaml).
 
@@ -100,7 +102,7 @@ def study(
     else:
         config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                     temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                    engine=engine, trust_remote_code=trust_remote_code)
+                                    engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     page = run_study(config, out) / "report.html"
     if not is_drawn(out, page.name):
         write_report(out)
@@ -124,6 +126,7 @@ def forecast(
     device_map: DeviceMap = None,
     quantization: Quantized = None,
     trust_remote_code: RemoteCode = False,
+    allow_pickle: Unpickling = False,
     rate: Annotated[bool, typer.Option(help="Measure this machine's rate on two of the model's layers, without weights.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -142,7 +145,8 @@ def forecast(
         config = read_study_file(file)
     else:
         config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, chat=chat, system=system, dtype=dtype,
-                                    device=device, device_map=device_map, quantization=quantization, trust_remote_code=trust_remote_code)
+                                    device=device, device_map=device_map, quantization=quantization, trust_remote_code=trust_remote_code,
+                                    allow_pickle=allow_pickle)
     found = forecast_study(config, measure=rate)
     if as_json:
         fits = [{**asdict(one), "fits": one.fits} for one in found.fits]

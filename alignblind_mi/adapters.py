@@ -6,6 +6,7 @@ Knows PEFT; does NOT know rows or treatments.
 import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,35 +14,45 @@ from typing import Any
 from alignblind_mi.edits import adapter_name
 from alignblind_mi.loading import ModelError, ModelSpec, fingerprint, load_config, load_huggingface, quiet
 from alignblind_mi.results import refuse_taken, whole_folder, write_text
+from alignblind_mi.weights import check_adapter, check_adapter_files
 
 
 def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) -> Any:
     """The model with LoRA adapters on it (a PeftModel, all of them off), or None without any.
 
-    Errors: ModelError for a folder that is no LoRA adapter, does not fit the model, or has the name of another one.
+    Errors: ModelError for a folder that is no LoRA adapter, does not fit the model (wholly: every weight of the file has its place, every
+    weight of the adapter comes from the file), holds numbers that are not finite, or has the name of another one.
     """
     from peft import PeftModel
 
     peft = None
-    for folder, name in zip(folders, check_folders(folders), strict=True):
+    for folder, name in zip(folders, check_folders(folders, spec.allow_pickle), strict=True):
         try:
             with quiet():
+                warnings.filterwarnings("ignore", "Found missing adapter keys")    # refused below, for every adapter
                 if peft is None:
                     peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
                 else:
                     peft.load_adapter(str(folder), adapter_name=name)
         except (ValueError, RuntimeError, OSError, KeyError) as error:    # KeyError: a name that a torch module has, such as "half"
-            raise ModelError(f"the adapter {folder} does not fit {spec.name}: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"the adapter {folder} does not fit {spec.name}: {_first(error)}") from error
         kind = peft.peft_config[name].peft_type
         if str(getattr(kind, "value", kind)) != "LORA":
             raise ModelError(f"{folder} is a PEFT folder of type {getattr(kind, 'value', kind)}: only LORA adapters can be switched here.")
+        check_adapter(peft, name, Path(folder), spec.name)
     if peft is not None:
         switch(peft, None)
         peft.eval()
     return peft
 
 
-def check_folders(folders: Sequence[Path | str]) -> list[str]:
+def _first(error: Exception) -> str:
+    """What an error says: its first line, with the next where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+
+
+def check_folders(folders: Sequence[Path | str], allow_pickle: bool = False) -> list[str]:
     """The names of adapter folders. Errors: ModelError for a folder that is no adapter with safetensors weights, or two of one name."""
     names = [adapter_name(folder) for folder in folders]
     if len(set(names)) < len(names):
@@ -49,9 +60,7 @@ def check_folders(folders: Sequence[Path | str]) -> list[str]:
     for folder in folders:
         if not (Path(folder) / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
-        if not (Path(folder) / "adapter_model.safetensors").is_file():
-            raise ModelError(f"the adapter {folder} has no adapter_model.safetensors: weights are read from safetensors files alone, never "
-                             "unpickled; convert it.")
+        check_adapter_files(Path(folder), allow_pickle)
     return names
 
 

@@ -36,7 +36,8 @@ class ModelSpec:
     rows, `plain` is transformers' own forward pass; `auto` takes the fast one where it has been seen to give the model's own numbers.
 
     `trust_remote_code` lets a checkpoint run Python code that it brings along (transformers' option of that name): off unless asked for.
-    Weights are read from safetensors files alone, never unpickled.
+    Weights are read from safetensors files alone, and never unpickled unless `allow_pickle` asks for it (a model's or an adapter's .bin
+    files are read then where there are no others, by torch with weights_only: from makers that you trust).
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelSpec:
     quantization: str | None = None
     engine: str = "auto"
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -101,7 +103,18 @@ def load_generation_config(spec: ModelSpec, config: Any) -> Any:
 
 
 def check_model(spec: ModelSpec) -> None:
-    """Find out cheaply (its configuration only) whether a model can be loaded. Errors: ModelError in one sentence."""
+    """Find out cheaply (its configuration, and the names of its files where they lie here) whether a model can be loaded.
+
+    Errors: ModelError in one sentence.
+    """
+    from alignblind_mi.weights import check_folder
+
+    check_config(spec)
+    check_folder(spec)
+
+
+def check_config(spec: ModelSpec) -> None:
+    """`check_model` without the files of weights. Errors: ModelError in one sentence."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = load_config(spec)
@@ -132,8 +145,9 @@ def _clear_errors(spec: ModelSpec) -> Iterator[None]:
             raise ModelError(f"{spec.name} brings Python code of its own, which is not run unless you ask for it: read that code, then "
                              "give ModelSpec(trust_remote_code=True).") from error
         if "file named model.safetensors" in str(error):
-            raise ModelError(f"{spec.name} has no weights in safetensors files: only those are read, nothing is ever unpickled; convert it "
-                             "(load it with transformers where you trust it, then save_pretrained).") from error
+            raise ModelError(f"{spec.name} has no weights in safetensors files: only those are read, nothing is unpickled; convert it "
+                             "(load it with transformers where you trust it, then save_pretrained), or ask for it "
+                             "(ModelSpec(allow_pickle=True), --allow-pickle).") from error
         if isinstance(cause, GatedRepoError):
             raise ModelError(f"{spec.name} is gated: accept its licence on its Hugging Face page and set HF_TOKEN, or use the "
                              f"embedded pair ({hub}).") from None
@@ -156,15 +170,20 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     """The plain transformers model (frozen, in evaluation mode) and its tokenizer. Errors: as `load_model`."""
     from transformers import AutoModelForCausalLM
 
+    from alignblind_mi.weights import check_loaded, check_repository
+
     assert spec.dtype is not None
-    options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder, "use_safetensors": True,
-                               "trust_remote_code": spec.trust_remote_code}
+    options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder,
+                               "use_safetensors": None if spec.allow_pickle else True, "trust_remote_code": spec.trust_remote_code}
     if spec.quantization is not None:
         options["quantization_config"] = quantization_config(spec)
+    with _clear_errors(spec):
+        check_repository(spec)
     tokenizer = load_tokenizer(spec)
-    with _clear_errors(spec), quiet():
-        model = AutoModelForCausalLM.from_pretrained(spec.source, revision=spec.revision, dtype=DTYPES[spec.dtype],
-                                                     **options)
+    with _clear_errors(spec), quiet(), _without_reports():
+        model, found = AutoModelForCausalLM.from_pretrained(spec.source, revision=spec.revision, dtype=DTYPES[spec.dtype],
+                                                            output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    check_loaded(spec, model, found)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {spec.name} gives no character offsets (it is not a fast one): marks cannot be placed.")
     if tokenizer.pad_token_id is None:
@@ -203,6 +222,19 @@ def quiet() -> Iterator[None]:
         logging.root.setLevel(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Silence transformers' table of what does not fit: that is refused in one sentence."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

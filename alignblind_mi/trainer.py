@@ -19,6 +19,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+from alignblind_mi.loading import ModelError
+from alignblind_mi.weights import ADAPTER, pickles_in
+
 OPTIMIZER, GENERATORS, STATE = "optimizer.safetensors", "generators.safetensors", "training_state.json"
 WHOLE = "whole.json"    # written last: a checkpoint without it was cut off by a kill
 
@@ -140,14 +143,28 @@ class _StopWhenOver(TrainerCallback):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a training, oldest first; what a kill cut off is removed."""
+    """The whole checkpoints of a training, oldest first; what a kill cut off is removed.
+
+    Errors: ModelError for one in which lies what would be unpickled, which no training of ours writes, or which lacks its weights.
+    """
     found = {}
     for path in folder.glob("checkpoint-*"):
         if (path / WHOLE).is_file():
+            _check(path)
             found[int(path.name.removeprefix("checkpoint-"))] = path
         else:
             shutil.rmtree(path)
     return [found[step] for step in sorted(found)]
+
+
+def _check(checkpoint: Path) -> None:
+    """Errors: ModelError for a checkpoint that is not as it was written: transformers' Trainer and PEFT would take other files instead."""
+    for file in pickles_in(checkpoint):
+        raise ModelError(f"{file} was not written by this training, and nothing is unpickled: remove it, or delete {checkpoint.parent} to "
+                         "train anew.")
+    for name in (ADAPTER, OPTIMIZER, GENERATORS, STATE):
+        if not (checkpoint / name).is_file():
+            raise ModelError(f"the checkpoint {checkpoint} has no {name}: delete {checkpoint.parent} to train anew.")
 
 
 def seconds_of(checkpoint: Path) -> float:

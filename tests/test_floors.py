@@ -17,7 +17,7 @@ FLOORS = {
     0: ("errors", "texts", "progress", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
         "readings", "paired", "mixed", "power", "frontier"),
     1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
-        "organism"),
+        "organism", "weights"),
     2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "trainer",
         "finetuning", "sense_loss", "lora", "unlearning"),
     3: ("studies",),

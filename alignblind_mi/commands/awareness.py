@@ -22,6 +22,7 @@ from alignblind_mi.commands.options import (
     Seed,
     System,
     Temperature,
+    Unpickling,
     listed,
 )
 from alignblind_mi.concept import DEFAULT_CONCEPT
@@ -45,6 +46,7 @@ def awareness(
     quantization: Quantized = None,
     engine: EngineOption = "auto",
     trust_remote_code: RemoteCode = False,
+    allow_pickle: Unpickling = False,
     as_json: AsJson = False,
 ) -> None:
     """How identifiers are read, by each instrument beside its controls: from the group sense (-1) to the other sense (1).
@@ -57,7 +59,7 @@ def awareness(
 
     config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine, trust_remote_code=trust_remote_code)
+                                engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     results = measure_parts(config, out, awareness_parts(config, listed(instruments), reading))
     tables = awareness_tables(results)
     if as_json:

@@ -22,6 +22,7 @@ from alignblind_mi.commands.options import (
     Seed,
     System,
     Temperature,
+    Unpickling,
 )
 from alignblind_mi.concept import DEFAULT_CONCEPT
 
@@ -43,6 +44,7 @@ def bias(
     quantization: Quantized = None,
     engine: EngineOption = "auto",
     trust_remote_code: RemoteCode = False,
+    allow_pickle: Unpickling = False,
     as_json: AsJson = False,
 ) -> None:
     """Implicit and explicit bias of one model: rates with both intervals, invalid answers, log-odds, and the effect of positions.
@@ -56,7 +58,7 @@ def bias(
 
     config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine, trust_remote_code=trust_remote_code)
+                                engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     (result,) = measure_parts(config, out, bias_parts(config, design))
     tables = bias_tables(result.rows, seed=seed)
     if as_json:

@@ -23,6 +23,7 @@ from alignblind_mi.commands.options import (
     StudyFile,
     System,
     Temperature,
+    Unpickling,
     refuse_beside,
 )
 from alignblind_mi.concept import DEFAULT_CONCEPT
@@ -51,6 +52,7 @@ def compare(
     quantization: Quantized = None,
     engine: EngineOption = "auto",
     trust_remote_code: RemoteCode = False,
+    allow_pickle: Unpickling = False,
 ) -> None:
     """Compare steering, LoRA, unlearning, prompts and placebos; write OUT/comparison.json and OUT/comparison.html.
 
@@ -72,7 +74,7 @@ def compare(
     else:
         config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, temperature=temperature, chat=chat,
                                     system=system, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                    engine=engine, trust_remote_code=trust_remote_code)
+                                    engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     data, digest = {}, ""
     if bbq is not None:
         items = read_bbq(bbq, max_items=bbq_items, seed=config.seed)

@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import AsJson, ConceptName, CueName, Device, DeviceMap, Dtype, EngineOption, Quantized, RemoteCode
+from alignblind_mi.commands.options import (
+    AsJson,
+    ConceptName,
+    CueName,
+    Device,
+    DeviceMap,
+    Dtype,
+    EngineOption,
+    Quantized,
+    RemoteCode,
+    Unpickling,
+)
 from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.texts import say
 
@@ -25,6 +36,7 @@ def doctor(
     quantization: Quantized = None,
     engine: EngineOption = "auto",
     trust_remote_code: RemoteCode = False,
+    allow_pickle: Unpickling = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a model before an expensive run, and say what to do. Exit code 1 if a check fails, 2 for bad input.
@@ -38,7 +50,7 @@ def doctor(
     from alignblind_mi.studies.doctor import check_up
 
     spec = ModelSpec(model, revision=revision, dtype=dtype, device=device, device_map=device_map, quantization=quantization, engine=engine,
-                     trust_remote_code=trust_remote_code)
+                     trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     found = records_of(check_up(spec, concept, cue=cue, adapter=adapter, drift=drift, progress=lambda line: say(line, err=True)))
     if as_json:
         print_json(found)

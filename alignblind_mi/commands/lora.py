@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alignblind_mi.commands.options import ConceptName, Device, DeviceMap, Dtype, Model, Quantized, RemoteCode, Seed
+from alignblind_mi.commands.options import ConceptName, Device, DeviceMap, Dtype, Model, Quantized, RemoteCode, Seed, Unpickling
 from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.texts import say
 
@@ -32,6 +32,7 @@ def lora(
     device_map: DeviceMap = None,
     quantization: Quantized = None,
     trust_remote_code: RemoteCode = False,
+    allow_pickle: Unpickling = False,
 ) -> None:
     """Train a LoRA adapter as a mitigation, its rival or its placebo; a PEFT folder that load_model(adapters=[...]) takes.
 
@@ -57,7 +58,7 @@ def lora(
     if merge is not None:
         refuse_taken(merge, what="--merge")
     spec = ModelSpec(model, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                     trust_remote_code=trust_remote_code).resolved()
+                     trust_remote_code=trust_remote_code, allow_pickle=allow_pickle).resolved()
     data = load_concept(concept)
     check_model(spec)
     check_organism(spec, data)

@@ -22,6 +22,7 @@ from alignblind_mi.commands.options import (
     Seed,
     System,
     Temperature,
+    Unpickling,
     listed,
 )
 from alignblind_mi.concept import DEFAULT_CONCEPT
@@ -46,6 +47,7 @@ def patch(
     quantization: Quantized = None,
     engine: EngineOption = "auto",
     trust_remote_code: RemoteCode = False,
+    allow_pickle: Unpickling = False,
     as_json: AsJson = False,
 ) -> None:
     """Activation patching in both directions with its controls: what is enough (denoise), what is needed (noise), layer by layer.
@@ -59,7 +61,7 @@ def patch(
 
     config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine, trust_remote_code=trust_remote_code)
+                                engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     (result,) = measure_parts(config, out, patch_parts(config, listed(parts), swap=swap, max_word_pairs=max_word_pairs))
     tables = patch_tables(result.rows)
     if as_json:

@@ -22,6 +22,7 @@ from alignblind_mi.commands.options import (
     Seed,
     System,
     Temperature,
+    Unpickling,
 )
 from alignblind_mi.concept import DEFAULT_CONCEPT
 
@@ -50,6 +51,7 @@ def steer(
     quantization: Quantized = None,
     engine: EngineOption = "auto",
     trust_remote_code: RemoteCode = False,
+    allow_pickle: Unpickling = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the vectors of a sense, save OUT/vectors_*.safetensors, and ask the model with them, without, and with noise of their norms.
@@ -63,7 +65,7 @@ def steer(
 
     config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine, trust_remote_code=trust_remote_code)
+                                engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     plan = SteeringPlan.create(config, sense=sense, method=method, how=how, layers=layers, strengths=strengths, positions=positions)
     if gguf is not None:
         check_gguf(gguf, plan.method, "resid_post", [layer for group in plan.layers for layer in group])

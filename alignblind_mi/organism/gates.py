@@ -345,5 +345,5 @@ def load_subject(path: Path, concept: str = "") -> Subject:
     """A checkpoint folder as a subject; `concept`: what it was trained on (where not given, the record beside the folder says)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
     return Subject(model, AutoTokenizer.from_pretrained(path), load_concept(concept or read_record(path.parent)["concept"]))

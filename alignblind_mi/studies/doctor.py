@@ -25,8 +25,9 @@ from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.edits import Edit, Row, Site, Treatment
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.loading import (
+    ModelError,
     ModelSpec,
-    check_model,
+    check_config,
     end_tokens,
     load_config,
     load_generation_config,
@@ -87,9 +88,9 @@ def check_up(model: str | ModelSpec, concept: str | Concept = DEFAULT_CONCEPT, *
     """
     spec = (ModelSpec(model) if isinstance(model, str) else model).resolved()
     concept = load_concept(concept) if isinstance(concept, str) else concept
-    check_model(spec)
+    check_config(spec)
     if adapter is not None:
-        check_folders([adapter])
+        check_folders([adapter], spec.allow_pickle)
     subject = Subject(spec, concept, concept.cue(cue or concept.first_cue), adapter)
     found: list[Check] = []
     for check in _checks(subject, drift):
@@ -155,7 +156,12 @@ def _checks(subject: Subject, drift: bool) -> Iterator[Check]:
     if failed:
         yield from (_skipped(name, failed) for name in (*LOADED, "adapter", "drift"))
         return
-    model = load_model(subject.spec)
+    try:
+        model = load_model(subject.spec)
+    except ModelError as error:
+        yield Check("weights", "fail", str(error), advice="nothing can be measured on them: see what was found")
+        yield from (_skipped(name, ["weights"]) for name in (*LOADED, "adapter", "drift"))
+        return
     loaded = Loaded(subject, model)
     for name, of_model in LOADED.items():
         yield from _tried(name, of_model, loaded)
@@ -180,6 +186,8 @@ def _tried(name: str, check: Callable[[Any], Iterator[Check]], subject: Any) -> 
     """What a check found; an error on the way is a finding too."""
     try:
         return list(check(subject))
+    except ModelError as error:
+        return [Check(name, "fail", str(error), advice="see what was found")]
     except PROBLEMS as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         return [Check(name, "fail", f"{type(error).__name__}: {said}", advice="this could not be run: report it with the model's name")]

@@ -125,6 +125,9 @@ class StudyConfig:
         else:
             out["chat_frames"] = {role: chat_frame(load_tokenizer(spec), self.chat, spec.name)._asdict()
                                   for role, spec in (("base", self.base), ("aligned", self.aligned))}
+        for role in ("base", "aligned"):
+            if not out[role]["allow_pickle"]:
+                del out[role]["allow_pickle"]    # what it was before this could be asked for
         out["concept_digest"] = load_concept(self.concept).digest
         for role, spec in (("base", self.base), ("aligned", self.aligned)):
             out[f"{role}_revision"] = fingerprint(spec, load_config(spec))
