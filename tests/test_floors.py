@@ -14,9 +14,9 @@ from alignblind_mi.concept import DEFAULT_CONCEPT
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
 FLOORS = {
-    0: ("errors", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
+    0: ("errors", "borders", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
         "readings", "paired", "mixed", "power", "frontier"),
-    1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
+    1: ("adapters", "chat", "template_process", "template_worker", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
         "organism"),
     2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "trainer",
         "finetuning", "sense_loss", "lora", "unlearning"),
