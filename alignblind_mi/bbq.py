@@ -139,7 +139,7 @@ def _plain(group: str) -> str:
 
 def _targets(file: Path) -> dict[tuple[str, str], int | None]:
     """The `target_loc` of every item in BBQ's additional_metadata.csv."""
-    text = read_text(file, "", BBQError, limit=TABLE, advice="give BBQ's additional_metadata.csv")
+    text = read_text(file, "", BBQError, limit=TABLE, advice="it cannot be used: give BBQ's additional_metadata.csv")
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         return {(row["category"], row["example_id"]): int(float(row["target_loc"])) if row["target_loc"] not in ("", "NA", "NaN") else None

@@ -22,7 +22,8 @@ SAID = 300    # characters of a foreign error that are passed on
 
 def said(error: BaseException) -> str:
     """What a foreign error says, in one line that is not too long, without its full stop; its kind where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     if isinstance(error, KeyError | AttributeError | TypeError | RecursionError | IndexError | AssertionError) and lines:
         text = f"{type(error).__name__}: {text}"    # of these the words alone say little
@@ -99,7 +100,7 @@ def _unreadable(path: Path | str, what: str, kind: type[AlignblindError], advice
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    return error.strerror if isinstance(error, OSError) and error.strerror else said(error)
+    return said(error)
 
 
 def read_text(path: Path | str, what: str, kind: type[AlignblindError], *, limit: int = NOTE, advice: str = "") -> str:

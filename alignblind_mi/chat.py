@@ -63,8 +63,8 @@ def render(text: str, tokenizer: Any, chat: Chat, name: str) -> str:
             return str(tokenizer.apply_chat_template(chat.messages(text), tokenize=False, add_generation_prompt=True, date_string=given))
         template, tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
     try:
-        return WORKER.render(conversations=[chat.messages(text)], chat_template=template, add_generation_prompt=True,
-                             **{**tokens, "date_string": given})
+        return WORKER.render({**tokens, "date_string": given, "conversations": [chat.messages(text)], "chat_template": template,
+                              "add_generation_prompt": True})
     except TemplateRefusal as error:
         raise ModelError(f"the chat template of {name} refuses a conversation{with_system}: {said(error)}.") from error
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock, Timer
 from typing import Any
@@ -30,11 +31,11 @@ class Worker:
         self.process: subprocess.Popen[str] | None = None
         self.pid, self.lock = 0, Lock()
 
-    def render(self, **asked: Any) -> str:
+    def render(self, asked: Mapping[str, Any]) -> str:
         """The text of one conversation (`asked`: what transformers' `render_jinja_template` takes). Errors: TemplateRefusal."""
         with self.lock:
             process = self._running()
-            answer = self._exchange(process, json.dumps(asked), SECONDS)
+            answer = self._exchange(process, json.dumps(dict(asked)), SECONDS)
         if "text" not in answer:
             raise TemplateRefusal(answer["refused"])
         return str(answer["text"])
@@ -47,7 +48,7 @@ class Worker:
             self._exchange(self.process, None, STARTING)
         return self.process
 
-    def _exchange(self, process: "subprocess.Popen[str]", line: str | None, seconds: float) -> dict[str, str]:
+    def _exchange(self, process: "subprocess.Popen[str]", line: str | None, seconds: int) -> dict[str, str]:
         """Write a line and read one; whatever takes longer is killed."""
         assert process.stdin is not None
         assert process.stdout is not None
@@ -67,7 +68,7 @@ class Worker:
             if not answer.endswith("\n"):    # also where this was interrupted: an answer must never be read as that to another question
                 self.close()
         if not answer.endswith("\n"):
-            raise TemplateRefusal(f"it was not rendered within {seconds:.0f} seconds" if late else
+            raise TemplateRefusal(f"it was not rendered within {seconds} seconds" if late else
                                   "it ended the process in which it was rendered (too much memory, or too deep a recursion)")
         found: dict[str, str] = json.loads(answer)
         return found

@@ -27,7 +27,7 @@ def rendered(asked: dict[str, Any]) -> dict[str, str]:
 
     try:
         texts, _ = render_jinja_template(**asked)
-    except Exception as error:    # whatever a template raises is an answer; this process has nothing else to do
+    except Exception as error:    # noqa: BLE001 - whatever a template raises is an answer: nothing of ours runs here
         return {"refused": str(error) or type(error).__name__, "kind": type(error).__name__}
     if len(texts[0]) > LONGEST:
         return {"refused": f"it writes {len(texts[0]):,} characters, at most {LONGEST:,} are taken", "kind": "ValueError"}

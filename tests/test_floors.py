@@ -16,8 +16,8 @@ PACKAGE = ROOT / "alignblind_mi"
 FLOORS = {
     0: ("errors", "borders", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
         "readings", "paired", "mixed", "power", "frontier"),
-    1: ("adapters", "chat", "template_process", "template_worker", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
-        "organism"),
+    1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
+        "organism", "template_process", "template_worker"),
     2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "trainer",
         "finetuning", "sense_loss", "lora", "unlearning"),
     3: ("progress", "studies"),
