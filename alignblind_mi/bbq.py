@@ -100,6 +100,8 @@ def _read(file: Path, targets: Mapping[tuple[str, str], int | None] | None) -> l
     for number, line in enumerate(lines, 1):
         if line.strip():
             data = parsed(json.loads, line, f"{file}, line {number}: not valid JSON", BBQError, "expected an item of BBQ as published")
+            if not isinstance(data, dict):
+                raise BBQError(f"{file}, line {number}: no JSON object; expected an item of BBQ as published.")
             try:
                 found.append(_item(data, targets))
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -210,7 +210,7 @@ def check_model(spec: ModelSpec) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(spec: ModelSpec, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+def _clear_errors(spec: ModelSpec, but: type[Exception] | None = None) -> Iterator[None]:
     """Turn whatever the hub, transformers and tokenizers raise for an unreachable or broken checkpoint into one sentence (`but` what is
     expected). Around their calls alone."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -219,7 +219,7 @@ def _clear_errors(spec: ModelSpec, but: type[Exception] | tuple[()] = ()) -> Ite
     hub = "organism:base and organism:aligned are embedded and always there"
     try:
         yield
-    except (AlignblindError, *((but,) if but else ())):
+    except AlignblindError:
         raise
     except GatedRepoError:
         raise ModelError(f"{spec.name} is gated: accept its licence on its Hugging Face page and set HF_TOKEN, or use the embedded "
@@ -227,6 +227,8 @@ def _clear_errors(spec: ModelSpec, but: type[Exception] | tuple[()] = ()) -> Ite
     except RepositoryNotFoundError:
         raise ModelError(_missing(spec, hub)) from None
     except (OSError, ValueError, SafetensorError) as error:
+        if but is not None and isinstance(error, but):
+            raise
         cause = error.__cause__ if error.__cause__ is not None else error
         if "trust_remote_code" in str(error):
             raise ModelError(f"{spec.name} brings Python code of its own, which is not run unless you ask for it: read that code, then "

@@ -109,12 +109,13 @@ def test_sizes_are_bounded_before_anything_is_built(values, tiny, tmp_path):
     refused(check_model, ModelSpec(str(changed(tiny, tmp_path / "x", **values))))
 
 
-@pytest.mark.parametrize("content", [b"", DEEP.encode(), b"[1]", b"{}", b'{"model": 3}', b"\xff", b'{"model": {"type": "BPE", "vocab": 1}}'])
+@pytest.mark.parametrize("content", [b"", DEEP.encode(), b"[1]", b"{}", b'{"model": 3}', b"\xff",
+                                     b'{"model": {"type": "BPE", "vocab": 1}}'])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_notes_that_transformers_cannot_read(name, content, tiny, tmp_path):
     folder = changed(tiny, tmp_path / "x")
     (folder / name).write_bytes(content)
-    if (name, content) in (("tokenizer_config.json", b"{}"), ("tokenizer_config.json", b'{"model": 3}')):
+    if name == "tokenizer_config.json" and content.startswith(b"{"):
         return    # a tokenizer of no class of its own
     refused(lambda: (check_model(ModelSpec(str(folder))), load_tokenizer(ModelSpec(str(folder)))))
 
@@ -147,9 +148,12 @@ def test_damaged_adapter_weights(tiny, tmp_path):
 # ---- chat templates ----------------------------------------------------------------------------------------------------
 
 
-FORMS = [CHAT, TINY_CHAT, "{%- for m in messages %}\n  {%- if loop.first %}{{ bos_token }}{% endif %}\n  [{{ m.role }}] {{ m.content|tojson }}\n"
+FORMS = [CHAT, TINY_CHAT,
+         "{%- for m in messages %}\n  {%- if loop.first %}{{ bos_token }}{% endif %}\n  [{{ m.role }}] {{ m.content|tojson }}"
+         "\n"
          "{%- endfor %}\n{%- if add_generation_prompt %}\n{{ date_string }}>{% endif %}",
-         "{% macro turn(m) %}<{{ m.role|upper }}>{{ m['content'] }}{% endmacro %}{% for m in messages %}{{ turn(m) }}{% break %}{% endfor %}"]
+         "{% macro turn(m) %}<{{ m.role|upper }}>{{ m['content'] }}{% endmacro %}{% for m in messages %}{{ turn(m) }}"
+         "{% break %}{% endfor %}"]
 
 
 @pytest.mark.parametrize("template", FORMS)
@@ -167,7 +171,7 @@ LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 
 @pytest.mark.parametrize("template", [
     LOOP, "{{ 'a' * 10**10 }}", "{{ 'a' * 10**7 }}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{{ nothing.at.all }}", "{% if",
-    "{{ " + "(" * 50_000, "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 9 ** 9 ** 9 }}", "{{ ''.__class__.__mro__ }}"])
+    "{{ " + "(" * 50_000, "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 9 ** 999999999 }}", "{{ ''.__class__.__mro__ }}"])
 def test_hostile_templates_are_refused_soon(template, tiny, monkeypatch):
     monkeypatch.setattr(template_process, "SECONDS", 2)
     tokenizer, start = AutoTokenizer.from_pretrained(tiny), time.monotonic()
