@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignblind_mi.borders import check_file, foreign, is_file, read_object
 from alignblind_mi.edits import adapter_name
 from alignblind_mi.loading import ModelError, ModelSpec, fingerprint, load_config, load_huggingface, quiet
 from alignblind_mi.results import refuse_taken, whole_folder, write_text
@@ -27,15 +28,12 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec) ->
 
     peft = None
     for folder, name in zip(folders, check_folders(folders, spec.allow_pickle), strict=True):
-        try:
-            with quiet():
-                warnings.filterwarnings("ignore", "Found missing adapter keys")    # refused below, for every adapter
-                if peft is None:
-                    peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-                else:
-                    peft.load_adapter(str(folder), adapter_name=name)
-        except (ValueError, RuntimeError, OSError, KeyError) as error:    # KeyError: a name that a torch module has, such as "half"
-            raise ModelError(f"the adapter {folder} does not fit {spec.name}: {_first(error)}") from error
+        with foreign(f"the adapter {folder} does not fit {spec.name}", ModelError), quiet():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")    # refused below, for every adapter
+            if peft is None:
+                peft = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            else:
+                peft.load_adapter(str(folder), adapter_name=name)
         kind = peft.peft_config[name].peft_type
         if str(getattr(kind, "value", kind)) != "LORA":
             raise ModelError(f"{folder} is a PEFT folder of type {getattr(kind, 'value', kind)}: only LORA adapters can be switched here.")
@@ -58,10 +56,27 @@ def check_folders(folders: Sequence[Path | str], allow_pickle: bool = False) -> 
     if len(set(names)) < len(names):
         raise ModelError(f"two adapters have the same name ({', '.join(names)}): an adapter is called as its folder; rename one.")
     for folder in folders:
-        if not (Path(folder) / "adapter_config.json").is_file():
+        if not is_file(Path(folder) / "adapter_config.json"):
             raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
         check_adapter_files(Path(folder), allow_pickle)
+        _check_settings(Path(folder))
     return names
+
+
+def _check_settings(folder: Path) -> None:
+    """Whether an adapter's two files can be read, and its numbers be those of an adapter. Errors: ModelError naming what is wrong."""
+    from safetensors import safe_open
+
+    config = folder / "adapter_config.json"
+    settings = read_object(config, "", ModelError, needs=("peft_type",), advice="save the adapter anew")
+    for key, least, most in (("r", 1, 1 << 16), ("lora_alpha", -1e6, 1e6), ("lora_dropout", 0, 1)):
+        value = settings.get(key)
+        if value is not None and (type(value) not in ((int,) if key == "r" else (int, float)) or not least <= value <= most):
+            raise ModelError(f"{config} says {key} = {str(value)[:60]}: a number from {least} to {most} was expected; save it anew.")
+    weights = folder / "adapter_model.safetensors"
+    check_file(weights, "", ModelError, limit=1 << 40)
+    with foreign(f"{weights} is damaged", ModelError, "save the adapter anew"), safe_open(str(weights), "pt") as file:
+        file.keys()
 
 
 def switch(peft: Any, name: str | None) -> None:
@@ -142,7 +157,7 @@ def scaled_adapter(folder: Path, scale: float, out: Path) -> Path:
     Errors: ModelError for a folder that is no adapter, or an `out` that is there.
     """
     config = folder / "adapter_config.json"
-    if not config.is_file():
+    if not is_file(config):
         raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
     with whole_folder(out, ModelError) as draft:
         shutil.copytree(folder, draft, dirs_exist_ok=True)

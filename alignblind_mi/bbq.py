@@ -6,6 +6,7 @@ implemented from their description. This module does NOT know treatments; whethe
 """
 
 import csv
+import io
 import json
 import random
 import re
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from alignblind_mi.borders import TABLE, is_folder, parsed, read_text
 from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.model import HookedModel
@@ -80,7 +82,7 @@ def read_bbq(paths: Path | str | Sequence[Path | str], *, metadata: Path | str |
     Errors: BBQError naming the file and the line that lacks a field or has an unknown value.
     """
     given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
-    files = [file for path in given for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    files = [file for path in given for file in (sorted(path.glob("*.jsonl")) if is_folder(path) else [path])]
     if not files:
         raise BBQError(f"no .jsonl file in {', '.join(map(str, given)) or 'nothing'}: give BBQ's files or their folder.")
     targets = None if metadata is None else _targets(Path(metadata))
@@ -92,18 +94,18 @@ def read_bbq(paths: Path | str | Sequence[Path | str], *, metadata: Path | str |
 
 
 def _read(file: Path, targets: Mapping[tuple[str, str], int | None] | None) -> list[BBQItem]:
-    try:
-        lines = file.read_text("utf-8").split("\n")    # JSON may hold other characters that end a line
-    except (OSError, UnicodeDecodeError) as error:
-        raise BBQError(f"{file} cannot be read ({error}): give a JSONL file of BBQ.") from error
+    text = read_text(file, "", BBQError, limit=TABLE, advice="give a JSONL file of BBQ")
+    lines = text.split("\n")    # JSON may hold other characters that end a line
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
+            data = parsed(json.loads, line, f"{file}, line {number}: not valid JSON", BBQError, "expected an item of BBQ as published")
+            if not isinstance(data, dict):
+                raise BBQError(f"{file}, line {number}: no JSON object; expected an item of BBQ as published.")
             try:
-                data = json.loads(line)
                 json.dumps(data, ensure_ascii=False).encode()    # half a character ("\ud800") is a ValueError: no tokenizer takes one
                 found.append(_item(data, targets))
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 said = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
                 raise BBQError(f"{file}, line {number}: {said}; expected an item of BBQ as published.") from error
     return found
@@ -140,12 +142,12 @@ def _plain(group: str) -> str:
 
 def _targets(file: Path) -> dict[tuple[str, str], int | None]:
     """The `target_loc` of every item in BBQ's additional_metadata.csv."""
+    text = read_text(file, "", BBQError, limit=TABLE, advice="it cannot be used: give BBQ's additional_metadata.csv")
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(lines))
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
         return {(row["category"], row["example_id"]): int(float(row["target_loc"])) if row["target_loc"] not in ("", "NA", "NaN") else None
                 for row in rows}
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (csv.Error, KeyError, ValueError, TypeError, OverflowError) as error:
         raise BBQError(f"{file} cannot be used ({error}): expected a CSV file with category, example_id and target_loc.") from error
 
 

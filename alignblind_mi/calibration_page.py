@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from alignblind_mi import figures
+from alignblind_mi.borders import is_file, named, read_object
 from alignblind_mi.report import Column, as_uri, page_text, percent, plain, save_shown, signed, version_names
 from alignblind_mi.results import ResultError, load_result, write_drawn
 from alignblind_mi.studies.calibration import CUE, QUESTION, SELFIE_PROMPT, STREAM, TARGET_LAYER
@@ -21,9 +22,9 @@ from alignblind_mi.texts import encodable
 def read_calibration(folder: Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """All rows of a calibration folder and the provenance of each part. Errors: ResultError for a folder without finished parts."""
     note = folder / "study.json"
-    config = json.loads(note.read_text("utf-8")) if note.is_file() else {}
+    config = read_object(note, "", ResultError, advice="restore it, or calibrate into another folder") if is_file(note) else {}
     if "calibration" not in config:
-        raise ResultError(f"{folder} holds no calibration: give the --out folder of `alignblind calibrate`.")
+        raise ResultError(f"{named('', folder)} holds no calibration: give the --out folder of `alignblind calibrate`.")
     parts = [load_result(file) for file in sorted(folder.glob("*.parquet"))]
     if not parts:
         raise ResultError(f"{folder} is a calibration without a finished part: run `alignblind calibrate --out {folder}`.")

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from alignblind_mi.borders import foreign, said
 from alignblind_mi.loading import ModelError
 from alignblind_mi.prompts import Prompt, PromptError, Span
+from alignblind_mi.template_process import WORKER, TemplateRefusal
 
 _STAND_IN = "\ue000\ue001"    # a user's text that no template contains or changes
 
@@ -49,18 +51,29 @@ class Frame(NamedTuple):
 def render(text: str, tokenizer: Any, chat: Chat, name: str) -> str:
     """A user's text in the chat template of a tokenizer, up to where the answer begins. `name` is the model's, for errors.
 
-    Errors: ModelError for a tokenizer without a chat template, or a template that refuses the conversation (a system prompt, often).
+    Errors: ModelError for a tokenizer without a chat template, or a template that refuses the conversation (a system prompt, often),
+    is broken, or takes too long or too much memory: it is a program of whoever made the checkpoint, and runs in a process of its own.
     """
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(f"the tokenizer of {name} has no chat template: ask this model raw (without chat), or choose a chat model.")
     given = datetime.date.fromisoformat(chat.date).strftime("%d %b %Y")
+    with_system = " with a system prompt" if chat.system else ""
+    with foreign(f"the chat template of {name} refuses a conversation{with_system}", ModelError):
+        if _has_own_way(tokenizer):
+            return str(tokenizer.apply_chat_template(chat.messages(text), tokenize=False, add_generation_prompt=True, date_string=given))
+        template, tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
     try:
-        return str(tokenizer.apply_chat_template(chat.messages(text), tokenize=False, add_generation_prompt=True, date_string=given))
-    except TemplateError as error:
-        said = " with a system prompt" if chat.system else ""
-        raise ModelError(f"the chat template of {name} refuses a conversation{said}: {error}.") from error
+        return WORKER.render({**tokens, "date_string": given, "conversations": [chat.messages(text)], "chat_template": template,
+                              "add_generation_prompt": True})
+    except TemplateRefusal as error:
+        raise ModelError(f"the chat template of {name} refuses a conversation{with_system}: {said(error)}.") from error
+
+
+def _has_own_way(tokenizer: Any) -> bool:
+    """Whether a tokenizer renders conversations otherwise than transformers' own do: by code that the user has chosen to run."""
+    from transformers import PreTrainedTokenizerBase
+
+    return getattr(type(tokenizer), "apply_chat_template", None) is not PreTrainedTokenizerBase.apply_chat_template
 
 
 def chat_frame(tokenizer: Any, chat: Chat, name: str) -> Frame:

@@ -6,13 +6,13 @@ reads and checks it. It does NOT know what is measured, nor any model.
 
 import hashlib
 import random
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from alignblind_mi.borders import named, parse_toml, read_text
 from alignblind_mi.concept_check import concept_problems
 from alignblind_mi.errors import AlignblindError
 
@@ -20,6 +20,7 @@ Role = Literal["marked", "unmarked"]
 Valence = Literal["positive", "negative"]
 T = TypeVar("T")
 
+LIMIT = 4 << 20    # bytes of the largest concept file that is read
 DEFAULT_CONCEPT = "race"    # what is studied where nothing else is asked for: the concept of the paper
 
 
@@ -239,10 +240,7 @@ def load_concept(source: str | Path) -> Concept:
 
 def parse_concept(text: str, where: str) -> dict[str, Any]:
     """The tables of a concept file's text. Errors: ConceptError naming `where` and the line if it is not TOML."""
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConceptError(f"{where} is not valid TOML: {error}.") from error
+    return parse_toml(text, where, ConceptError)
 
 
 def read_concept_file(source: str | Path) -> tuple[str, str]:
@@ -250,11 +248,9 @@ def read_concept_file(source: str | Path) -> tuple[str, str]:
     if str(source) in concept_names():
         return (resources.files("alignblind_mi") / "concepts" / f"{source}.toml").read_text("utf-8"), f"concept {source!r}"
     path = Path(source)
-    if path.suffix == ".toml" and path.is_file():
-        try:
-            return path.read_text("utf-8"), f"concept file {path}"
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConceptError(f"concept file {path} cannot be read: {error}.") from error
+    if path.suffix == ".toml":
+        advice = f"give the path of a concept file, or a name. Known: {', '.join(concept_names())}"
+        return read_text(path, "concept file", ConceptError, limit=LIMIT, advice=advice), named("concept file", path)
     raise ConceptError(f"unknown concept {str(source)!r}. Known: {', '.join(concept_names())}; or give the path of a .toml file.")
 
 

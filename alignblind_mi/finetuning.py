@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from alignblind_mi.blocks import decoder_layers
+from alignblind_mi.borders import foreign, is_file, named, read_object
 from alignblind_mi.edits import Treatment, adapter_name
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.loading import ModelSpec, fingerprint, load_config, load_huggingface, quiet
@@ -151,8 +152,10 @@ def check_modules(spec: ModelSpec, modules: Sequence[str]) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"), quiet():
-        empty = AutoModelForCausalLM.from_config(load_config(spec))
+    config = load_config(spec)
+    with torch.device("meta"), quiet(), foreign(f"no model can be made by the configuration of {spec.name}", LoraError,
+                                                "mend its config.json, or use another model"):
+        empty = AutoModelForCausalLM.from_config(config)
     names = {name.split(".")[-1] for name, module in decoder_layers(empty)[0].named_modules() if isinstance(module, nn.Linear | Conv1D)}
     for module in modules:
         if module not in names:
@@ -270,7 +273,7 @@ def finetune(job: Job, out: Path) -> Treatment:
 
 
 def _is_trained(out: Path) -> bool:
-    return (out / NOTE).is_file()
+    return is_file(out / NOTE)
 
 
 def _draft(out: Path) -> Path:
@@ -326,10 +329,7 @@ def _begin(draft: Path, identity: dict[str, Any]) -> Path:
 
 
 def _treatment(out: Path, identity: dict[str, Any]) -> Treatment:
-    try:
-        note = json.loads((out / NOTE).read_text("utf-8"))
-    except ValueError as error:
-        raise LoraError(f"{out / 'training.json'} is damaged ({error}): delete {out} to train this adapter anew.") from error
+    note = read_object(out / NOTE, "", LoraError, advice=f"delete {out} to train this adapter anew")
     there, here = _flat(note), _flat(identity)
     other = [key for key, value in here.items() if there.get(key) != value]
     if other:
@@ -350,9 +350,12 @@ def trained_treatment(folder: Path) -> Treatment:
 
     details: method, layers, parameters (trained ones), seconds, folder. Errors: LoraError if there is no training.json.
     """
-    if not (folder / NOTE).is_file():
-        raise LoraError(f"{folder} is no adapter that was trained here: it has no training.json.")
-    note = json.loads((folder / NOTE).read_text("utf-8"))
+    if not is_file(folder / NOTE):
+        raise LoraError(f"{named('', folder)} is no adapter that was trained here: it has no training.json.")
+    note = read_object(folder / NOTE, "", LoraError, needs=("method", "layers", "parameters", "seconds", "family"),
+                       advice=f"delete {folder} to train this adapter anew")
+    if not isinstance(note["layers"], list) or not all(type(layer) is int for layer in note["layers"]):
+        raise LoraError(f"{folder / NOTE} is damaged: its layers are no list of whole numbers; delete {folder} to train this adapter anew.")
     details = {"method": note["method"], "layers": layers_text(note["layers"]), "parameters": str(note["parameters"]),
                "seconds": str(note["seconds"]), "folder": str(folder)}
     return Treatment(adapter_name(folder), adapter=adapter_name(folder), family=note["family"], details=details)

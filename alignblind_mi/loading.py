@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from alignblind_mi.borders import NOTE, TABLE, check_file, foreign, is_folder, is_panic, said
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.tokens import word_ids
 
@@ -79,8 +80,11 @@ def load_config(spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
     source = spec.source    # an embedded model's own error is clear already
+    _check_folder(spec)
     with _clear_errors(spec):
-        return AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    check_sizes(config, spec.name)
+    return config
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
@@ -88,6 +92,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     from transformers import AutoTokenizer
 
     source = spec.source
+    _check_folder(spec)
     with _clear_errors(spec), quiet():
         return AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
@@ -97,9 +102,98 @@ def load_generation_config(spec: ModelSpec, config: Any) -> Any:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(spec.source, revision=spec.revision)
+        with _clear_errors(spec, but=OSError):
+            return GenerationConfig.from_pretrained(spec.source, revision=spec.revision)
     except OSError:
         return GenerationConfig.from_model_config(config)
+
+
+def check_device(spec: ModelSpec) -> None:
+    """Whether this machine has the devices that a spec names. Errors: ModelError saying which there are."""
+    if spec.device is not None:
+        _check_device(spec.device)
+    known, given = ("auto", "balanced", "balanced_low_0", "sequential"), spec.device_map
+    if isinstance(given, dict):
+        for place in given.values():
+            if place == "disk" and spec.offload_folder is None:
+                raise ModelError("the device map puts layers on disk: give an offload_folder for them, or another place.")
+            if place != "disk":
+                _check_device(f"cuda:{place}" if type(place) is int else place)
+    elif given is not None and given not in known:
+        try:
+            _check_device(given)
+        except ModelError as error:
+            raise ModelError(f"the device map {given!r} cannot be used: give {', '.join(known)} or a device ({error})") from error
+    if spec.quantization is not None and torch.device(spec.device or "cpu").type == "mps":
+        raise ModelError(f"{spec.quantization} loading does not run on {spec.device}: leave out the quantization, or use a CUDA GPU.")
+
+
+def _check_device(name: Any) -> None:
+    try:
+        device = torch.device(name) if isinstance(name, str) else None
+    except (RuntimeError, ValueError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ModelError(f"unknown device {name!r}: give cpu, cuda, cuda:0 (a number) or mps.")
+    module = torch.get_device_module(device.type)
+    count = 1 if device.type in ("cpu", "mps") else module.device_count()
+    if not module.is_available() or (device.index or 0) >= count:
+        raise ModelError(f"there is no device {name!r} that torch can use here: give cpu, or one that this machine has.")
+
+
+def _check_folder(spec: ModelSpec) -> None:
+    """Whether the notes of a checkpoint folder are regular files of a bounded size. Errors: ModelError naming the one that is not."""
+    if not is_folder(spec.source):
+        return
+    for file in sorted(Path(spec.source).iterdir()):
+        if file.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors") and not file.name.startswith("."):
+            vocabulary = file.suffix in (".model", ".txt") or file.name in ("tokenizer.json", "vocab.json")
+            limit = TABLE if vocabulary else NOTE * 4
+            check_file(file, f"{spec.name}:", ModelError, limit=1 << 50 if file.suffix == ".safetensors" else limit)
+
+
+SIZES = {"num_hidden_layers": 1000, "hidden_size": 1 << 17, "intermediate_size": 1 << 20, "num_attention_heads": 1 << 12,
+         "num_key_value_heads": 1 << 12, "head_dim": 1 << 14, "vocab_size": 1 << 23, "max_position_embeddings": 1 << 30,
+         "num_local_experts": 1 << 12, "num_experts": 1 << 12, "n_routed_experts": 1 << 12}    # the largest that is believed
+
+
+def check_sizes(config: Any, name: str) -> None:
+    """Whether the numbers of a configuration are those of a model, before anything is built of them. Errors: ModelError naming one."""
+    with foreign(f"the configuration of {name} cannot be used", ModelError):
+        text = config.get_text_config()
+    for key, most in SIZES.items():
+        given = getattr(text, key, None)
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if value is not None and (type(value) is not int or not 0 <= value <= most or (value == 0 and key in LEAST)):
+                raise ModelError(f"the configuration of {name} says {key} = {str(value)[:60]!s}: a whole number from 1 to {most:,} was "
+                                 "expected; mend its config.json, or use another model.")
+    ropes = getattr(text, "rope_parameters", None)
+    broken = {**{key: value for key, value in vars(text).items() if isinstance(value, float)},
+              **{f"rope {key}": value for key, value in _numbers(ropes)}}
+    for key, value in broken.items():
+        if not -1e30 < value < 1e30 or (key in ("rope rope_theta", "rope factor") and value <= 0):
+            raise ModelError(f"the configuration of {name} says {key} = {value}: a finite number was expected (above 0 for rope's); mend "
+                             "its config.json, or use another model.")
+
+
+LEAST = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")    # without which there is no model
+
+
+def _numbers(table: Any) -> Iterator[tuple[str, float]]:
+    """The numbers of a table, those of tables in it too (rope's may be one for each kind of layer)."""
+    for key, value in table.items() if isinstance(table, dict) else ():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield str(key), float(value) if abs(value) < 1e30 else float("inf")
+
+
+def check_vocabulary_size(model: Any, tokenizer: Any, name: str) -> None:
+    """Whether every token has a row of the embedding. Errors: ModelError saying how many there are of both."""
+    rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise ModelError(f"the tokenizer of {name} has the token id {largest}, its embedding {rows} rows: resize it "
+                         "(resize_token_embeddings) and save the checkpoint again.")
 
 
 def check_model(spec: ModelSpec) -> None:
@@ -117,29 +211,37 @@ def check_config(spec: ModelSpec) -> None:
     """`check_model` without the files of weights. Errors: ModelError in one sentence."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    check_device(spec)
     config = load_config(spec)
     own_code = spec.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
         raise ModelError(f"{spec.name} is a {config.model_type!r} model, not a causal language model.")
     if spec.quantization is not None:
+        if spec.name.startswith(EMBEDDED):
+            raise ModelError(f"{spec.name} cannot be quantised: it is tiny, and was measured as it is; leave out the quantization.")
         quantization_config(spec)
 
 
 @contextlib.contextmanager
-def _clear_errors(spec: ModelSpec) -> Iterator[None]:
-    """Turn the hub's and transformers' errors for an unreachable or broken checkpoint into one sentence."""
+def _clear_errors(spec: ModelSpec, but: type[Exception] | None = None) -> Iterator[None]:
+    """Turn whatever the hub, transformers and tokenizers raise for an unreachable or broken checkpoint into one sentence (`but` what is
+    expected). Around their calls alone."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from safetensors import SafetensorError
 
     hub = "organism:base and organism:aligned are embedded and always there"
     try:
         yield
+    except AlignblindError:
+        raise
     except GatedRepoError:
         raise ModelError(f"{spec.name} is gated: accept its licence on its Hugging Face page and set HF_TOKEN, or use the embedded "
                          f"pair ({hub}).") from None
     except RepositoryNotFoundError:
         raise ModelError(_missing(spec, hub)) from None
     except (OSError, ValueError, SafetensorError) as error:
+        if but is not None and isinstance(error, but):
+            raise
         cause = error.__cause__ if error.__cause__ is not None else error
         if "trust_remote_code" in str(error):
             raise ModelError(f"{spec.name} brings Python code of its own, which is not run unless you ask for it: read that code, then "
@@ -151,9 +253,14 @@ def _clear_errors(spec: ModelSpec) -> Iterator[None]:
         if isinstance(cause, GatedRepoError):
             raise ModelError(f"{spec.name} is gated: accept its licence on its Hugging Face page and set HF_TOKEN, or use the "
                              f"embedded pair ({hub}).") from None
-        if Path(spec.source).is_dir():
-            raise ModelError(f"the checkpoint folder {spec.source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if is_folder(spec.source):
+            raise ModelError(f"the checkpoint folder {spec.source} cannot be loaded: {said(error)}.") from error
         raise ModelError(_missing(spec, hub)) from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        where = "checkpoint folder" if is_folder(spec.source) else "model"
+        raise ModelError(f"the {where} {spec.source} cannot be loaded: {said(error)}; mend its files, or use another model.") from error
 
 
 def _missing(spec: ModelSpec, hub: str) -> str:
@@ -173,6 +280,8 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     from alignblind_mi.weights import check_loaded, check_repository
 
     assert spec.dtype is not None
+    check_device(spec)
+    load_config(spec)    # its sizes
     options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder,
                                "use_safetensors": None if spec.allow_pickle else True, "trust_remote_code": spec.trust_remote_code}
     if spec.quantization is not None:
@@ -184,6 +293,7 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
         model, found = AutoModelForCausalLM.from_pretrained(spec.source, revision=spec.revision, dtype=DTYPES[spec.dtype],
                                                             output_loading_info=True, ignore_mismatched_sizes=True, **options)
     check_loaded(spec, model, found)
+    check_vocabulary_size(model, tokenizer, spec.name)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {spec.name} gives no character offsets (it is not a fast one): marks cannot be placed.")
     if tokenizer.pad_token_id is None:

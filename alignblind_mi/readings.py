@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from alignblind_mi.borders import TABLE, check_file, foreign, parsed, read_text
 from alignblind_mi.concept import Concept, ConceptError
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.statistics import exact_interval
@@ -67,14 +68,12 @@ def is_interpretations(path: Path) -> bool:
     """
     if path.suffix.lower() not in (".json", ".jsonl"):
         return False
-    try:
-        with path.open("r", encoding="utf-8-sig", errors="replace") as file:
-            first = next((line for line in file if line.strip()), "")
-    except OSError as error:
-        raise ScoreError(f"{path} cannot be read: {error.strerror or error}.") from error
+    check_file(path, "", ScoreError)
+    with foreign(f"{path} cannot be read", ScoreError), path.open("r", encoding="utf-8-sig", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "")
     try:
         entry = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False    # JSON that is not one object a line: `released` reads it
     return isinstance(entry, dict) and "interpretation" in entry
 
@@ -93,21 +92,18 @@ def read_interpretations(path: Path) -> pd.DataFrame:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScoreError(f"{path} cannot be read: {error}.") from error
+    text = read_text(path, "", ScoreError, limit=TABLE)
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def _rows(path: Path, number: int, line: str) -> Iterator[dict[str, Any]]:
     where = f"{path}, line {number}"
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ScoreError(f"{where} is not valid JSON ({error}). Expected one object a line with {', '.join(FIELDS)}.") from error
+    entry = parsed(json.loads, line, f"{where} is not valid JSON", ScoreError, f"expected one object a line with {', '.join(FIELDS)}")
     if not isinstance(entry, dict) or "interpretation" not in entry:
         raise ScoreError(f"{where} has no field 'interpretation'. Expected one object a line with {', '.join(FIELDS)}.")
+    nested = [name for name in FIELDS if name != "interpretation" and isinstance(entry.get(name), list | dict)]
+    if nested:
+        raise ScoreError(f"{where}: the field {nested[0]!r} is nested. Expected one object a line with {', '.join(FIELDS)}.")
     texts = entry["interpretation"] if isinstance(entry["interpretation"], list) else [entry["interpretation"]]
     for text in texts:
         text = "" if text is None else text

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.answers import asks_again
+from alignblind_mi.borders import TABLE, is_file, named, parsed, read_text
 from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Template, load_concept
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.texts import encodable_row
@@ -42,14 +43,10 @@ def read_released(path: Path, concept: Concept | None = None) -> pd.DataFrame:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ScoreError(f"{path} does not exist or is not a file: give the path of a result file.")
-    try:
-        data = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ScoreError(f"{path} is not complete, valid JSON ({error}). Download or write it anew.") from error
-    except OSError as error:
-        raise ScoreError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not is_file(path):
+        raise ScoreError(f"{named('', path)} does not exist or is not a file: give the path of a result file.")
+    text = read_text(path, "", ScoreError, limit=TABLE)
+    data = parsed(json.loads, text, f"{path} is not complete, valid JSON", ScoreError, "download or write it anew")
     if not isinstance(data, dict) or not data:
         found = "an empty object" if data == {} else f"a JSON {_kind_of(data)}"
         raise ScoreError(f"{path} holds {found}, not released answers. Expected {LAYOUT}.")

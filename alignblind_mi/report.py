@@ -5,7 +5,6 @@ folder lies.
 """
 
 import base64
-import json
 import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from alignblind_mi import figures
+from alignblind_mi.borders import is_file, is_folder, named, read_json, read_object
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.loading import EMBEDDED, ModelSpec
 from alignblind_mi.lora import LAYER_GROUPS, trainable
@@ -185,14 +185,11 @@ def _is_single(part: Result) -> bool:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     note = folder / "study.json"
-    if not folder.is_dir():
-        raise ResultError(f"{folder} is not a folder: give the --out folder of a study.")
-    if not note.is_file():
+    if not is_folder(folder):
+        raise ResultError(f"{named('', folder)} is not a folder: give the --out folder of a study.")
+    if not is_file(note):
         raise ResultError(f"{folder} holds no study (no study.json in it): give the --out folder of `alignblind study`.")
-    try:
-        config = json.loads(note.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{note} is damaged ({error}): restore it or run the study into another folder.") from error
+    config = read_json(note, "", ResultError, advice="restore it or run the study into another folder")
     wanted = ("base", "aligned", "concept", "cue", "quick", "seed", "decoding", "lora")
     lacking = [name for name in wanted if not isinstance(config, dict) or name not in config]
     if lacking:
@@ -354,8 +351,9 @@ def training_table(study: Study) -> pd.DataFrame:
     records = []
     for group in LAYER_GROUPS:
         note = study.folder / "adapters" / f"lora_{group}" / "training.json"
-        if note.is_file():
-            found = json.loads(note.read_text("utf-8"))
+        if is_file(note):
+            needs = ("layers", "loss", "examples", "examples_dropped", "parameters", "seconds")
+            found = read_object(note, "", ResultError, needs=needs, advice="delete its folder to train the adapter anew")
             losses = found.get("losses") or [math.nan]
             records.append({"group": group, "layers": f"{min(found['layers'])}-{max(found['layers'])}", "first_loss": losses[0],
                             "last_loss": losses[-1], "mean_loss": found["loss"], **{key: found[key] for key in (

@@ -32,6 +32,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignblind_mi.borders import is_file, named, read_json
+from alignblind_mi.borders import said as one_line
 from alignblind_mi.errors import AlignblindError
 
 if TYPE_CHECKING:
@@ -308,8 +310,9 @@ def load_result(path: Path | str) -> Result:
     path = Path(path)
     note = path.with_suffix(".json")
     for file in (path, note):
-        if not file.is_file():
-            raise ResultError(f"{file} is missing: it belongs to the result {path.name}. Delete its other half to compute it anew.")
+        if not is_file(file):
+            raise ResultError(f"{named('', file)} is missing: it belongs to the result {path.name}. Delete its other half to compute it "
+                              "anew.")
     try:
         rows, said = pd.read_parquet(path, page_checksum_verification=True), json.loads(note.read_text("utf-8"))
         if not isinstance(said, dict):
@@ -318,8 +321,9 @@ def load_result(path: Path | str) -> Result:
         if digest is not None and digest != {"rows": _digest(path.read_bytes()),
                                              "note": _digest(json.dumps(said, indent=1).encode("utf-8", "surrogatepass"))}:
             raise ValueError("it was changed since it was written")
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ResultError(f"{path} or its provenance is damaged ({error}). Delete both files to compute this part anew.") from error
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+        raise ResultError(f"{path} or its provenance is damaged ({one_line(error)}). Delete both files to compute this part anew."
+                          ) from error
     return Result(rows, said)
 
 
@@ -348,8 +352,8 @@ def folder_kind(folder: Path) -> str:
     """What a results folder holds by its own note: comparison, calibration, or (anything else) study."""
     note = folder / "study.json"
     try:
-        found = json.loads(note.read_text("utf-8")) if note.is_file() else {}
-    except (OSError, ValueError):
+        found = json.loads(note.read_text("utf-8")) if is_file(note) else {}
+    except (OSError, ValueError, RecursionError):
         return "study"    # reading it as one says what is wrong with the note
     return next((kind for kind in ("comparison", "calibration") if isinstance(found, dict) and kind in found), "study")
 
@@ -448,15 +452,12 @@ def _holder(path: Path) -> str:
     try:
         found = json.loads((path / HOLDER).read_text("utf-8"))
         return f" ({found['pid']} on {found['host']}, since {found['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
 def _check_config(note: Path, config: Mapping[str, Any]) -> None:
-    try:
-        found = json.loads(note.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{note} is damaged ({error}): restore it or give another --out.") from error
+    found = read_json(note, "", ResultError, advice="restore it or give another --out")
     wanted = json.loads(json.dumps(dict(config)))
     if not isinstance(found, dict) or found != wanted:
         have = found if isinstance(found, dict) else {}

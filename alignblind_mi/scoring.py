@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from alignblind_mi.answers import RULES, judge
+from alignblind_mi.borders import check_file, foreign, is_file, is_folder, named
 from alignblind_mi.commands.showing import plain_text
 from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.errors import ScoreError
@@ -172,14 +173,14 @@ def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
 
 def _found(path: Path) -> Iterator[tuple[Path, pd.DataFrame]]:
     """(resolved path, rows) of every file with answers at a path."""
-    if path.is_dir():
+    if is_folder(path):
         for file in sorted(path.rglob("*")):
             rows = _read(file) if _may_hold_answers(file, path) else None
             if rows is not None:
                 yield file.resolve(), rows
         return
-    if not path.is_file():
-        raise ScoreError(f"{path} does not exist: give result files (.json, .parquet) or folders of them.")
+    if not is_file(path):
+        raise ScoreError(f"{named('', path)} does not exist or is no file: give result files (.json, .parquet) or folders of them.")
     if path.suffix.lower() not in (".json", ".jsonl", ".parquet"):
         raise ScoreError(f"{path} is neither .json (released answers), .jsonl (interpretations) nor .parquet (results of this project).")
     rows = _read(path)
@@ -211,16 +212,15 @@ def _read(file: Path) -> pd.DataFrame | None:
 
 
 def _read_result(file: Path) -> pd.DataFrame | None:
-    import pyarrow
     from pyarrow import parquet
 
-    try:
+    check_file(file, "", ScoreError)
+    with foreign(f"{file} is damaged", ScoreError, "delete it and compute it anew"):
         names = parquet.read_schema(file).names
-        if "answer" not in names and not {"text", "reading"} <= set(names):
-            return None
+    if "answer" not in names and not {"text", "reading"} <= set(names):
+        return None
+    with foreign(f"{file} is damaged", ScoreError, "delete it and compute it anew"):
         rows = pd.read_parquet(file)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ScoreError(f"{file} is damaged ({error}). Delete it and compute it anew.") from error
     if "answer" not in rows:    # SelfIE rows: the column `interpretation` names the prompt there, the context is what was read
         return rows.assign(interpretation=rows["text"], prompt=rows["context"])
     missing = [name for name in _NEEDED if name not in rows.columns]

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from alignblind_mi.borders import check_file, foreign, is_file, said
 from alignblind_mi.concept import Concept, ConceptError, Cue
 from alignblind_mi.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
 from alignblind_mi.model import HookedModel
@@ -32,6 +33,7 @@ WINDOW_SHARE = 10 / 32    # the paper's window: 10 consecutive layers of Llama 3
 ROLES = ("marked", "unmarked")
 AFTER_PROMPT: tuple[str, ...] = ("last", "generated")
 SHARED = ("",)
+VECTORS = 4 << 30    # bytes of the largest file of vectors that is read
 GGUF_MARK = b"alignblind_mi.method"    # a key of the header of control vectors that were written here
 
 
@@ -183,7 +185,7 @@ def check_gguf(path: Path | str, method: str, stream: str, layers: Sequence[int]
 
 def _is_our_gguf(path: Path) -> bool:
     """Whether a file is a control vector that was written here: its header bears our mark."""
-    if not path.is_file():
+    if not is_file(path):
         return False
     with path.open("rb") as file:
         head = file.read(1 << 16)
@@ -201,19 +203,24 @@ def is_vectors(path: Path) -> bool:
 
 def load_vectors(path: Path | str) -> SteeringVectors:
     """Read what `SteeringVectors.save` wrote. Errors: EditError for a file that it did not write."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    check_file(path, "", EditError, limit=VECTORS, advice="give a file that `alignblind steer --save` wrote")
+    with foreign(f"{path} is no file of steering vectors", EditError), safe_open(str(path), "pt") as file:
+        note = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}    # noqa: SIM118 - no mapping
     try:
-        with safe_open(str(path), "pt") as file:
-            note = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}    # noqa: SIM118 - no mapping
         parsed = {name: json.loads(value) for name, value in note.items()}
         method, sense, stream = (parsed.pop(name) for name in ("method", "sense", "stream"))
         places = [(int(name.split(".")[1]), (*name.split("."), "")[2]) for name in tensors]
-    except (OSError, SafetensorError, KeyError, IndexError, ValueError) as error:
-        raise EditError(f"{path} is no file of steering vectors: {str(error).splitlines()[0]}.") from error
+    except (KeyError, IndexError, ValueError, RecursionError) as error:
+        raise EditError(f"{path} is no file of steering vectors: {said(error)}.") from error
     layers = tuple(sorted({layer for layer, _ in places}))
     roles = SHARED if {role for _, role in places} == {""} else ROLES
+    shapes = {(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()}
+    whole = {".".join(["layer", str(layer), *([role] if role else [])]) for layer in layers for role in roles} == set(tensors)
+    if not whole or len(shapes) != 1 or not all(tensor.ndim == 1 and tensor.isfinite().all() for tensor in tensors.values()):
+        raise EditError(f"{path} is no file of steering vectors: its tensors are not one finite vector of one length for each layer.")
     stacked = torch.stack([torch.stack([tensors[".".join(["layer", str(layer), *([role] if role else [])])] for role in roles])
                            for layer in layers])
     return SteeringVectors(layers, roles, stacked, method, sense, stream, parsed)

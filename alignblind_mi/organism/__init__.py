@@ -6,11 +6,11 @@ Light to import; torch and transformers load only where a model is built.
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from alignblind_mi.borders import read_object
 from alignblind_mi.errors import AlignblindError
 
 ROLES = ("base", "aligned")
@@ -69,6 +69,5 @@ def organism_info(pair: str = "") -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of the pair in a folder."""
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return record
+    """The record of the pair in a folder. Errors: OrganismError for one that cannot be read."""
+    return read_object(folder / RECORD, "the record", OrganismError, advice="restore it, or take it out of that folder")

@@ -16,13 +16,14 @@ from typing import Any
 
 import pandas as pd
 
+from alignblind_mi.borders import read_object
 from alignblind_mi.concept import Concept, concept_names, load_concept
 from alignblind_mi.edits import Treatment
 from alignblind_mi.loading import load_config
 from alignblind_mi.model import HookedModel
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.prompts import KINDS, implicit_prompts
-from alignblind_mi.results import Result, StudyFolder, check_parts, stamp, write_drawn
+from alignblind_mi.results import Result, ResultError, StudyFolder, check_parts, stamp, write_drawn
 from alignblind_mi.studies.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
 from alignblind_mi.studies.behaviour import ask, measure_behaviour
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, plan_rivals
@@ -120,7 +121,8 @@ def _treated(model: HookedModel, rival: Rival, adapters: Path, concept: Concept,
     treatment = rival.make(model)
     seconds = time.monotonic() - start
     note = adapters / (treatment.adapter or "") / "training.json"
-    trained = json.loads(note.read_text("utf-8")) if treatment.adapter is not None and note.is_file() else {}
+    known = treatment.adapter is not None and note.is_file()
+    trained = read_object(note, "", ResultError, advice=f"delete {note.parent} to train it anew") if known else {}
     vectors = {edit.vector.data_ptr(): edit.vector.numel() for edit in treatment.edits}
     return treatment, {"seconds": round(seconds + trained.get("seconds", 0.0), 3),
                        "parameters": int(trained.get("parameters", 0)) + sum(vectors.values()),

@@ -4,7 +4,6 @@ Reads saved rows (see `comparison.py`) and runs no model. Every difference is pa
 (Holm); a claim stands only with its controls.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from alignblind_mi.bbq import summarise_bbq
+from alignblind_mi.borders import is_file, named, read_object
 from alignblind_mi.frontier import equal_damage, pareto
 from alignblind_mi.mixed import mixed_logistic
 from alignblind_mi.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
@@ -60,13 +60,21 @@ class Compared:
         return self.answers[(self.answers["kind"] == "implicit") & (self.answers["treatment"] != BASE)]
 
 
+RIVAL = {"treatment", "family", "curve", "dose", "placebos"}    # what plan.json says of each
+
+
 def read_comparison(folder: Path) -> Compared:
     """Read a comparison. Errors: ResultError for a folder without finished parts of the untreated aligned model."""
     note, plan_file = folder / "study.json", folder / "plan.json"
-    config = json.loads(note.read_text("utf-8")) if note.is_file() else {}
-    if "comparison" not in config or not plan_file.is_file():
-        raise ResultError(f"{folder} holds no comparison: give the --out folder of `alignblind compare`.")
-    plan = json.loads(plan_file.read_text("utf-8"))
+    advice = "restore it, or compare into another folder"
+    config = read_object(note, "", ResultError, advice=advice) if is_file(note) else {}
+    if "comparison" not in config or not is_file(plan_file):
+        raise ResultError(f"{named('', folder)} holds no comparison: give the --out folder of `alignblind compare`.")
+    plan = read_object(plan_file, "", ResultError, needs=("rivals", "left_out"), advice=advice)
+    if not isinstance(plan["rivals"], list) or not all(isinstance(rival, dict) and set(rival) >= RIVAL for rival in plan["rivals"]):
+        raise ResultError(f"{plan_file} is damaged: its rivals are no list of objects with {', '.join(sorted(RIVAL))}; {advice}.")
+    if not isinstance(config.get("data"), list) or not all(isinstance(name, str) for name in config["data"]):
+        raise ResultError(f"{note} is damaged: its data are no list of names; {advice}.")
     wanted = [(BASE, "base", "untreated"), *((rival["treatment"], "aligned", rival["treatment"]) for rival in plan["rivals"])]
     measured = (*MEASURED, *config["data"])
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in measured}

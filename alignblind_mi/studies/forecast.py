@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from alignblind_mi.blocks import is_llama_like
+from alignblind_mi.borders import foreign
 from alignblind_mi.budget import Budget, RowCost, free_memory, release
 from alignblind_mi.concept import load_concept
 from alignblind_mi.decoding import Stop, decode, sampler
 from alignblind_mi.engine import Engine
-from alignblind_mi.loading import DTYPES, ModelSpec, load_config, load_tokenizer
+from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, load_config, load_tokenizer
 from alignblind_mi.lora import awareness_examples
 from alignblind_mi.plain import PlainEngine
 from alignblind_mi.studies.study import Load, StudyConfig, lora_groups, study_parts
@@ -141,7 +142,7 @@ def _empty(config: Any, device: torch.device, layers: int | None = None) -> Any:
     if layers is not None:
         config = type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})
     own_code = type(config).__module__.startswith("transformers_modules")    # it was asked for: the configuration itself is of that code
-    with torch.device("meta"):
+    with torch.device("meta"), foreign("no model can be made by this configuration", ModelError, "mend its config.json"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=own_code).eval()
     if device.type == "meta":
         return model

@@ -13,11 +13,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from alignblind_mi.borders import SAID as LONGEST
+from alignblind_mi.borders import has_halves, read_text, said
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.loading import ModelSpec
 from alignblind_mi.studies.study import StudyConfig
 
 SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+LIMIT = 256 << 10    # bytes of the largest study file that is read
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")    # YAML 1.1 takes 2e-4 for a text
 
 
@@ -56,22 +59,33 @@ def _mapping(path: Path) -> dict[str, Any]:
     import yaml
 
     class Unique(yaml.SafeLoader):
-        """A safe loader that refuses a key given twice, of which YAML would drop one without a word."""
+        """A safe loader that refuses a key given twice, of which YAML would drop one without a word, and references to what was written
+        elsewhere: a few lines of them stand for gigabytes, or for a list in itself."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            """A node that stands where it is written."""
+            if self.check_event(yaml.AliasEvent):
+                raise StudyFileError(f"{path}: the reference *{self.peek_event().anchor} is not read: write the value out.")
+            return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             """A mapping, its keys each once."""
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-            if twice:
-                raise StudyFileError(f"{path}: the key {twice[0]!r} is given twice.")
+            seen = set()
+            for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+                if key in seen:
+                    raise StudyFileError(f"{path}: the key {key!r} is given twice.")
+                seen.add(key)
             return super().construct_mapping(node, deep)
 
+    text = read_text(path, "", StudyFileError, limit=LIMIT, advice="give the path of a YAML study file")
     try:
-        data = yaml.load(path.read_text("utf-8"), Unique)    # a SafeLoader: plain values alone
-    except OSError as error:
-        raise StudyFileError(f"{path} cannot be read ({error.strerror}): give the path of a YAML study file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise StudyFileError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        data = yaml.load(text, Unique)    # a SafeLoader: plain values alone
+    except yaml.YAMLError as error:
+        raise StudyFileError(f"{path} is not valid YAML: {' '.join(str(error).split())[:LONGEST]}.") from error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:    # of a value's constructor, or nested too deeply
+        raise StudyFileError(f"{path} is not valid YAML: {said(error)}.") from error
+    if has_halves(data):
+        raise StudyFileError(f"{path} has half a character (a lone surrogate) in a text: write the text anew.")
     if not isinstance(data, dict):
         raise StudyFileError(f"{path} holds no settings: write lines such as `base: organism:base`.")
     return data
