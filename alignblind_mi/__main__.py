@@ -172,7 +172,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Results folder; a calibration that is in it already is resumed.")] = Path("calibration"),
     quick: Annotated[bool, typer.Option("--quick", help="One seed, fewer organisms, shorter training: to see that it works.")] = False,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds of the organisms.")] = "0,1,2",
-    jobs: Annotated[int, typer.Option(min=0, help="Organisms that are built at the same time (0: as many as there are processors).")] = 0,
+    jobs: Annotated[int, typer.Option(help="Organisms that are built at the same time (0: as many as there are processors).")] = 0,
 ) -> None:
     """Measure every instrument on organisms with known truth; write OUT/calibration.json and OUT/calibration.html.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.settings import check_fields
 from alignblind_mi.tokens import word_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +51,7 @@ class ModelSpec:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, ModelError)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ModelError(f"unknown dtype {self.dtype!r}. Known: {', '.join(DTYPES)}.")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:

@@ -14,7 +14,7 @@ from alignblind_mi.concept import DEFAULT_CONCEPT
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
 FLOORS = {
-    0: ("errors", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
+    0: ("errors", "settings", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics", "released",
         "readings", "paired", "mixed", "power", "frontier"),
     1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
         "organism"),
