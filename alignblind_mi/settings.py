@@ -212,16 +212,11 @@ def _is_text(hint: Any) -> bool:
 
 def check_fields(settings: Any, kind: type[AlignblindError]) -> None:
     """Check every field of a frozen dataclass by its type, from `__post_init__`. Errors: `kind` in one sentence that names the field."""
-    for name, hint in _hints(type(settings)):
-        given = getattr(settings, name)
-        value = checked(given, hint, name, kind)
+    for field in fields(settings):
+        given = getattr(settings, field.name)
+        value = checked(given, field.type, field.name, kind)
         if value is not given:
-            object.__setattr__(settings, name, value)
-
-
-@functools.cache
-def _hints(cls: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple((field.name, field.type) for field in fields(cls))
+            object.__setattr__(settings, field.name, value)
 
 
 def takes(kind: type[AlignblindError]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -249,4 +244,5 @@ def takes(kind: type[AlignblindError]) -> Callable[[Callable[P, R]], Callable[P,
 def _says(hint: Any) -> bool:
     """Whether a type bounds anything."""
     _, marks = _parts(hint)
-    return any(isinstance(mark, (Bound, Listed)) for mark in marks) or any(_says(part) for part in get_args(hint))
+    bounds = get_origin(hint) is Literal or any(isinstance(mark, (Bound, Listed)) for mark in marks)
+    return bounds or any(_says(part) for part in get_args(hint))

@@ -23,7 +23,7 @@ from alignblind_mi.concept import Concept, ConceptError, Cue
 from alignblind_mi.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
 from alignblind_mi.model import HookedModel
 from alignblind_mi.probes import train_probes
-from alignblind_mi.prompts import Prompt, fill, steering_prompt
+from alignblind_mi.prompts import Prompt, fill, filled, steering_prompt
 from alignblind_mi.results import refuse_taken, versions, write_bytes
 
 Method = Literal["replacement", "mean_difference", "pca", "probe", "contrast", "noise"]
@@ -315,7 +315,7 @@ def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
     both = min(len(awareness.restatements), len(awareness.others))    # pairs differ in the restatement alone
     endings = (awareness.restatements if sense == concept.group_sense else awareness.others)[:both]
     x, y = cue.marked[0], cue.unmarked[0]
-    return [Prompt((sentence + awareness.separator + ending).format(x=x, y=y))
+    return [Prompt(filled(sentence + awareness.separator + ending, x=x, y=y))
             for sentence in awareness.sentences for ending in endings]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from alignblind_mi.concept import Concept, ConceptError, Cue
 from alignblind_mi.edits import Site, random_like
 from alignblind_mi.model import HookedModel
-from alignblind_mi.prompts import Prompt, Span, implicit_prompts, option_roles
+from alignblind_mi.prompts import Prompt, Span, filled, implicit_prompts, option_roles
 
 CONTROLS = ("random", "wrong_token", "anchor_group", "anchor_other", "text")
 TEXT_LAYER = -1
@@ -243,7 +243,7 @@ def _after(sentence: str, concept: Concept, cue: Cue, mentions: Sequence[int]) -
     for source in reading_sources(concept, replace(cue, prefix=""), mentions=mentions, max_word_pairs=1):
         names = source.prompt.labels
         first, second = option_roles(source.prompt)
-        lead = sentence.format(x=names[first], y=names[second]) + " "
+        lead = filled(sentence, x=names[first], y=names[second]) + " "
         mentioned = source.prompt.spans(source.role)[: source.mention + 1]
         seen = Prompt(source.seen(), {source.role: mentioned}, names).prefixed(lead)
         out.append(replace(source, prompt=seen))
