@@ -31,6 +31,7 @@ from alignblind_mi.settings import (
     Layer,
     LearningRate,
     Listed,
+    Names,
     PartialShare,
     Rank,
     Seed,
@@ -40,6 +41,7 @@ from alignblind_mi.settings import (
     check_fields,
     checked,
     shown,
+    takes,
 )
 from alignblind_mi.tokens import Encoded
 
@@ -159,7 +161,8 @@ def layers_text(layers: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" for first, last in runs)
 
 
-def check_modules(spec: ModelSpec, modules: Sequence[str]) -> None:
+@takes(LoraError)
+def check_modules(spec: ModelSpec, modules: Names) -> None:
     """Whether a model's layers have these projections, from its configuration alone. Errors: LoraError naming an unknown one."""
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D

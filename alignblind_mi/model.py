@@ -32,7 +32,7 @@ from alignblind_mi.engine import Engine, cut
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
 from alignblind_mi.plain import PlainEngine
 from alignblind_mi.prompts import Prompt, PromptError
-from alignblind_mi.settings import NewTokens, Seed, Temperature, takes
+from alignblind_mi.settings import NewTokens, Seed, Temperature, Words, takes
 from alignblind_mi.tokens import Encoded, Reader, Taps, TokenEdit, TokenRow, encode, left_pad, place, word_ids
 
 log = logging.getLogger(__name__)
@@ -281,8 +281,9 @@ class HookedModel:
             raise EditError(f"sites of different sizes ({said}) cannot be recorded together: record those of each size in their own call.")
         return self._at_sites(rows, sites, Reader(next(iter(sizes), self.d_model), lambda activations: activations))
 
+    @takes(ModelError)
     @alone
-    def lens_log_probs(self, rows: Sequence[Row], sites: Sequence[Site], targets: Sequence[str]) -> Float[Tensor, "row site target"]:
+    def lens_log_probs(self, rows: Sequence[Row], sites: Sequence[Site], targets: Words) -> Float[Tensor, "row site target"]:
         """What the residual stream at each site says of single-token words through the final norm and the unembedding.
 
         Exact log-probabilities over the whole vocabulary, which exists for a part of the sites at a time (logit lens, nostalgebraist 2020).
@@ -350,8 +351,9 @@ class HookedModel:
         self._over(parts, None, keep)
         return out
 
+    @takes(ModelError)
     @alone
-    def next_probs(self, rows: Sequence[Row], targets: Sequence[str]) -> Float[Tensor, "row target"]:
+    def next_probs(self, rows: Sequence[Row], targets: Words) -> Float[Tensor, "row target"]:
         """Probabilities of single-token target words as the next token after each row."""
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         out = torch.empty(len(rows), len(targets))
@@ -362,8 +364,9 @@ class HookedModel:
         self._over(self.token_rows(rows), None, keep)
         return out
 
+    @takes(ModelError)
     @alone
-    def next_ranks(self, rows: Sequence[Row], targets: Sequence[str]) -> Int[Tensor, "row target"]:
+    def next_ranks(self, rows: Sequence[Row], targets: Words) -> Int[Tensor, "row target"]:
         """Ranks of single-token target words as the next token after each row: 0 is the most probable of the vocabulary."""
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         out = torch.empty(len(rows), len(targets), dtype=torch.long)
@@ -376,8 +379,9 @@ class HookedModel:
         self._over(self.token_rows(rows), None, keep)
         return out
 
+    @takes(ModelError)
     @alone
-    def residual_log_probs(self, resid: Float[Tensor, "vector d_model"], targets: Sequence[str]) -> Float[Tensor, "vector target"]:
+    def residual_log_probs(self, resid: Float[Tensor, "vector d_model"], targets: Words) -> Float[Tensor, "vector target"]:
         """What any residual-stream vectors say of single-token words through the final norm and the unembedding (exact log-probabilities).
 
         The vocabulary exists for a part of the vectors at a time. See `lens_log_probs` for vectors that are read where they arise.
@@ -388,8 +392,9 @@ class HookedModel:
             model = self.engine.model
             return log_probs_of(model, resid.to(model.dtype).to(self.engine.device), ids, self.engine.budget.lens_block)
 
+    @takes(ModelError)
     @alone
-    def continuation_log_probs(self, rows: Sequence[Row], continuations: Sequence[Sequence[str]]) -> Float[Tensor, "row choice"]:
+    def continuation_log_probs(self, rows: Sequence[Row], continuations: Sequence[Words]) -> Float[Tensor, "row choice"]:
         """Log-probability of each of a row's continuations (the same number for every row), summed over their tokens, in float32."""
         ids = self._continuation_ids(rows, continuations)
         out = torch.empty(len(rows), len(ids[0]) if ids else 0)
@@ -411,9 +416,10 @@ class HookedModel:
         return [[known[text] for text in choices] for choices in continuations]
 
     @takes(ModelError)
+    @takes(ModelError)
     @alone
     def generate(self, rows: Sequence[Row], max_new_tokens: NewTokens, *, temperature: Temperature = 0.0, seed: Seed = 0,
-                 stop: Sequence[str] = (), continuations: Sequence[Sequence[str]] | None = None, draws: Sequence[str] | None = None,
+                 stop: Words = (), continuations: Sequence[Words] | None = None, draws: Sequence[str] | None = None,
                  progress: Callable[[int], None] | None = None) -> list[Generation]:
         """Continue each row, greedily (`temperature` 0, whatever the checkpoint's generation config says) or by sampling.
 
@@ -594,6 +600,7 @@ def _name_filter(names: Sequence[str] | Callable[[str], bool] | None, bridge: An
         return lambda name: True
     if callable(names):
         return names
+    names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in bridge.hook_dict]
     if unknown:
         raise ModelError(f"unknown hook point {unknown[0]!r}. Examples: blocks.0.hook_resid_post, blocks.0.attn.hook_pattern, "
@@ -605,13 +612,14 @@ def _name_filter(names: Sequence[str] | Callable[[str], bool] | None, bridge: An
 # ---- loading -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(spec: ModelSpec | str, *, adapters: Sequence[Path | str] = ()) -> HookedModel:
+def load_model(spec: ModelSpec | str, *, adapters: Path | str | Sequence[Path | str] = ()) -> HookedModel:
     """Load a model, put its LoRA adapters on it (before a bridge is booted, so that hooks and adapters are live together).
 
     Errors: ModelError in one sentence for a model that is gated, missing or not a causal language model, a tokenizer without character
     offsets, an adapter folder that does not fit, or an engine that cannot run the model.
     """
     spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
+    adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters    # one or many
     check_model(spec)
     with _LOADING:
         model, tokenizer = load_huggingface(spec)

@@ -10,7 +10,6 @@ which plans for the clustered test: to speak of other templates too costs about 
 do not differ, because that has to be found out as well.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from alignblind_mi.paired import BASELINE, FEWEST, ITEM, mcnemar_p, paired
-from alignblind_mi.settings import Bound, Chance, Share, check_fields, checked
+from alignblind_mi.settings import Bound, Chance, Names, Share, check_fields, checked, takes
 from alignblind_mi.statistics import CLUSTERS, StatisticsError, require
 
 MOST_PAIRS = 100_000
@@ -185,8 +184,9 @@ def smallest_difference(plan: Plan, power: float = 0.8) -> float:
     return high
 
 
-def plan_from_pilot(rows: pd.DataFrame, treated: str, *, baseline: str = BASELINE, between: str = "treatment", item: Sequence[str] = ITEM,
-                    alpha: float = 0.05) -> Plan:
+@takes(StatisticsError)
+def plan_from_pilot(rows: pd.DataFrame, treated: str, *, baseline: str = BASELINE, between: str = "treatment", item: Names = ITEM,
+                    alpha: Chance = 0.05) -> Plan:
     """The plan that a pilot's rows (one model, one kind) show: rates, discordant share, both correlations and the design as it was.
 
     Correlations are moments: products of the items' changes within a word pair but across templates, and within a template but across word

@@ -51,9 +51,10 @@ class Bound:
 
 @dataclass(frozen=True)
 class Listed:
-    """That each member of a list stands there once; with `some` that it is not empty."""
+    """That a list has each member once (unless `once` is False), and with `some` that it is not empty."""
 
     some: bool = False
+    once: bool = True
 
 
 Count = Annotated[int, Bound(1, MOST)]
@@ -75,7 +76,9 @@ Share = Annotated[float, Bound(0.0, 1.0)]
 PartialShare = Annotated[float, Bound(0.0, 1.0, open_high=True)]
 Chance = Annotated[float, Bound(0.0, 1.0, open_low=True, open_high=True)]
 Names = Annotated[Sequence[str], Listed()]    # one or many: a text alone is a list of one
+Words = Annotated[Sequence[str], Listed(once=False)]    # the same, where one may stand there twice
 Layers = Annotated[Sequence[Layer], Listed(some=True)]
+Strengths = Annotated[Sequence[Strength], Listed(some=True)]
 Mentions = Annotated[Sequence[Annotated[int, Bound(-MOST, MOST)]], Listed(some=True)]
 
 
@@ -94,7 +97,7 @@ def checked(value: Any, hint: Any, name: str, kind: type[AlignblindError], *, bo
         _refuse(value in get_args(base), f"unknown {name} {shown(value)}. Known: {', '.join(map(str, get_args(base)))}.", kind)
     elif base in (int, float):
         return _number(value, hint, name, kind, bounds)
-    elif get_origin(base) is tuple or get_origin(base) is Sequence:
+    elif get_origin(base) is Sequence or (get_origin(base) is tuple and get_args(base)[-1] is Ellipsis):
         return _list(value, hint, name, kind, bounds)
     elif base in SAID or is_dataclass(base) or get_origin(base) in (dict, Mapping):
         plain = get_origin(base) or base
@@ -186,12 +189,12 @@ def _list(value: Any, hint: Any, name: str, kind: type[AlignblindError], bounds:
     _refuse(right, f"{name} must be {said(base)}, got {shown(value)}.", kind)
     found = tuple(checked(one, each, name if _is_text(each) and get_origin(each) is Literal else f"{name}[{i}]", kind, bounds=bounds)
                   for i, one in enumerate(_bounded(value, name, kind)))
-    if bounds and marks:
+    if bounds and any(mark.once for mark in marks if isinstance(mark, Listed)):
         seen: set[Any] = set()
         twice = [one for one in found if one in seen or seen.add(one)]    # type: ignore[func-returns-value]
         _refuse(not twice, f"{name} names {shown(twice[0]) if twice else ''} twice: give each once.", kind)
-        some = any(mark.some for mark in marks if isinstance(mark, Listed))
-        _refuse(bool(found) or not some, f"{name} is empty: give one at least.", kind)
+    if bounds and any(mark.some for mark in marks if isinstance(mark, Listed)):
+        _refuse(bool(found), f"{name} is empty: give one at least.", kind)
     return found
 
 
@@ -204,6 +207,8 @@ def _bounded(value: Iterable[Any], name: str, kind: type[AlignblindError]) -> It
 
 def _is_text(hint: Any) -> bool:
     base, _ = _parts(hint)
+    if get_origin(base) in (Union, UnionType):
+        return any(_is_text(option) for option in get_args(base))
     return base is str or (get_origin(base) is Literal and all(isinstance(one, str) for one in get_args(base)))
 
 
