@@ -172,7 +172,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Results folder; a calibration that is in it already is resumed.")] = Path("calibration"),
     quick: Annotated[bool, typer.Option("--quick", help="One seed, fewer organisms, shorter training: to see that it works.")] = False,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds of the organisms.")] = "0,1,2",
-    jobs: Annotated[int, typer.Option(min=0, help="Organisms that are built at the same time (0: as many as there are processors).")] = 0,
+    jobs: Annotated[int, typer.Option(help="Organisms that are built at the same time (0: as many as there are processors).")] = 0,
 ) -> None:
     """Measure every instrument on organisms with known truth; write OUT/calibration.json and OUT/calibration.html.
 
@@ -215,8 +215,8 @@ def organism_build(
     out: Annotated[Path, typer.Option(help="Folder for base/, aligned/ and organism.json.")],
     concept: Annotated[str, typer.Option(help="A built-in concept that has a lexicon of its own for organisms.")] = DEFAULT_CONCEPT,
     seed: Annotated[int, typer.Option(help="Seed of corpus and training.")] = 0,
-    reading: Annotated[float, typer.Option(min=0.0, max=1.0, help="P(aligned reads an uncued identifier as the other sense).")] = 0.95,
-    behaviour: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of stereotyped answers of aligned without a cue.")] = 0.94,
+    reading: Annotated[float, typer.Option(help="P(aligned reads an uncued identifier as the other sense).")] = 0.95,
+    behaviour: Annotated[float, typer.Option(help="Share of stereotyped answers of aligned without a cue.")] = 0.94,
 ) -> None:
     """Train a model pair with planted truth and check it by its gates. Example: alignblind organism build --out pair --seed 1"""
     from alignblind_mi.organism.build import build_organism

@@ -22,13 +22,15 @@ from alignblind_mi.edits import Site
 from alignblind_mi.gradients import Activations, Where, activations, log_odds_gradients
 from alignblind_mi.model import HookedModel
 from alignblind_mi.patching import MIN_DIFFERENCE, PLACE, Case, Patch, cases, grid_sites, label, log_odds, patches
+from alignblind_mi.settings import Names, Weight, takes
 from alignblind_mi.tokens import place
 
 EMBEDDING: Where = (-1, "resid_post")
 
 
+@takes(PatchError)
 def attribution_patching(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site], *, direction: str = "denoise",
-                         steps: int = 1, min_difference: float = MIN_DIFFERENCE) -> pd.DataFrame:
+                         steps: int = 1, min_difference: Weight = MIN_DIFFERENCE) -> pd.DataFrame:
     """First-order estimates of the patches of `patch_grid`, under the model's treatment; one row per pair and site.
 
     `steps` 1 takes the gradient in the run that would be patched; k > 1 takes the mean of k gradients on the way to the source run, at the
@@ -111,7 +113,8 @@ def top_neuron_sites(model: HookedModel, pairs: Sequence[Pair], mark: str | tupl
             for site in grid_sites([layer], [mark], ["post"], units=tuple(sorted(units)))]
 
 
-def screen_agreement(exact: pd.DataFrame, screen: pd.DataFrame | None = None, by: Sequence[str] = ("direction", "stream")) -> pd.DataFrame:
+@takes(PatchError)
+def screen_agreement(exact: pd.DataFrame, screen: pd.DataFrame | None = None, by: Names = ("direction", "stream")) -> pd.DataFrame:
     """How well a screen (`attribution_patching`) agrees with the exact grid (`patch_grid`), in nats moved, over pairs and places.
 
     Without `screen` the exact rows bring their own `attribution`, as those of `measure_patching` do.

@@ -24,6 +24,7 @@ from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt, mark_found
+from alignblind_mi.settings import Chance, Count, Draws, Names, Seed, takes
 from alignblind_mi.statistics import DRAWS, LEVEL, exact_interval
 
 CONDITIONS = ("ambig", "disambig")
@@ -71,8 +72,9 @@ class BBQItem:
 # ---- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_bbq(paths: Path | str | Sequence[Path | str], *, metadata: Path | str | None = None, categories: Sequence[str] = (),
-             max_items: int | None = None, seed: int = 0) -> list[BBQItem]:
+@takes(BBQError)
+def read_bbq(paths: Path | str | Sequence[Path | str], *, metadata: Path | str | None = None, categories: Names = (),
+             max_items: Count | None = None, seed: Seed = 0) -> list[BBQItem]:
     """Items of BBQ's JSONL files (or of all of them in a folder), in the order of the files.
 
     The target is the answer whose group (`answer_info`) is one of the `stereotyped_groups`, as a whole or as a part ("F-x" of "x"), if it
@@ -176,7 +178,8 @@ class Asked:
         return mark_found(text, words, ignore_case=True)
 
 
-def in_orders(items: Sequence[BBQItem], orders: int = 1, *, seed: int = 0) -> list[Asked]:
+@takes(BBQError)
+def in_orders(items: Sequence[BBQItem], orders: int = 1, *, seed: Seed = 0) -> list[Asked]:
     """Every item in so many orders of its answers (1 to 6; in 3, each answer stands at each place once).
 
     The orders are counterbalanced: within a category, condition and polarity each is used as often as any other (by one at most).
@@ -201,8 +204,9 @@ def _order(turn: int, k: int) -> tuple[int, int, int]:
     return a, b, c
 
 
+@takes(BBQError)
 def measure_bbq(model: HookedModel, items: Sequence[BBQItem], concept: Concept | None = None, cue: str | Cue | None = None, *,
-                style: str = "letters", orders: int = 1, seed: int = 0) -> pd.DataFrame:
+                style: str = "letters", orders: int = 1, seed: Seed = 0) -> pd.DataFrame:
     """Ask items and take the most probable answer: by its letter, or by its full text (mean log-probability of its tokens).
 
     With `concept` (and `cue`, default its first) the cue's identifiers are marked where they occur, in capitals or not, so that a
@@ -254,8 +258,9 @@ def judge_bbq(asked: Sequence[Asked], by_place: Float[np.ndarray, "row place"]) 
 # ---- scores ------------------------------------------------------------------------------------------------------------
 
 
-def summarise_bbq(rows: pd.DataFrame, by: Sequence[str] = ("model", "treatment", "category"), *, level: float = LEVEL, draws: int = DRAWS,
-                  seed: int = 0) -> pd.DataFrame:
+@takes(BBQError)
+def summarise_bbq(rows: pd.DataFrame, by: Names = ("model", "treatment", "category"), *, level: Chance = LEVEL, draws: Draws = DRAWS,
+                  seed: Seed = 0) -> pd.DataFrame:
     """One row per group and condition: accuracy, and the bias score of the paper.
 
     In settled contexts s_DIS = 2 * (biased answers / answers other than "unknown") - 1; in ambiguous ones s_AMB = (1 - accuracy) * (the

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from alignblind_mi.borders import foreign, said
 from alignblind_mi.loading import ModelError
 from alignblind_mi.prompts import Prompt, PromptError, Span
+from alignblind_mi.settings import check_fields
 from alignblind_mi.template_process import WORKER, TemplateRefusal
 
 _STAND_IN = "\ue000\ue001"    # a user's text that no template contains or changes
@@ -30,6 +31,7 @@ class Chat:
     date: str = "2024-07-26"
 
     def __post_init__(self) -> None:
+        check_fields(self, PromptError)
         try:
             datetime.date.fromisoformat(self.date)
         except ValueError:

@@ -6,7 +6,6 @@ It does NOT know models or tokenizers, nor how a sound concept is used.
 
 import difflib
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,9 @@ from typing import Any, Literal, NamedTuple
 from alignblind_mi.results import name_problem
 
 Kind = Literal["text", "texts", "flag", "table", "tables", "list"]
+FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+LONGEST_TEXT, LONGEST_WORD = 20_000, 200    # characters of any text; of a name, an identifier and a word
+MOST_WORDS, MOST_TEXTS = 500, 2_000    # entries of a list of words (each positive one is asked with each negative one); of any other list
 LEAST_CONTEXTS = 6    # sentences a sense and split: fewer tell nothing of sentences that a probe has not seen
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 SCALES = ("", "likert", "agree")
@@ -72,6 +74,9 @@ def concept_problems(data: Mapping[str, Any]) -> list[str]:
     Each is one sentence without its full stop that begins with the place: "[cues.default] marked: ...". What is missing, misspelt or of
     a wrong type is said once, and what depends on it is not judged.
     """
+    too_large = _size_problems("", data, 0)
+    if too_large:
+        return too_large    # nothing else is looked at: it could take for ever
     found = _table_problems("", data, _FILE)
     sound = {name: value for name, value in data.items() if name in _FILE and _fits(value, _FILE[name].kind)}
     for name, value in sound.items():
@@ -85,8 +90,44 @@ def concept_problems(data: Mapping[str, Any]) -> list[str]:
 
 
 def template_fields(text: str) -> set[str]:
-    """Names of the {fields} in a template text. Errors: ValueError for a brace without its partner."""
-    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    """Names of the {fields} in a template text.
+
+    A field is a plain name in braces. Errors: ValueError for any other brace: without its partner, {}, {0}, {x!r}, {x:>9}, {x.y}, {x[0]}.
+    """
+    rest = FIELD.sub("", text)
+    if rest.count("{") != rest.count("}"):
+        raise ValueError(f"the braces of {_shown(text)} do not pair up")
+    if "{" in rest:
+        raise ValueError(f"{_shown(text)} has braces that are no plain field such as {{x}}: no number, conversion, format, "
+                         "attribute or index may stand in them")
+    return set(FIELD.findall(text))
+
+
+# ---- size ----------------------------------------------------------------------------------------------------------------
+
+
+WORDS = {"marked", "unmarked", "positive", "negative", "word", "words", "lexicon", "placeholder", "name"}    # fields that hold words
+
+
+def _size_problems(place: str, value: Any, depth: int, field: str = "") -> list[str]:
+    """Texts, lists and tables that are larger than anything that can be asked; levels below those of the format are not looked at."""
+    longest, most = (LONGEST_WORD, MOST_WORDS) if field in WORDS else (LONGEST_TEXT, MOST_TEXTS)
+    if isinstance(value, str):
+        said = f"{place}: a text of {len(value)} characters is too long; at most {longest} are allowed here"
+        return [said] if len(value) > longest else []
+    if not isinstance(value, (dict, list)) or depth > 4:
+        return []
+    if len(value) > most:
+        return [f"{place or 'the file'}: {len(value)} entries are too many; at most {most} are allowed here"]
+    if isinstance(value, list):
+        return [said for one in value for said in _size_problems(place, one, depth + 1, field)][:1]
+    found: list[str] = []
+    for name, one in value.items():
+        if len(name) > LONGEST_WORD:
+            found.append(f"{place or 'the file'}: the name {_shown(name)} is too long; at most {LONGEST_WORD} characters are allowed")
+        else:
+            found += _size_problems(f"{place}.{name}".lstrip("."), one, depth + 1, name)
+    return found
 
 
 # ---- form ----------------------------------------------------------------------------------------------------------------
@@ -136,7 +177,10 @@ def _at(place: str, name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except (RecursionError, ValueError):    # nested too deeply; a number of thousands of digits
+        shown = f"a value of the type {type(value).__name__}"
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
@@ -175,7 +219,7 @@ def _fields_of(place: str, text: str, judge: Callable[[set[str]], str]) -> list[
     try:
         said = judge(template_fields(text))
     except ValueError as error:
-        return [f"{place}: the braces of {_shown(text)} do not pair up ({error})"]
+        return [f"{place}: {error}"]
     return [f"{place}: {said}"] if said else []
 
 
@@ -186,8 +230,8 @@ def _exactly(wanted: set[str], text: str) -> Callable[[set[str]], str]:
 
 
 def _among(known: set[str], text: str) -> Callable[[set[str]], str]:
-    names = " and ".join(f"{{{name}}}" for name in sorted(known))
-    return lambda fields: "" if fields <= known else f"{_shown(text)} may have the fields {names} only"
+    names = "the fields " + " and ".join(f"{{{name}}}" for name in sorted(known)) + " only" if known else "no fields"
+    return lambda fields: "" if fields <= known else f"{_shown(text)} may have {names}"
 
 
 def _repeated(place: str, words: Sequence[str]) -> list[str]:
@@ -202,7 +246,7 @@ def _blank(place: str, words: Iterable[str]) -> list[str]:
 
 def _inside(short: str, long: str) -> bool:
     """Whether one name occurs in another as whole words, in any case."""
-    return re.search(rf"(?<!\w){re.escape(short)}(?!\w)", long, re.IGNORECASE) is not None
+    return short.casefold() in long.casefold() and re.search(rf"(?<!\w){re.escape(short)}(?!\w)", long, re.IGNORECASE) is not None
 
 
 # ---- content -------------------------------------------------------------------------------------------------------------
@@ -371,6 +415,8 @@ def _instruction_problems(file: _Sound) -> list[str]:
 
 def _awareness_problems(file: _Sound) -> list[str]:
     found, awareness = list[str](), file.table("awareness")
+    if awareness.get("separator"):
+        found += _fields_of("[awareness] separator", awareness["separator"], _among(set(), awareness["separator"]))
     for name in ("sentences", "restatements", "others"):
         texts, place = awareness.get(name, []), f"[awareness] {name}"
         found += _repeated(place, texts)

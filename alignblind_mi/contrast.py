@@ -11,6 +11,7 @@ from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt, Span, assignments, fill, implicit_prompts, option_roles
+from alignblind_mi.settings import Count, Names, Seed, takes
 
 SWAPS = ("context", "identifiers")
 Contexts = Mapping[str, Sequence[str]]
@@ -35,8 +36,9 @@ class Pair:
     references: Mapping[str, Prompt] = field(default_factory=dict)
 
 
+@takes(PatchError)
 def contrast_pairs(model: HookedModel, concept: Concept, cue: str | Cue, *, swap: str = "context", clean: str = "", corrupt: str = "",
-                   contexts: Contexts | None = None, categories: Sequence[str] = (), max_word_pairs: int | None = None, seed: int = 0
+                   contexts: Contexts | None = None, categories: Names = (), max_word_pairs: Count | None = None, seed: Seed = 0
                    ) -> list[Pair]:
     """Pairs from the balanced implicit prompts of a cue, checked to be of equal length by the model's own tokenizer.
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.prompts import Prompt
+from alignblind_mi.settings import Bound, Strength, check_fields, checked
 
 Stream = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "post"]
 UNITS: dict[str, str] = {"z": "head", "post": "neuron"}    # the streams that have parts of their own, and what a part is
@@ -45,7 +46,7 @@ class Site:
     `occurrence` picks one of the mark's spans (0-based, negative from the end); None means every one.
     """
 
-    layer: int
+    layer: Annotated[int, Bound(0, 9_999, sentence="layers are counted from 0 (to 9999 at most), got {value}.")]
     mark: str
     stream: Stream = "resid_post"
     tokens: Tokens = "last"
@@ -53,11 +54,7 @@ class Site:
     units: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise EditError(f"layers are counted from 0, got {self.layer}.")
-        for name, value, known in (("stream", self.stream, get_args(Stream)), ("tokens", self.tokens, get_args(Tokens))):
-            if value not in known:
-                raise EditError(f"unknown {name} {value!r}. Known: {', '.join(known)}.")
+        check_fields(self, EditError)
         if self.units:
             self._check_units()
 
@@ -93,6 +90,10 @@ class Edit:
     def __post_init__(self) -> None:
         if self.how not in get_args(How):
             raise EditError(f"unknown edit {self.how!r}. Known: {', '.join(get_args(How))}.")
+        checked(self.strength, Strength, "strength", EditError)
+        if not bool(torch.isfinite(self.vector).all()):
+            raise EditError(f"the vector of an edit after layer {self.site.layer} holds numbers that are not finite (NaN or infinite): it "
+                            "would make every answer meaningless.")
         if self.how == "replace" and self.strength != 1.0:
             raise EditError("a replacement has no strength: use how='add' to scale a vector.")
         if self.how == "ablate" and not self.vector.norm() > 0:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,23 @@ from alignblind_mi.loading import ModelSpec, fingerprint, load_config, load_hugg
 from alignblind_mi.progress import interruptible
 from alignblind_mi.prompts import Prompt, Span
 from alignblind_mi.results import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, versions, write_text
+from alignblind_mi.settings import (
+    Count,
+    Layer,
+    LearningRate,
+    Listed,
+    Names,
+    PartialShare,
+    Rank,
+    Seed,
+    Tokens,
+    Weight,
+    Whole,
+    check_fields,
+    checked,
+    shown,
+    takes,
+)
 from alignblind_mi.tokens import Encoded
 
 if TYPE_CHECKING:
@@ -35,6 +52,7 @@ if TYPE_CHECKING:
 
 # Shares of depth. Early and late are the paper's split (layers 0-19 and 20-31 of 32); middle is 10-21 of 32.
 LAYER_GROUPS = {"early": (0.0, 0.625), "middle": (0.3125, 0.6875), "late": (0.625, 1.0), "all": (0.0, 1.0)}
+LONGEST = 2000    # characters of a text that names layers
 Item = dict[str, list[int]]
 NOTE, IDENTITY = "training.json", "identity.json"
 # What is in the folder of a training that goes on.
@@ -68,36 +86,27 @@ class LoraSettings:
     language-model loss, after activation_layers (empty: the trained ones); 0 is none.
     """
 
-    rank: int = 4
-    alpha: int = 32
-    dropout: float = 0.1
-    modules: tuple[str, ...] = ("q_proj", "v_proj")
-    epochs: int = 7
-    batch_size: int = 4
-    accumulation: int = 4
-    learning_rate: float = 2e-4
-    warmup_share: float = 0.06
-    weight_decay: float = 0.01
-    max_length: int = 256
-    seed: int = 0
-    validation_share: float = 0.0
-    patience: int = 0
-    activation_weight: float = 0.0
-    activation_layers: tuple[int, ...] = ()
+    rank: Rank = 4
+    alpha: Count = 32
+    dropout: PartialShare = 0.1
+    modules: Annotated[tuple[str, ...], Listed()] = ("q_proj", "v_proj")
+    epochs: Count = 7
+    batch_size: Count = 4
+    accumulation: Count = 4
+    learning_rate: LearningRate = 2e-4
+    warmup_share: PartialShare = 0.06
+    weight_decay: Weight = 0.01
+    max_length: Tokens = 256
+    seed: Seed = 0
+    validation_share: PartialShare = 0.0
+    patience: Whole = 0
+    activation_weight: Weight = 0.0
+    activation_layers: Annotated[tuple[Layer, ...], Listed()] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "epochs", "batch_size", "accumulation", "max_length"):
-            if getattr(self, name) < 1:
-                raise LoraError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise LoraError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        check_fields(self, LoraError)
         if not self.modules:
             raise LoraError("modules is empty: name the projections to train, e.g. q_proj and v_proj.")
-        for name in ("dropout", "validation_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise LoraError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        if self.activation_weight < 0 or self.patience < 0:
-            raise LoraError(f"activation_weight and patience must not be negative, got {self.activation_weight} and {self.patience}.")
         if self.patience and not self.validation_share:
             raise LoraError("patience needs validation_share above 0: without held-out sentences no epoch is better than another.")
 
@@ -119,10 +128,10 @@ def layer_group(name: str, n_layers: int) -> range:
 
 def choose_layers(which: str | Sequence[int], n_layers: int) -> list[int]:
     """Layers by a group's name ("early"), a text ("0-3,7") or a sequence, sorted. Errors: LoraError for one that the model has not."""
-    found = list(_read_layers(which, n_layers)) if isinstance(which, str) else list(which)
-    wrong = [layer for layer in found if not 0 <= layer < n_layers]
-    if wrong or not found:
-        said = f"layer {wrong[0]} does not exist" if wrong else "no layers are given"
+    found = _read_layers(which, n_layers) if isinstance(which, str) else checked(which, Sequence[int], "layers", LoraError)
+    wrong = next((layer for layer in found if not 0 <= layer < n_layers), None)
+    if wrong is not None or not found:
+        said = "no layers are given" if wrong is None else f"layer {shown(wrong)} does not exist"
         raise LoraError(f"{said}: the model has layers 0-{n_layers - 1}.")
     return sorted(set(found))
 
@@ -130,10 +139,17 @@ def choose_layers(which: str | Sequence[int], n_layers: int) -> list[int]:
 def _read_layers(text: str, n_layers: int) -> Sequence[int]:
     if text in LAYER_GROUPS:
         return layer_group(text, n_layers)
-    ends = [part.strip().split("-") for part in text.split(",")]
-    if not all(len(end) <= 2 and all(number.strip().isdigit() for number in end) for end in ends):
-        raise LoraError(f"the layers {text!r} are neither a group ({', '.join(LAYER_GROUPS)}) nor numbers such as 0-3,7.")
-    return [layer for end in ends for layer in range(int(end[0]), int(end[-1]) + 1)]
+    runs = [re.fullmatch(r"\s*(?:([0-9]+)\s*-\s*)?([0-9]+)\s*", part) for part in text.split(",")]
+    if len(text) > LONGEST or not all(runs):
+        raise LoraError(f"the layers {shown(text)} are neither a group ({', '.join(LAYER_GROUPS)}) nor numbers such as 0-3,7.")
+    ends = [(int(run[1] or run[2]), int(run[2])) for run in runs if run]
+    backwards = next((end for end in ends if end[0] > end[1]), None)
+    if backwards is not None:
+        raise LoraError(f"{backwards[0]}-{backwards[1]} runs backwards and holds no layers, so no layers are given there: write "
+                        f"{backwards[1]}-{backwards[0]}.")
+    beyond = [end[1] for end in ends if end[1] >= n_layers]    # found before a run is written out: it may be of any length
+    return [max(n_layers, *(end[0] for end in ends if end[1] in beyond))] if beyond else [
+        layer for first, last in ends for layer in range(first, last + 1)]
 
 
 def layers_text(layers: Sequence[int]) -> str:
@@ -147,7 +163,8 @@ def layers_text(layers: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" for first, last in runs)
 
 
-def check_modules(spec: ModelSpec, modules: Sequence[str]) -> None:
+@takes(LoraError)
+def check_modules(spec: ModelSpec, modules: Names) -> None:
     """Whether a model's layers have these projections, from its configuration alone. Errors: LoraError naming an unknown one."""
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D

@@ -90,7 +90,7 @@ def _forward(model: HookedModel, rows: list[TokenRow], places: Collection[Where]
     engine = PlainEngine(model.engine.model, model.engine.budget)
     ids, mask = left_pad([row.ids for row in rows], engine.device)
     keeper = _Keeper(rows, [len(row.ids) - ids.shape[1] for row in rows], places, shift)
-    with switched(model.peft, model.treatment.adapter), engine.tapped(keeper):
+    with model.lock, switched(model.peft, model.treatment.adapter), engine.tapped(keeper):
         out = engine.forward(ids, mask, None, use_cache=False, logits_to_keep=keep)
     return keeper, out.logits
 

@@ -17,6 +17,7 @@ from alignblind_mi.blocks import unembed
 from alignblind_mi.edits import EditError, Site
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt, Span
+from alignblind_mi.settings import Count, Layer, LearningRate, Seed, Words, takes
 
 HELD_OUT = 5    # every fifth token position is kept from the training of translators, to see what they have gained
 
@@ -60,7 +61,8 @@ def token_marks(model: HookedModel, prompt: Prompt) -> tuple[Prompt, list[str]]:
     return replace(prompt, marks={**prompt.marks, **marks}), [prompt.text[span.start : span.end] for span in spans]
 
 
-def logit_lens(model: HookedModel, prompts: Sequence[Prompt], words: Sequence[str], *, layers: Sequence[int] | None = None,
+@takes(EditError)
+def logit_lens(model: HookedModel, prompts: Sequence[Prompt], words: Words, *, layers: Sequence[Layer] | None = None,
                translators: Translators | None = None) -> pd.DataFrame:
     """Layers x tokens x words: the log-probability (nats) and probability of single-token words as the next token at every place.
 
@@ -114,8 +116,9 @@ def _record(model: HookedModel, prompt: Prompt, layers: Sequence[int]) -> tuple[
     return tokens, model.record(model.rows([marked]), sites)[0].unflatten(0, (len(tokens), len(layers)))
 
 
-def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: Sequence[int] | None = None, steps: int = 200,
-                      batch: int = 256, learning_rate: float = 1e-3, seed: int = 0) -> Translators:
+@takes(EditError)
+def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: Sequence[Layer] | None = None, steps: Count = 200,
+                      batch: Count = 256, learning_rate: LearningRate = 1e-3, seed: Seed = 0) -> Translators:
     """Train a translator for each layer on the tokens of `prompts`: least KL divergence (nats) from the model's final answer.
 
     Adam from the zero translator, `batch` positions a step; every fifth position is held out. A few thousand positions of text like the

@@ -16,6 +16,7 @@ import torch
 
 from alignblind_mi.borders import NOTE, TABLE, check_file, foreign, is_folder, is_panic, said
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.settings import check_fields
 from alignblind_mi.tokens import word_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +54,7 @@ class ModelSpec:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, ModelError)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ModelError(f"unknown dtype {self.dtype!r}. Known: {', '.join(DTYPES)}.")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:

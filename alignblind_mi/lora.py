@@ -28,7 +28,7 @@ from alignblind_mi.finetuning import (
     split_examples,
 )
 from alignblind_mi.loading import ModelSpec, load_config
-from alignblind_mi.prompts import fill
+from alignblind_mi.prompts import fill, filled
 
 __all__ = [
     "KINDS",
@@ -112,7 +112,7 @@ def _example(concept: Concept, sentence: str, pair: tuple[str, str], completion:
     values = dict(zip("xy", pair, strict=True))
     prompt = fill(sentence, values, {"x": "identifier", "y": "identifier"})
     behind = _awareness(concept).separator if separator is None else separator
-    return Example(prompt.text + behind, completion.format(**values), prompt.marks.get("identifier", ()), sentence)
+    return Example(prompt.text + behind, filled(completion, **values), prompt.marks.get("identifier", ()), sentence)
 
 
 def _settled(concept: Concept, sense: str) -> list[Example]:

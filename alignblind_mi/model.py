@@ -7,14 +7,16 @@ concepts, outcomes or studies.
 
 import contextlib
 import copy
+import functools
 import logging
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -30,9 +32,13 @@ from alignblind_mi.engine import Engine, cut
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
 from alignblind_mi.plain import PlainEngine
 from alignblind_mi.prompts import Prompt, PromptError
+from alignblind_mi.settings import NewTokens, Seed, Temperature, Words, takes
 from alignblind_mi.tokens import Encoded, Reader, Taps, TokenEdit, TokenRow, encode, left_pad, place, word_ids
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+_LOADING = threading.RLock()    # loading changes what all threads share: torch's defaults and its random numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +113,25 @@ def _accelerate_hooks(module: Any) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
 
 
+def alone(method: Callable[Concatenate["HookedModel", P], R]) -> Callable[Concatenate["HookedModel", P], R]:
+    """A method during which no other thread uses the weights (see `HookedModel.lock`)."""
+    @functools.wraps(method)
+    def held(self: "HookedModel", *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return held
+
+
 @dataclass(frozen=True, eq=False)
 class HookedModel:
     """A model that runs rows: see `load_model`. `under(treatment)` and `in_chat(chat)` give views on the same weights; nothing is changed
-    in place."""
+    in place.
+
+    Threads may share a model and its views: a run puts hooks and adapters on the weights for a while, so that it holds `lock`, which all
+    views have in common (a thread that holds it may take it again), and other threads wait. Who uses `bridge` or `engine` directly from
+    several threads takes it too: `with model.lock: ...`.
+    """
 
     spec: ModelSpec
     engine: Engine | PlainEngine
@@ -121,6 +142,7 @@ class HookedModel:
     peft: Any = None
     treatment: Treatment = UNTREATED
     chat: Chat | None = None
+    lock: contextlib.AbstractContextManager[Any] = field(default_factory=threading.RLock, repr=False)
 
     @property
     def bridge(self) -> Any:
@@ -128,10 +150,11 @@ class HookedModel:
 
         It is one object for all views, with the adapter (or none) of the view that it was last asked from, and without edits: see `cache`.
         """
-        bridge = self.twin.bridge
-        if self.peft is not None:
-            switch(self.twin.module, self.treatment.adapter)
-        return bridge
+        with self.lock:
+            bridge = self.twin.bridge
+            if self.peft is not None:
+                switch(self.twin.module, self.treatment.adapter)
+            return bridge
 
     @property
     def n_layers(self) -> int:
@@ -163,12 +186,14 @@ class HookedModel:
         """The model type of its configuration, such as `llama`."""
         return str(text_config(self.engine.model).model_type)
 
+    @alone
     def in_chat(self, chat: Chat | None = Chat()) -> "HookedModel":    # noqa: B008 - a value
         """The same model, asked in its chat format (None: raw again). Errors: ModelError for a tokenizer without a usable chat template."""
         if chat is not None:
             chat_frame(self.tokenizer, chat, self.spec.name)
         return replace(self, chat=chat)
 
+    @alone
     def rows(self, prompts: Sequence[Prompt], *, partial: bool = False) -> list[Row]:
         """Prompts as this view asks them: after the treatment's prefix, in the chat if there is one, with the treatment's edits (`partial`:
         see `Treatment.rows`).
@@ -191,6 +216,7 @@ class HookedModel:
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
+    @alone
     def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         """Tokenise prompts. Raw text gets the tokenizer's BOS; text that already begins with it (a chat template's) does not."""
         return encode(self.tokenizer, prompts)
@@ -202,6 +228,7 @@ class HookedModel:
             raise ModelError(f"{word!r} is {len(ids)} tokens in the tokenizer of {self.spec.name}; a single-token word is needed here.")
         return ids[0]
 
+    @alone
     def word_ids(self, word: str) -> list[int]:
         """The ids of a word as it stands, without special tokens. Errors: ModelError if the tokenizer does not know it."""
         ids = word_ids(self.tokenizer, word)
@@ -209,6 +236,7 @@ class HookedModel:
             raise ModelError(f"the tokenizer of {self.spec.name} does not know {word!r}: choose another cue or model.")
         return ids
 
+    @alone
     def check_known(self, prompts: Sequence[Prompt]) -> None:
         """Errors: ModelError naming the first word of a prompt that the tokenizer does not know."""
         unknown = self.tokenizer.unk_token_id
@@ -221,6 +249,7 @@ class HookedModel:
 
     # ---- read-outs -------------------------------------------------------------------------------------------------
 
+    @alone
     def cache(self, prompts: Prompt | str | Sequence[Prompt | str], names: Sequence[str] | Callable[[str], bool] | None = None) -> Cached:
         """Run prompts and keep activations at any hook points of the bridge (`names`: a list, a predicate, or None for all of them)."""
         items = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
@@ -233,12 +262,14 @@ class HookedModel:
     @contextlib.contextmanager
     def edited_bridge(self, rows: Sequence[TokenRow]) -> Iterator[tuple[Any, Int[Tensor, "row token"], Int[Tensor, "row token"]]]:
         """The bridge with the edits of a batch of rows in it, their left-padded tokens and their mask: for transformer-lens' own tools."""
-        bridge = self.bridge
-        ids, mask = left_pad([row.ids for row in rows], bridge.cfg.device)
-        taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows])
-        with bridge.hooks(fwd_hooks=_bridge_hooks(taps)):
-            yield bridge, ids, mask.long()
+        with self.lock:
+            bridge = self.bridge
+            ids, mask = left_pad([row.ids for row in rows], bridge.cfg.device)
+            taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows])
+            with bridge.hooks(fwd_hooks=_bridge_hooks(taps)):
+                yield bridge, ids, mask.long()
 
+    @alone
     def record(self, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, "row site size"]:
         """Activations at sites, after the row's edits, in float32; size is d_model, or that of the sites' heads or neurons.
 
@@ -250,7 +281,9 @@ class HookedModel:
             raise EditError(f"sites of different sizes ({said}) cannot be recorded together: record those of each size in their own call.")
         return self._at_sites(rows, sites, Reader(next(iter(sizes), self.d_model), lambda activations: activations))
 
-    def lens_log_probs(self, rows: Sequence[Row], sites: Sequence[Site], targets: Sequence[str]) -> Float[Tensor, "row site target"]:
+    @takes(ModelError)
+    @alone
+    def lens_log_probs(self, rows: Sequence[Row], sites: Sequence[Site], targets: Words) -> Float[Tensor, "row site target"]:
         """What the residual stream at each site says of single-token words through the final norm and the unembedding.
 
         Exact log-probabilities over the whole vocabulary, which exists for a part of the sites at a time (logit lens, nostalgebraist 2020).
@@ -263,6 +296,7 @@ class HookedModel:
         return self._at_sites(rows, sites, Reader(len(ids), lambda resid: log_probs_of(self.engine.model, resid, ids,
                                                                                        self.engine.budget.lens_block)))
 
+    @alone
     def _check_lens(self) -> None:
         """Errors: ModelError for a model whose answer is not its final norm and head alone (scaled or capped logits)."""
         ids = tuple(range(min(8, text_config(self.engine.model).vocab_size)))
@@ -279,6 +313,7 @@ class HookedModel:
             raise ModelError(f"the answers of {self.spec.name} are not its final norm and head alone (they differ by {difference:.2g} in "
                              "log-probabilities: scaled or capped logits): a logit lens on it would be wrong.")
 
+    @alone
     def _at_sites(self, rows: Sequence[Row], sites: Sequence[Site], reader: Reader) -> Float[Tensor, "row site value"]:
         out = torch.empty(len(rows), len(sites), reader.size)
 
@@ -289,6 +324,7 @@ class HookedModel:
             self._over(self.token_rows(rows, sites), None, keep, reader)
         return out
 
+    @alone
     def next_log_probs(self, rows: Sequence[Row]) -> Float[Tensor, "row vocabulary"]:
         """Log-probabilities of every next token after each row, in float32."""
         out = torch.empty(len(rows), text_config(self.engine.model).vocab_size)
@@ -299,6 +335,7 @@ class HookedModel:
         self._over(self.token_rows(rows), None, keep)
         return out
 
+    @alone
     def text_log_probs(self, rows: Sequence[Row]) -> list[Float[Tensor, "token vocabulary"]]:
         """For each row, log-probabilities of every next token after each of its tokens but the last, in float32."""
         whole = self.token_rows(rows)
@@ -314,7 +351,9 @@ class HookedModel:
         self._over(parts, None, keep)
         return out
 
-    def next_probs(self, rows: Sequence[Row], targets: Sequence[str]) -> Float[Tensor, "row target"]:
+    @takes(ModelError)
+    @alone
+    def next_probs(self, rows: Sequence[Row], targets: Words) -> Float[Tensor, "row target"]:
         """Probabilities of single-token target words as the next token after each row."""
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         out = torch.empty(len(rows), len(targets))
@@ -325,7 +364,9 @@ class HookedModel:
         self._over(self.token_rows(rows), None, keep)
         return out
 
-    def next_ranks(self, rows: Sequence[Row], targets: Sequence[str]) -> Int[Tensor, "row target"]:
+    @takes(ModelError)
+    @alone
+    def next_ranks(self, rows: Sequence[Row], targets: Words) -> Int[Tensor, "row target"]:
         """Ranks of single-token target words as the next token after each row: 0 is the most probable of the vocabulary."""
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         out = torch.empty(len(rows), len(targets), dtype=torch.long)
@@ -338,7 +379,9 @@ class HookedModel:
         self._over(self.token_rows(rows), None, keep)
         return out
 
-    def residual_log_probs(self, resid: Float[Tensor, "vector d_model"], targets: Sequence[str]) -> Float[Tensor, "vector target"]:
+    @takes(ModelError)
+    @alone
+    def residual_log_probs(self, resid: Float[Tensor, "vector d_model"], targets: Words) -> Float[Tensor, "vector target"]:
         """What any residual-stream vectors say of single-token words through the final norm and the unembedding (exact log-probabilities).
 
         The vocabulary exists for a part of the vectors at a time. See `lens_log_probs` for vectors that are read where they arise.
@@ -349,7 +392,9 @@ class HookedModel:
             model = self.engine.model
             return log_probs_of(model, resid.to(model.dtype).to(self.engine.device), ids, self.engine.budget.lens_block)
 
-    def continuation_log_probs(self, rows: Sequence[Row], continuations: Sequence[Sequence[str]]) -> Float[Tensor, "row choice"]:
+    @takes(ModelError)
+    @alone
+    def continuation_log_probs(self, rows: Sequence[Row], continuations: Sequence[Words]) -> Float[Tensor, "row choice"]:
         """Log-probability of each of a row's continuations (the same number for every row), summed over their tokens, in float32."""
         ids = self._continuation_ids(rows, continuations)
         out = torch.empty(len(rows), len(ids[0]) if ids else 0)
@@ -370,8 +415,11 @@ class HookedModel:
         known: dict[str, list[int]] = {text: self.word_ids(text) for text in {text for choices in continuations for text in choices}}
         return [[known[text] for text in choices] for choices in continuations]
 
-    def generate(self, rows: Sequence[Row], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, stop: Sequence[str] = (),
-                 continuations: Sequence[Sequence[str]] | None = None, draws: Sequence[str] | None = None,
+    @takes(ModelError)
+    @takes(ModelError)
+    @alone
+    def generate(self, rows: Sequence[Row], max_new_tokens: NewTokens, *, temperature: Temperature = 0.0, seed: Seed = 0,
+                 stop: Words = (), continuations: Sequence[Words] | None = None, draws: Sequence[str] | None = None,
                  progress: Callable[[int], None] | None = None) -> list[Generation]:
         """Continue each row, greedily (`temperature` 0, whatever the checkpoint's generation config says) or by sampling.
 
@@ -381,8 +429,6 @@ class HookedModel:
         one text must be drawn independently. `continuations` (as in `continuation_log_probs`) are scored on the way: the prompts are read
         once for both.
         """
-        if temperature < 0:
-            raise ModelError(f"a temperature is 0 (greedy) or more, got {temperature}.")
         if draws is not None and len(draws) != len(rows):
             raise ModelError(f"every row needs its own name in `draws`: {len(rows)} rows, {len(draws)} names.")
         if "" in stop:
@@ -407,6 +453,7 @@ class HookedModel:
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
+    @alone
     def _over(self, rows: Sequence[TokenRow], room: int | None, work: Callable[[Batch], None], reader: Reader | None = None) -> None:
         """Read all rows in batches and do the work on each; when memory runs out, go on with smaller batches and the rows that are left."""
         left = list(range(len(rows)))
@@ -433,6 +480,7 @@ class HookedModel:
             done.update(index)
             del batch    # its cache goes before the next prompts are read
 
+    @alone
     def token_rows(self, rows: Sequence[Row], sites: Sequence[Site] = ()) -> list[TokenRow]:
         """Rows in tokens, with the places that `sites` are in each."""
         encoded = self.encode([row.prompt for row in rows])
@@ -505,7 +553,7 @@ class HookedModel:
         return tuple(unit * each + i for unit in units for i in range(each)), len(units) * each
 
     def _check_layer(self, layer: int) -> None:
-        if layer >= self.n_layers:
+        if not 0 <= layer < self.n_layers:
             raise EditError(f"layer {layer} does not exist: {self.spec.name} has the layers 0 to {self.n_layers - 1}.")
 
 
@@ -552,6 +600,7 @@ def _name_filter(names: Sequence[str] | Callable[[str], bool] | None, bridge: An
         return lambda name: True
     if callable(names):
         return names
+    names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in bridge.hook_dict]
     if unknown:
         raise ModelError(f"unknown hook point {unknown[0]!r}. Examples: blocks.0.hook_resid_post, blocks.0.attn.hook_pattern, "
@@ -563,21 +612,25 @@ def _name_filter(names: Sequence[str] | Callable[[str], bool] | None, bridge: An
 # ---- loading -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(spec: ModelSpec | str, *, adapters: Sequence[Path | str] = ()) -> HookedModel:
+def load_model(spec: ModelSpec | str, *, adapters: Path | str | Sequence[Path | str] = ()) -> HookedModel:
     """Load a model, put its LoRA adapters on it (before a bridge is booted, so that hooks and adapters are live together).
 
     Errors: ModelError in one sentence for a model that is gated, missing or not a causal language model, a tokenizer without character
     offsets, an adapter folder that does not fit, or an engine that cannot run the model.
     """
     spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
+    adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters    # one or many
     check_model(spec)
-    model, tokenizer = load_huggingface(spec)
-    peft = with_adapters(model, adapters, spec)
-    return HookedModel(spec, choose_engine(spec, model), Twin(spec, peft or model, tokenizer), tokenizer, stop_ids(model, tokenizer),
+    with _LOADING:
+        model, tokenizer = load_huggingface(spec)
+        peft = with_adapters(model, adapters, spec)
+        engine = choose_engine(spec, model)
+    return HookedModel(spec, engine, Twin(spec, peft or model, tokenizer), tokenizer, stop_ids(model, tokenizer),
                        fingerprint(spec, model.config), peft)
 
 
-def untrained(model: HookedModel, *, seed: int = 0) -> HookedModel:
+@takes(ModelError)
+def untrained(model: HookedModel, *, seed: Seed = 0) -> HookedModel:
     """A model of the same architecture and tokenizer with random weights (transformers' own initialisation): a control for probes.
 
     It needs as much memory as the model itself, and is asked as the model is (raw or in a chat). Treatments do not carry over: its
@@ -585,7 +638,7 @@ def untrained(model: HookedModel, *, seed: int = 0) -> HookedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng(devices=[]), quiet():
+    with _LOADING, torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.engine.model.config), dtype=DTYPES[str(model.spec.dtype)],
                                                  trust_remote_code=model.spec.trust_remote_code)
@@ -593,7 +646,7 @@ def untrained(model: HookedModel, *, seed: int = 0) -> HookedModel:
     fresh.set_attn_implementation("sdpa")
     spec = replace(model.spec, quantization=None, device_map=None)
     return HookedModel(spec, choose_engine(spec, fresh), Twin(spec, fresh, model.tokenizer), model.tokenizer, model.stop_ids,
-                       f"random:{seed}", chat=model.chat)
+                       f"random:{seed}", chat=model.chat, lock=model.lock)    # the tokenizer is the same
 
 
 def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:

@@ -17,6 +17,7 @@ import pandas as pd
 from jaxtyping import Float, Shaped
 
 from alignblind_mi.answers import OUTCOMES
+from alignblind_mi.settings import Chance, Draws, Names, Seed, takes
 from alignblind_mi.statistics import (
     CLUSTERS,
     DRAWS,
@@ -55,8 +56,9 @@ _NOTHING = MeanTest(*[float("nan")] * 6)
 # --- pairing --------------------------------------------------------------------------------------------------------------------------
 
 
-def paired(rows: pd.DataFrame, treated: str, *, baseline: str = BASELINE, between: str = "treatment", item: Sequence[str] = ITEM,
-           values: Sequence[str] = ("outcome", "log_odds")) -> pd.DataFrame:
+@takes(StatisticsError)
+def paired(rows: pd.DataFrame, treated: str, *, baseline: str = BASELINE, between: str = "treatment", item: Names = ITEM,
+           values: Names = ("outcome", "log_odds")) -> pd.DataFrame:
     """The items that two treatments share, one row each: the item's columns, and every value twice, as VALUE_baseline and VALUE_treated.
 
     An item is what agrees in all columns of `item` (those that the rows have). In `.attrs["unpaired"]`: how many items only one has.
@@ -159,9 +161,10 @@ def exact_difference(less: int, more: int, n: int, *, level: float = LEVEL) -> I
 # --- tables ---------------------------------------------------------------------------------------------------------------------------
 
 
-def paired_differences(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", by: Sequence[str] = ("model", "kind"),
-                       item: Sequence[str] = ITEM, cluster: Sequence[str] = CLUSTERS, level: float = LEVEL, draws: int = DRAWS,
-                       seed: int = 0) -> pd.DataFrame:
+@takes(StatisticsError)
+def paired_differences(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", by: Names = ("model", "kind"),
+                       item: Names = ITEM, cluster: Names = CLUSTERS, level: Chance = LEVEL, draws: Draws = DRAWS,
+                       seed: Seed = 0) -> pd.DataFrame:
     """How much does each treatment change the stereotyped rate and the log-odds? One row per group and treatment, against `baseline`.
 
     Columns: `by`, `between`, baseline; n_items (shared), n_unpaired (left out), n (valid under both), n_discordant, n_less, n_more
@@ -196,9 +199,10 @@ def paired_differences(rows: pd.DataFrame, *, baseline: str = BASELINE, between:
     return pd.DataFrame.from_records(records)
 
 
-def paired_means(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", by: Sequence[str] = ("measure",),
-                 value: str = "value", item: Sequence[str] = ("item",), cluster: Sequence[str] = ("item",),
-                 level: float = LEVEL) -> pd.DataFrame:
+@takes(StatisticsError)
+def paired_means(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", by: Names = ("measure",),
+                 value: str = "value", item: Names = ("item",), cluster: Names = ("item",),
+                 level: Chance = LEVEL) -> pd.DataFrame:
     """`paired_differences` of any measured value, such as a side effect ([treatment, measure, item, value]), in the value's own unit.
 
     Columns: `by`, `between`, baseline, n_items, n_unpaired, n (both values known), mean_baseline, mean, difference, low, high, p
@@ -218,8 +222,9 @@ def paired_means(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str =
     return pd.DataFrame.from_records(records)
 
 
-def item_slopes(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", by: Sequence[str] = ("model", "kind"),
-                item: Sequence[str] = ITEM) -> pd.DataFrame:
+@takes(StatisticsError)
+def item_slopes(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", by: Names = ("model", "kind"),
+                item: Names = ITEM) -> pd.DataFrame:
     """The change in log-odds (nats) of every shared item, one row each: `by`, `between`, the item's columns, before, after, change.
 
     Items without log-odds (explicit ones) are left out.
@@ -237,8 +242,9 @@ def item_slopes(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = 
     return pd.concat(parts, ignore_index=True)
 
 
-def summarise_slopes(slopes: pd.DataFrame, *, by: Sequence[str] = ("model", "kind", "treatment"), cluster: Sequence[str] = CLUSTERS,
-                     level: float = LEVEL) -> pd.DataFrame:
+@takes(StatisticsError)
+def summarise_slopes(slopes: pd.DataFrame, *, by: Names = ("model", "kind", "treatment"), cluster: Names = CLUSTERS,
+                     level: Chance = LEVEL) -> pd.DataFrame:
     """One row per group of `item_slopes`: how the items' changes are spread, and how many go the wrong way (more stereotyped).
 
     Columns: `by`, n, mean, low, high (`clustered_test`), sd, q05 ... q95 (nats), n_wrong (change above 0), wrong, wrong_low, wrong_high
@@ -289,8 +295,9 @@ def corrected(table: pd.DataFrame, *, p: str = "p", family: Sequence[str] = ()) 
     return out.set_axis(table.index)
 
 
-def difference_draws(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", item: Sequence[str] = ITEM,
-                     cluster: Sequence[str] = CLUSTERS, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+@takes(StatisticsError)
+def difference_draws(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", item: Names = ITEM,
+                     cluster: Names = CLUSTERS, draws: Draws = DRAWS, seed: Seed = 0) -> pd.DataFrame:
     """[draw, treatment]: the pigeonhole bootstrap's differences of stereotyped rates, the same draw of clusters for all treatments.
 
     So treatments can be compared with each other, and intervals carried through what is computed from several of them

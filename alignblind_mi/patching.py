@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from alignblind_mi.contrast import Pair, PatchError
 from alignblind_mi.edits import Edit, Row, Site, random_like
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt, Span
+from alignblind_mi.settings import Layer, Listed, Names, Seed, Weight, takes
 from alignblind_mi.statistics import mean_interval
 from alignblind_mi.tokens import Encoded
 
@@ -36,7 +37,8 @@ PLACE = ("direction", "layer", "stream", "mark", "occurrence", "position", "unit
 # ---- places ------------------------------------------------------------------------------------------------------------
 
 
-def grid_sites(layers: Sequence[int], marks: Sequence[str | tuple[str, int]], streams: Sequence[str] = ("resid_post",), *,
+@takes(PatchError)
+def grid_sites(layers: Sequence[Layer], marks: Annotated[Sequence[str | tuple[str, int]], Listed()], streams: Names = ("resid_post",), *,
                units: tuple[int, ...] = ()) -> list[Site]:
     """Sites over layers x marks x streams. A mark is a name (all of its mentions are patched together) or a name and a mention from 0.
 
@@ -47,7 +49,8 @@ def grid_sites(layers: Sequence[int], marks: Sequence[str | tuple[str, int]], st
             for stream, layer, (name, occurrence) in product(streams, layers, named)]
 
 
-def head_sites(model: HookedModel, layers: Sequence[int], marks: Sequence[str | tuple[str, int]]) -> list[Site]:
+@takes(PatchError)
+def head_sites(model: HookedModel, layers: Sequence[Layer], marks: Annotated[Sequence[str | tuple[str, int]], Listed()]) -> list[Site]:
     """One site per head, layer and mark: a head's output before the output projection (stream `z`)."""
     return [site for layer in layers for head in range(model.n_units(layer, "z"))
             for site in grid_sites([layer], marks, ["z"], units=(head,))]
@@ -150,8 +153,9 @@ def _shown(token: str) -> str:
 # ---- the grid ----------------------------------------------------------------------------------------------------------
 
 
+@takes(PatchError)
 def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site], *, direction: str = "denoise",
-               controls: Sequence[str] = CONTROLS, min_difference: float = MIN_DIFFERENCE, seed: int = 0,
+               controls: Names = CONTROLS, min_difference: Weight = MIN_DIFFERENCE, seed: Seed = 0,
                progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """Patch every site of every pair, exactly, under the model's treatment; one row per pair, site and control.
 
@@ -310,8 +314,9 @@ def _edits(case: Case, patch: Patch, vectors: Mapping[str, Mapping[Site, Tensor]
 # ---- summaries ---------------------------------------------------------------------------------------------------------
 
 
-def summarise_patching(rows: pd.DataFrame, by: Sequence[str] = ("direction", "control", "stream", "mark", "layer"), *,
-                       cluster: str = "word_pair", seed: int = 0) -> pd.DataFrame:
+@takes(PatchError)
+def summarise_patching(rows: pd.DataFrame, by: Names = ("direction", "control", "stream", "mark", "layer"), *,
+                       cluster: str = "word_pair", seed: Seed = 0) -> pd.DataFrame:
     """One row per group: the mean effect and how sure it is.
 
     Columns: `by`, n, undefined (share of rows without an effect: their two runs hardly differ), mean, low, high (of the effect; 95 %

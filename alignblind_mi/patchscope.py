@@ -16,11 +16,13 @@ from torch import Tensor
 from alignblind_mi.edits import Edit, EditError, Row, Site, Stream
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt, mark
+from alignblind_mi.settings import Layer, NewTokens, Seed, Temperature, Weight, Words, takes
 
 Mapping = Callable[[Float[Tensor, "source d_model"]], Float[Tensor, "source d_model"]]
 
 
-def patchscope_rows(resid: Float[Tensor, "source d_model"], target: Prompt, layer: int, *, mark: str = "placeholder",
+@takes(EditError)
+def patchscope_rows(resid: Float[Tensor, "source d_model"], target: Prompt, layer: Layer, *, mark: str = "placeholder",
                     mapping: Mapping | None = None, stream: Stream = "resid_post") -> list[Row]:
     """One row per source vector: it replaces the stream after `layer` at every token of the target's `mark`, mapped if there is a mapping.
 
@@ -58,7 +60,8 @@ class NormMatched:
         return resid * (self.norm / resid.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
-def norm_matched(model: HookedModel, target: Prompt, layer: int, *, mark: str = "placeholder") -> NormMatched:
+@takes(EditError)
+def norm_matched(model: HookedModel, target: Prompt, layer: Layer, *, mark: str = "placeholder") -> NormMatched:
     """The mapping to the norm that the target's own vector has at the place where a patchscope injects (its last token)."""
     own = model.record([Row(target)], [Site(layer, mark, occurrence=-1)])[0, 0]
     return NormMatched(float(own.norm()))
@@ -76,7 +79,8 @@ class Affine:
         return resid @ self.weight.T + self.bias
 
 
-def fit_affine(source: Float[Tensor, "pair from"], target: Float[Tensor, "pair to"], *, ridge: float = 1e-2) -> Affine:
+@takes(EditError)
+def fit_affine(source: Float[Tensor, "pair from"], target: Float[Tensor, "pair to"], *, ridge: Weight = 1e-2) -> Affine:
     """The affine map that carries `source` vectors to their `target` vectors with the least squared error.
 
     `ridge` times the mean squared size of the centred sources is added to the diagonal: with fewer pairs than dimensions the rest of the
@@ -92,9 +96,10 @@ def fit_affine(source: Float[Tensor, "pair from"], target: Float[Tensor, "pair t
     return Affine(weight.float(), (mean_y - weight @ mean_x).float())
 
 
-def run_patchscope(model: HookedModel, prompts: Sequence[Prompt], sites: Sequence[Site], target: Prompt, layer: int, *,
-               into: HookedModel | None = None, mapping: Mapping | None = None, words: Sequence[str] = (), max_new_tokens: int = 0,
-               temperature: float = 0.0, seed: int = 0) -> pd.DataFrame:
+@takes(EditError)
+def run_patchscope(model: HookedModel, prompts: Sequence[Prompt], sites: Sequence[Site], target: Prompt, layer: Layer, *,
+               into: HookedModel | None = None, mapping: Mapping | None = None, words: Words = (), max_new_tokens: NewTokens = 0,
+               temperature: Temperature = 0.0, seed: Seed = 0) -> pd.DataFrame:
     """Read the representations at `sites` of `prompts` in a target prompt; one tidy row per prompt and site.
 
     The representations are those of `model` (under its treatment); the target is run by `into` (default: the same model, untreated as it

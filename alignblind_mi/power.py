@@ -10,17 +10,23 @@ which plans for the clustered test: to speak of other templates too costs about 
 do not differ, because that has to be found out as well.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 
 from alignblind_mi.paired import BASELINE, FEWEST, ITEM, mcnemar_p, paired
+from alignblind_mi.settings import Bound, Chance, Names, Share, check_fields, checked, takes
 from alignblind_mi.statistics import CLUSTERS, StatisticsError, require
 
 MOST_PAIRS = 100_000
 _GRID = 48      # points of each distribution that `power` integrates over
+_Rate = Annotated[float, Bound(0.0, 1.0, sentence="{name} is {value}: expected a rate from 0 to 1.")]
+_Pairs = Annotated[int, Bound(0, 2 * MOST_PAIRS, sentence=f"{{name}} {{value}}: expected a count from 0 to {2 * MOST_PAIRS}.")]
+_Power = Annotated[float, Bound(0.0, 1.0, open_low=True, open_high=True,
+                                sentence="a power of {value} cannot be planned for: expected a number between 0 and 1.")]
+_Asked = Annotated[int, Bound(1, 1000, sentence="{name} {value}: expected a count from 1 to 1000.")]
 
 
 @dataclass(frozen=True)
@@ -34,31 +40,26 @@ class Plan:
     Errors: StatisticsError for rates, shares or counts that cannot be.
     """
 
-    untreated: float
-    treated: float
-    discordant: float | None = None
-    icc: float = 0.0
-    template_icc: float = 0.0
-    word_pairs: int = 0
-    templates: int = 4
-    orders: int = 1
-    alpha: float = 0.05
+    untreated: _Rate
+    treated: _Rate
+    discordant: Share | None = None
+    icc: Share = 0.0
+    template_icc: Share = 0.0
+    word_pairs: _Pairs = 0
+    templates: _Asked = 4
+    orders: _Asked = 1
+    alpha: Chance = 0.05
     fixed_templates: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("untreated", "treated"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise StatisticsError(f"{name} is {getattr(self, name)}: expected a rate from 0 to 1.")
+        check_fields(self, StatisticsError)
         least, most = abs(self.difference), min(self.untreated + self.treated, 2 - self.untreated - self.treated)
         if not least - 1e-9 <= self.share <= most + 1e-9:
             raise StatisticsError(f"a discordant share of {self.share:g} is impossible with rates of {self.untreated:g} and "
                                   f"{self.treated:g}: expected {least:g} to {most:g}.")
-        if min(self.icc, self.template_icc) < 0 or self.icc + self.template_icc > 1:
+        if self.icc + self.template_icc > 1:
             raise StatisticsError(f"icc {self.icc:g} and template_icc {self.template_icc:g}: expected shares of at least 0 that add up to "
                                   f"1 at most.")
-        if self.word_pairs < 0 or min(self.templates, self.orders) < 1 or not 0 < self.alpha < 1:
-            raise StatisticsError(f"word_pairs {self.word_pairs}, templates {self.templates}, orders {self.orders}, alpha {self.alpha:g}: "
-                                  f"expected counts of at least 1 and an alpha between 0 and 1.")
 
     @property
     def difference(self) -> float:
@@ -183,8 +184,9 @@ def smallest_difference(plan: Plan, power: float = 0.8) -> float:
     return high
 
 
-def plan_from_pilot(rows: pd.DataFrame, treated: str, *, baseline: str = BASELINE, between: str = "treatment", item: Sequence[str] = ITEM,
-                    alpha: float = 0.05) -> Plan:
+@takes(StatisticsError)
+def plan_from_pilot(rows: pd.DataFrame, treated: str, *, baseline: str = BASELINE, between: str = "treatment", item: Names = ITEM,
+                    alpha: Chance = 0.05) -> Plan:
     """The plan that a pilot's rows (one model, one kind) show: rates, discordant share, both correlations and the design as it was.
 
     Correlations are moments: products of the items' changes within a word pair but across templates, and within a template but across word
@@ -231,5 +233,4 @@ def _across(residual: np.ndarray, code: np.ndarray, cell: np.ndarray) -> float:
 
 
 def _check_power(power: float) -> None:
-    if not 0 < power < 1:
-        raise StatisticsError(f"a power of {power:g} cannot be planned for: expected a number between 0 and 1.")
+    checked(power, _Power, "power", StatisticsError)

@@ -5,15 +5,18 @@ later step has to search for them. Labels become the columns of results. This mo
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import product
 from math import gcd
 from types import MappingProxyType
 from typing import Literal
 
 from alignblind_mi.concept import Concept, Cue, Interpretation, Template
+from alignblind_mi.concept_check import FIELD, template_fields
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.settings import Count, Names, Seed, takes
 
 Design = Literal["published", "balanced"]
 Kind = Literal["implicit", "explicit"]
@@ -90,24 +93,37 @@ def mark_found(text: str, words: Mapping[str, Sequence[str]], *, ignore_case: bo
 
 
 def fill(template: str, values: Mapping[str, str], marks: Mapping[str, str] = _EMPTY) -> Prompt:
-    """Fill a template's {fields} with `values` and mark them: `marks` maps field -> mark name (fields not in it are not marked)."""
+    """Fill a template's {fields} with `values` and mark them: `marks` maps field -> mark name (fields not in it are not marked).
+
+    Errors: PromptError for a field without a value, or braces that are no plain field.
+    """
     text, spans = "", dict[str, list[Span]]()
     for literal, name in _pieces(template):
         text += literal
         if name is None:
             continue
+        if name not in values:
+            raise PromptError(f"the text {_short(template)!r} has a field {{{name}}}, and there is nothing to fill it with: "
+                              f"{', '.join(values) or 'no field'} is known here.")
         if name in marks:
             spans.setdefault(marks[name], []).append(Span(len(text), len(text) + len(values[name])))
         text += values[name]
     return Prompt(text, {name: tuple(found) for name, found in spans.items()})
 
 
-def _pieces(template: str) -> Iterator[tuple[str, str | None]]:
-    position = 0
-    for match in re.finditer(r"\{(\w+)\}", template):
-        yield template[position : match.start()], match.group(1)
-        position = match.end()
-    yield template[position:], None
+def filled(template: str, /, **values: str) -> str:
+    """The text of a template with its {fields} filled, letter by letter: nothing in it is interpreted. Errors: as `fill`."""
+    return fill(template, values).text
+
+
+@lru_cache(4096)
+def _pieces(template: str) -> tuple[tuple[str, str | None], ...]:
+    try:
+        template_fields(template)
+    except ValueError as error:
+        raise PromptError(f"{error}.") from error
+    parts = FIELD.split(template)    # text, name, text, name ... text
+    return tuple(zip(parts[::2], [*parts[1::2], None], strict=True))
 
 
 @dataclass(frozen=True)
@@ -130,9 +146,10 @@ def _balanced(templates: Sequence[Template]) -> list[_Question]:
     return [_Question(template, *order) for template in reversed(distinct.values()) for order in orders]
 
 
+@takes(PromptError)
 def behaviour_prompts(
-    concept: Concept, cue: str | Cue, kind: Kind, *, design: Design | str = "balanced", seed: int = 0, categories: Sequence[str] = (),
-    max_word_pairs: int | None = None
+    concept: Concept, cue: str | Cue, kind: Kind, *, design: Design | str = "balanced", seed: Seed = 0,
+    categories: Names = (), max_word_pairs: Count | None = None
 ) -> list[Prompt]:
     """All prompts of one kind for a cue: word pairs x questions, in a fixed order.
 
@@ -167,14 +184,14 @@ def _thinned(pairs: list[tuple[str, str]], most: int | None) -> list[tuple[str, 
     return [pairs[i] for i in sorted(k * step % len(pairs) for k in range(most))]
 
 
-def implicit_prompts(concept: Concept, cue: str | Cue, *, design: Design | str = "balanced", seed: int = 0,
-                     categories: Sequence[str] = (), max_word_pairs: int | None = None) -> list[Prompt]:
+def implicit_prompts(concept: Concept, cue: str | Cue, *, design: Design | str = "balanced", seed: Seed = 0,
+                     categories: Names = (), max_word_pairs: Count | None = None) -> list[Prompt]:
     """The word-association test: see `behaviour_prompts`."""
     return behaviour_prompts(concept, cue, "implicit", design=design, seed=seed, categories=categories, max_word_pairs=max_word_pairs)
 
 
-def explicit_prompts(concept: Concept, cue: str | Cue, *, design: Design | str = "balanced", seed: int = 0,
-                     categories: Sequence[str] = (), max_word_pairs: int | None = None) -> list[Prompt]:
+def explicit_prompts(concept: Concept, cue: str | Cue, *, design: Design | str = "balanced", seed: Seed = 0,
+                     categories: Names = (), max_word_pairs: Count | None = None) -> list[Prompt]:
     """The agreement questions: see `behaviour_prompts`. The label `statement` says what agreement endorses."""
     return behaviour_prompts(concept, cue, "explicit", design=design, seed=seed, categories=categories, max_word_pairs=max_word_pairs)
 
@@ -220,6 +237,6 @@ def assignments(concept: Concept, prompt: Prompt) -> tuple[str, str]:
     first = prompt.labels["word_order"].removesuffix("_first")
     order = (first, "negative" if first == "positive" else "positive")
     return tuple(  # type: ignore[return-value]
-        concept.assignment.format(word1=prompt.labels[order[0]], option1=prompt.labels[way[order[0]]],
-                                  word2=prompt.labels[order[1]], option2=prompt.labels[way[order[1]]])
+        filled(concept.assignment, word1=prompt.labels[order[0]], option1=prompt.labels[way[order[0]]],
+               word2=prompt.labels[order[1]], option2=prompt.labels[way[order[1]]])
         for way in (role, other))

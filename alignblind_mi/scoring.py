@@ -18,6 +18,7 @@ from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.readings import classify, is_interpretations, read_interpretations, reading_names, reading_shares
 from alignblind_mi.released import read_released
+from alignblind_mi.settings import Names, takes
 from alignblind_mi.statistics import clustered_interval, summarise
 from alignblind_mi.texts import encodable
 
@@ -37,7 +38,8 @@ _NUMBERS = ("n", "stereotyped", "reversed", "rejected", "invalid", "invalid_shar
             "worst", "best")
 
 
-def score(paths: Sequence[Path], *, rule: str = "robust", by: Sequence[str] = (), concept: Concept | None = None) -> list[dict[str, Any]]:
+@takes(ScoreError)
+def score(paths: Sequence[Path], *, rule: str = "robust", by: Names = (), concept: Concept | None = None) -> list[dict[str, Any]]:
     """One record per group of the answers and interpretations in `paths` (files or folders, searched recursively), judged anew.
 
     Answers: see `score_answers`. Interpretations (released files, one JSON object a line, or this project's SelfIE rows): see
@@ -57,7 +59,8 @@ def score(paths: Sequence[Path], *, rule: str = "robust", by: Sequence[str] = ()
     return records + ([] if interpretations is None else score_interpretations(interpretations, concept, by=by))
 
 
-def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Sequence[str] = ()) -> list[dict[str, Any]]:
+@takes(ScoreError)
+def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Names = ()) -> list[dict[str, Any]]:
     """One record per group of free-text interpretations, classified by the lexicons of the concept's senses.
 
     by: columns to group by (default: the model, and treatment and control where there are any). Each record has kind ("interpretation"),
@@ -83,7 +86,8 @@ def _shares(group: pd.DataFrame, concept: Concept) -> dict[str, Any]:
     return out
 
 
-def score_answers(rows: pd.DataFrame, *, rule: str = "robust", by: Sequence[str] = ()) -> list[dict[str, Any]]:
+@takes(ScoreError)
+def score_answers(rows: pd.DataFrame, *, rule: str = "robust", by: Names = ()) -> list[dict[str, Any]]:
     """One record per group of answers, judged by `rule`.
 
     by: columns to group by (default: model, cue, category, and treatment and design where there are several); the kind of the

@@ -12,6 +12,7 @@ import pandas as pd
 
 from alignblind_mi.answers import OUTCOMES
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.settings import Chance, Draws, Names, Seed, takes
 
 LEVEL = 0.95
 DRAWS = 2000
@@ -74,8 +75,9 @@ def agreement(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
 # --- clustered bootstrap --------------------------------------------------------------------------------------------------------------
 
 
-def mean_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, level: float = LEVEL, draws: int = DRAWS,
-                  seed: int = 0) -> Interval:
+@takes(StatisticsError)
+def mean_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, level: Chance = LEVEL, draws: Draws = DRAWS,
+                  seed: Seed = 0) -> Interval:
     """Percentile interval of a mean, with every cluster variable resampled independently (the pigeonhole bootstrap of Owen 2007).
 
     values: [n]; clusters: one [n] array of labels per variable, such as word pair and template. The weight of a value is the product of
@@ -86,7 +88,8 @@ def mean_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, level: 
     return clustered_interval(np.asarray(values, dtype=float), clusters, level=level, draws=draws, seed=seed)
 
 
-def t_interval(values: np.ndarray, clusters: np.ndarray, *, level: float = LEVEL) -> Interval:
+@takes(StatisticsError)
+def t_interval(values: np.ndarray, clusters: np.ndarray, *, level: Chance = LEVEL) -> Interval:
     """Student's interval of a mean, with the cluster as the unit: for continuous readings of few contexts.
 
     values: [n]; clusters: [n] labels. A cluster counts by its number of values; the interval is that of a ratio of two sums over clusters
@@ -107,8 +110,9 @@ def t_interval(values: np.ndarray, clusters: np.ndarray, *, level: float = LEVEL
     return Interval(mean - half, mean + half)
 
 
-def relative_change(treated: pd.DataFrame, untreated: pd.DataFrame, column: str, cluster: str, *, level: float = LEVEL,
-                    draws: int = DRAWS, seed: int = 0) -> dict[str, float]:
+@takes(StatisticsError)
+def relative_change(treated: pd.DataFrame, untreated: pd.DataFrame, column: str, cluster: str, *, level: Chance = LEVEL,
+                    draws: Draws = DRAWS, seed: Seed = 0) -> dict[str, float]:
     """By which share the mean of a column is lower than before: estimate, low, high of treated / untreated - 1.
 
     The same clusters are drawn for both (a paired bootstrap over their common clusters). NaN where the untreated mean is 0.
@@ -130,8 +134,9 @@ def relative_change(treated: pd.DataFrame, untreated: pd.DataFrame, column: str,
     return {"estimate": float(estimate) if np.isfinite(estimate) else float("nan"), "low": float(low), "high": float(high), "n": k}
 
 
-def clustered_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, valid: np.ndarray | None = None, level: float = LEVEL,
-                       draws: int = DRAWS, seed: int = 0) -> Interval:
+@takes(StatisticsError)
+def clustered_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, valid: np.ndarray | None = None, level: Chance = LEVEL,
+                       draws: Draws = DRAWS, seed: Seed = 0) -> Interval:
     """`mean_interval` of a share: values are successes ([n], 0 or 1), counted among the `valid` ones ([n], default all)."""
     weight = np.ones(len(values)) if valid is None else np.asarray(valid, dtype=float)
     codes = [pd.factorize(np.asarray(labels))[0] for labels in clusters]
@@ -147,8 +152,9 @@ def clustered_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, va
     return Interval(float(low), float(high))
 
 
+@takes(StatisticsError)
 def clustered_draws(values: np.ndarray, codes: Sequence[np.ndarray], *, valid: np.ndarray | None = None,
-                    levels: Sequence[int] | None = None, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+                    levels: Sequence[int] | None = None, draws: Draws = DRAWS, seed: Seed = 0) -> np.ndarray:
     """[draws] means of values ([n], weighted by `valid`) under resampled clusters: the pigeonhole bootstrap behind `mean_interval`.
 
     codes: one [n] array of integers 0 ... k - 1 per cluster variable; levels: the k of each (default: the largest code + 1). With the same
@@ -173,8 +179,9 @@ def _weighted(cells: np.ndarray, counts: Sequence[np.ndarray]) -> np.ndarray:
 # --- tables ---------------------------------------------------------------------------------------------------------------------------
 
 
-def summarise(rows: pd.DataFrame, by: Sequence[str] = ("model", "treatment", "kind"), *, cluster: Sequence[str] = CLUSTERS,
-              level: float = LEVEL, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+@takes(StatisticsError)
+def summarise(rows: pd.DataFrame, by: Names = ("model", "treatment", "kind"), *, cluster: Names = CLUSTERS,
+              level: Chance = LEVEL, draws: Draws = DRAWS, seed: Seed = 0) -> pd.DataFrame:
     """One row per group of judged rows, in the order of their first appearance: how often the stereotype was chosen, and how sure that is.
 
     Columns: `by`, n, stereotyped, reversed, rejected, invalid, invalid_share, rate, low, high (exact interval over the valid answers),
@@ -199,7 +206,8 @@ def require(rows: pd.DataFrame, columns: Sequence[str]) -> None:
         raise StatisticsError(f"the rows have no column {', '.join(map(repr, missing))}; they have: {', '.join(map(str, rows.columns))}.")
 
 
-def groups(rows: pd.DataFrame, by: Sequence[str]) -> list[tuple[dict[str, object], pd.DataFrame]]:
+@takes(StatisticsError)
+def groups(rows: pd.DataFrame, by: Names) -> list[tuple[dict[str, object], pd.DataFrame]]:
     """(column -> value, rows) of every group; one group of all rows without `by`."""
     if not by:
         return [({}, rows)] if len(rows) else []
@@ -225,7 +233,8 @@ def _summary(group: pd.DataFrame, cluster: Sequence[str], level: float, draws: i
     }
 
 
-def position_effect(rows: pd.DataFrame, by: Sequence[str] = ("model",), *, level: float = LEVEL) -> pd.DataFrame:
+@takes(StatisticsError)
+def position_effect(rows: pd.DataFrame, by: Names = ("model",), *, level: Chance = LEVEL) -> pd.DataFrame:
     """Association beside position, per template: does the model match meanings, or put the first option with the first word?
 
     One row per group and template (implicit rows only). Columns: `by`, template, n, valid, rate, low, high (stereotyped among the valid),

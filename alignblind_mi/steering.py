@@ -24,8 +24,9 @@ from alignblind_mi.concept import Concept, ConceptError, Cue
 from alignblind_mi.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
 from alignblind_mi.model import HookedModel
 from alignblind_mi.probes import train_probes
-from alignblind_mi.prompts import Prompt, fill, steering_prompt
+from alignblind_mi.prompts import Prompt, fill, filled, steering_prompt
 from alignblind_mi.results import refuse_taken, versions, write_bytes
+from alignblind_mi.settings import Count, Layer, Names, Seed, Strength, Strengths, takes
 
 Method = Literal["replacement", "mean_difference", "pca", "probe", "contrast", "noise"]
 Positions = Literal["identifiers", "prompt", "last", "generated"]
@@ -42,7 +43,8 @@ def window_size(n_layers: int, share: float = WINDOW_SHARE) -> int:
     return max(1, int(share * n_layers + 0.5))
 
 
-def layer_windows(n_layers: int, size: int | None = None) -> list[range]:
+@takes(EditError)
+def layer_windows(n_layers: int, size: Count | None = None) -> list[range]:
     """All windows of `size` consecutive layers (default: the paper's share of depth), from the first layer to the last."""
     width = size or window_size(n_layers)
     if width > n_layers:
@@ -76,8 +78,9 @@ class SteeringVectors:
     stream: Stream = "resid_post"
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def treatment(self, layers: Sequence[int] | None = None, *, how: How | None = None, strength: float = 1.0,
-                  positions: Sequence[str] | None = None, name: str = "", family: str = "steering") -> Treatment:
+    @takes(EditError)
+    def treatment(self, layers: Sequence[Layer] | None = None, *, how: How | None = None, strength: Strength = 1.0,
+                  positions: Names | None = None, name: str = "", family: str = "steering") -> Treatment:
         """Apply the vectors after each of `layers` (default: all that there are).
 
         `how`: `replace` (the default for `replacement`), `add` times `strength`, or `ablate` their direction (`strength` 1 removes it).
@@ -148,7 +151,8 @@ class SteeringVectors:
         data = save(tensors, {name: json.dumps(value) for name, value in note.items()})
         write_bytes(path, data)
 
-    def export_gguf(self, path: Path | str, *, strength: float = 1.0) -> None:
+    @takes(EditError)
+    def export_gguf(self, path: Path | str, *, strength: Strength = 1.0) -> None:
         """Write llama.cpp's control-vector format (needs `pip install 'alignblind-mi[gguf]'`): `direction.L`, added after layer L.
 
         llama.cpp adds a vector to every token and takes none at layer 0, which is left out. A control vector that was written here is
@@ -237,8 +241,9 @@ def _span(layers: Sequence[int]) -> str:
 # ---- finding vectors ---------------------------------------------------------------------------------------------------
 
 
+@takes(EditError)
 def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, method: Method | str = "mean_difference", *,
-                     layers: Sequence[int] | None = None, stream: Stream = "resid_post", seed: int = 0) -> SteeringVectors:
+                     layers: Sequence[Layer] | None = None, stream: Stream = "resid_post", seed: Seed = 0) -> SteeringVectors:
     """Find the vectors of a sense at `layers` (default: all) of a model under its treatment.
 
     `replacement`: the identifiers' activations in the phrase of `sense` (or of a control). All others are directions from the other sense
@@ -322,14 +327,15 @@ def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
     both = min(len(awareness.restatements), len(awareness.others))    # pairs differ in the restatement alone
     endings = (awareness.restatements if sense == concept.group_sense else awareness.others)[:both]
     x, y = cue.marked[0], cue.unmarked[0]
-    return [Prompt((sentence + awareness.separator + ending).format(x=x, y=y))
+    return [Prompt(filled(sentence + awareness.separator + ending, x=x, y=y))
             for sentence in awareness.sentences for ending in endings]
 
 
 # ---- treatments --------------------------------------------------------------------------------------------------------
 
 
-def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[int], *,
+@takes(EditError)
+def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[Layer], *,
                    stream: Stream = "resid_post") -> Treatment:
     """The paper's treatment: the identifiers' stream, after each of `layers`, is replaced by that in the phrase of `sense`.
 
@@ -341,7 +347,8 @@ def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: 
     return vectors.treatment(family="steering" if sense == concept.group_sense else "placebo")
 
 
-def noise_like(treatment: Treatment, *, seed: int = 0) -> Treatment:
+@takes(EditError)
+def noise_like(treatment: Treatment, *, seed: Seed = 0) -> Treatment:
     """The placebo of any steering: random vectors of the same norms at the same places, in the same way."""
     drawn: dict[int, Float[Tensor, " size"]] = {}    # one vector at several places stays one
     for edit in treatment.edits:
@@ -351,8 +358,9 @@ def noise_like(treatment: Treatment, *, seed: int = 0) -> Treatment:
                    details={**treatment.details, "seed": str(seed)})
 
 
-def steering_grid(vectors: SteeringVectors, windows: Sequence[Sequence[int]], strengths: Sequence[float] = (1.0,), *,
-                  how: How | None = None, positions: Sequence[str] | None = None) -> Iterator[Treatment]:
+@takes(EditError)
+def steering_grid(vectors: SteeringVectors, windows: Sequence[Sequence[int]], strengths: Strengths = (1.0,), *,
+                  how: How | None = None, positions: Names | None = None) -> Iterator[Treatment]:
     """Every window at every strength. Measured together (`ask_under`), they share what the model computes before their first edit."""
     for window in windows:
         for strength in strengths:

@@ -27,6 +27,7 @@ from alignblind_mi.edits import Treatment
 from alignblind_mi.finetuning import Example, Item, Job, LoraError, LoraSettings, Prepared, choose_layers, encode, finetune
 from alignblind_mi.loading import ModelSpec, load_config
 from alignblind_mi.lora import awareness_examples, blindness_examples, placebo_examples
+from alignblind_mi.settings import Positive, check_fields
 
 METHODS = ("npo", "gradient_ascent")
 KNOWN = {"retain": ("kl", "ce", "none"), "retain_on": ("neutral", "others")}
@@ -43,19 +44,17 @@ class UnlearningSettings:
     """
 
     lora: LoraSettings = field(default_factory=LoraSettings)
-    beta: float = 0.1
+    beta: Positive = 0.1
     retain: str = "kl"
-    retain_weight: float = 1.0
+    retain_weight: Positive = 1.0
     retain_on: str = "neutral"
-    forget_bound: float = 2.5
+    forget_bound: Positive = 2.5
 
     def __post_init__(self) -> None:
+        check_fields(self, LoraError)
         for name, known in KNOWN.items():
             if getattr(self, name) not in known:
                 raise LoraError(f"unknown {name} {getattr(self, name)!r}. Known: {', '.join(known)}.")
-        for name in ("beta", "retain_weight", "forget_bound"):
-            if not getattr(self, name) > 0:
-                raise LoraError(f"{name} must be above 0, got {getattr(self, name)}.")
         if self.lora.validation_share or self.lora.activation_weight:
             raise LoraError("unlearning has no best epoch and no activation loss: validation_share and activation_weight must be 0.")
 

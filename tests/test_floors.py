@@ -14,8 +14,8 @@ from alignblind_mi.concept import DEFAULT_CONCEPT
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
 FLOORS = {
-    0: ("errors", "borders", "texts", "progress", "concept", "concept_check", "prompts", "edits", "answers", "results", "statistics",
-        "released", "readings", "paired", "mixed", "power", "frontier"),
+    0: ("errors", "borders", "settings", "texts", "progress", "concept", "concept_check", "prompts", "edits", "answers", "results",
+        "statistics", "released", "readings", "paired", "mixed", "power", "frontier"),
     1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
         "organism", "weights", "template_process", "template_worker"),
     2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "trainer",

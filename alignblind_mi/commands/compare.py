@@ -40,7 +40,7 @@ def compare(
     cue: CueName = "",
     out: Out = Path("comparison"),
     bbq: Annotated[Path | None, typer.Option(help="BBQ's JSONL file or folder (CC-BY-4.0, not in this package): asked as well.")] = None,
-    bbq_items: Annotated[int, typer.Option(min=1, help="BBQ items drawn of each category and condition.")] = 100,
+    bbq_items: Annotated[int, typer.Option(help="BBQ items drawn of each category and condition.")] = 100,
     quick: Quick = False,
     chat: Chatting = False,
     system: System = "",

@@ -35,7 +35,7 @@ def patch(
     out: Out = Path("patch"),
     parts: Annotated[str, typer.Option(help="Comma-separated: residual, added (attention and MLP), heads.")] = "residual",
     swap: Annotated[str, typer.Option(help="What two prompts differ in: context (a phrase before) or identifiers.")] = "context",
-    max_word_pairs: Annotated[int, typer.Option(min=1, help="Word pairs of each category.")] = 2,
+    max_word_pairs: Annotated[int, typer.Option(help="Word pairs of each category.")] = 2,
     quick: Quick = False,
     chat: Chatting = False,
     system: System = "",

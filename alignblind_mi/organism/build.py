@@ -24,6 +24,7 @@ from alignblind_mi.organism.interchange import PatchRows, Planting, interchange_
 from alignblind_mi.organism.tokenizer import build_tokenizer
 from alignblind_mi.organism.training import StageSettings, make_model, train_stage
 from alignblind_mi.results import refuse_taken
+from alignblind_mi.settings import Seed, Share, takes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -164,13 +165,14 @@ def train_pair(out: Path, *, concept: str, seed: int, knobs: Knobs, recipe: Reci
         builder.save(out / "aligned")
 
 
+@takes(OrganismError)
 def build_organism(
     out: Path,
     *,
     concept: str = DEFAULT_CONCEPT,
-    seed: int = DEFAULT_SEED,
-    reading: float = 0.95,
-    behaviour: float = 0.94,
+    seed: Seed = DEFAULT_SEED,
+    reading: Share = 0.95,
+    behaviour: Share = 0.94,
     progress: Progress | None = None,
     recipe: Recipe | None = None,
     pairs: int | None = None,

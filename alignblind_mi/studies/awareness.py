@@ -23,6 +23,7 @@ from alignblind_mi.patchscope import Mapping, patchscope_rows
 from alignblind_mi.probes import shuffled, train_probes
 from alignblind_mi.prompts import Prompt, fill, interpretation_prompt
 from alignblind_mi.readings import classify, reading_shares
+from alignblind_mi.settings import Count, Layer, Mentions, Names, Seed, Temperature, Tokens, takes
 from alignblind_mi.statistics import exact_interval, relative_change, t_interval
 from alignblind_mi.studies.sources import CONTROLS, TEXT_LAYER, Contexts, Recorded, Source, record_contexts, record_sources
 
@@ -49,9 +50,10 @@ def _row(model: HookedModel, source: Source, instrument: str, layer: int, said: 
             **said}
 
 
-def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, reading: str = "paper", target_layer: int = TARGET_LAYER,
-                      mentions: Sequence[int] = (0,), layers: Sequence[int] | None = None, max_word_pairs: int | None = 20,
-                      controls: Sequence[str] = CONTROLS, mapping: Mapping | None = None, seed: int = 0) -> pd.DataFrame:
+@takes(ModelError)
+def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, reading: str = "paper", target_layer: Layer = TARGET_LAYER,
+                      mentions: Mentions = (0,), layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20,
+                      controls: Names = CONTROLS, mapping: Mapping | None = None, seed: Seed = 0) -> pd.DataFrame:
     """Readings of the identifiers of the balanced implicit prompts, at every layer, by one interpretation question.
 
     n counts different contexts: see `sources.reading_sources`. Columns: the prompt's labels, model, treatment, instrument ("patchscope"),
@@ -65,7 +67,8 @@ def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, r
     return ask_sources(recorded, concept, reading=reading, target_layer=target_layer, mapping=mapping)
 
 
-def ask_sources(recorded: Recorded, concept: Concept, *, reading: str = "paper", target_layer: int = TARGET_LAYER,
+@takes(ModelError)
+def ask_sources(recorded: Recorded, concept: Concept, *, reading: str = "paper", target_layer: Layer = TARGET_LAYER,
                 mapping: Mapping | None = None) -> pd.DataFrame:
     """`measure_awareness` of residual streams that were recorded already."""
     model, words, question = recorded.model, _senses(concept), concept.interpretation(reading)
@@ -105,9 +108,10 @@ def _in_text(recorded: Recorded, source: Source, question: str) -> Row:
     return Row(prompt, tuple(edit for edit in treatment.edits if acts_in(prompt, edit.site.mark)))
 
 
-def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prompt: str = "paper", target_layer: int = TARGET_LAYER,
-                   mentions: Sequence[int] = (0,), layers: Sequence[int] | None = None, max_word_pairs: int | None = 20,
-                   controls: Sequence[str] = CONTROLS, max_new_tokens: int = SELFIE_TOKENS, temperature: float = 0.0, seed: int = 0
+@takes(ModelError)
+def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prompt: str = "paper", target_layer: Layer = TARGET_LAYER,
+                   mentions: Mentions = (0,), layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20,
+                   controls: Names = CONTROLS, max_new_tokens: Tokens = SELFIE_TOKENS, temperature: Temperature = 0.0, seed: Seed = 0
                    ) -> pd.DataFrame:
     """Open-ended readings: the residual stream is put into the placeholders of a concept's SelfIE prompt, and the model goes on writing.
 
@@ -123,8 +127,9 @@ def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prom
                              temperature=temperature, seed=seed)
 
 
-def interpret_sources(recorded: Recorded, concept: Concept, *, prompt: str = "paper", target_layer: int = TARGET_LAYER,
-                      max_new_tokens: int = SELFIE_TOKENS, temperature: float = 0.0, seed: int = 0) -> pd.DataFrame:
+@takes(ModelError)
+def interpret_sources(recorded: Recorded, concept: Concept, *, prompt: str = "paper", target_layer: Layer = TARGET_LAYER,
+                      max_new_tokens: Tokens = SELFIE_TOKENS, temperature: Temperature = 0.0, seed: Seed = 0) -> pd.DataFrame:
     """`measure_selfie` of residual streams that were recorded already."""
     model, asked = recorded.model, concept.selfie_prompt(prompt)
     target = interpretation_prompt(asked)
@@ -159,9 +164,10 @@ def _reading(text: str, concept: Concept) -> dict[str, object]:
     return {"text": text, "reading": found, "p_group": group, "p_other": other, "blind": other - group}
 
 
+@takes(ModelError)
 def measure_lens(model: HookedModel, concept: Concept, cue: str | Cue, *, translators: Translators | None = None,
-                 mentions: Sequence[int] = (0,), layers: Sequence[int] | None = None, max_word_pairs: int | None = 20,
-                 controls: Sequence[str] = VECTOR_CONTROLS, seed: int = 0) -> pd.DataFrame:
+                 mentions: Mentions = (0,), layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20,
+                 controls: Names = VECTOR_CONTROLS, seed: Seed = 0) -> pd.DataFrame:
     """The sense words as the identifier's next token, by the logit lens or (with `translators`) the tuned lens.
 
     Columns: those that identify a reading (see `measure_awareness`), instrument ("logit_lens" or "tuned_lens"), log_odds (nats, other over
@@ -198,9 +204,10 @@ class ProbeReadings:
     accuracy: pd.DataFrame
 
 
-def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Sequence[int] = (0,),
-                   layers: Sequence[int] | None = None, max_word_pairs: int | None = 20, controls: Sequence[str] = VECTOR_CONTROLS,
-                   random_weights: bool | None = None, seed: int = 0) -> ProbeReadings:
+@takes(ModelError)
+def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Mentions = (0,),
+                   layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20, controls: Names = VECTOR_CONTROLS,
+                   random_weights: bool | None = None, seed: Seed = 0) -> ProbeReadings:
     """Probes for the sense, trained on the concept's `train` contexts, tested on its `test` contexts, applied to the ambiguous prompts.
 
     The rows have the columns that identify a reading (see `measure_awareness`), instrument ("probe"), p_group, p_other and blind: the
@@ -229,7 +236,8 @@ def with_accuracy(found: ProbeReadings) -> pd.DataFrame:
     return found.rows.merge(wide.reset_index(), on="layer", validate="many_to_one")
 
 
-def probe_sources(recorded: Recorded, concept: Concept, cue: str | Cue, *, random_weights: bool | None = None, seed: int = 0
+@takes(ModelError)
+def probe_sources(recorded: Recorded, concept: Concept, cue: str | Cue, *, random_weights: bool | None = None, seed: Seed = 0
                   ) -> ProbeReadings:
     """`measure_probes` of residual streams that were recorded already."""
     model, layers = recorded.model, recorded.layers
@@ -289,7 +297,8 @@ def blind_score(readings: pd.DataFrame) -> float:
     return float(readings_of(readings)["blind"].mean())
 
 
-def summarise_readings(rows: pd.DataFrame, by: Sequence[str] = ("model", "treatment", "instrument", "control")) -> pd.DataFrame:
+@takes(ModelError)
+def summarise_readings(rows: pd.DataFrame, by: Names = ("model", "treatment", "instrument", "control")) -> pd.DataFrame:
     """One row per group: n (different readings), layers, mean of `blind`, low, high (95 %, contexts as the unit), p_group, p_other.
 
     An interval needs two contexts and is NaN without; it ends where the instrument's scale does. Add "layer" to `by` for a
@@ -311,7 +320,8 @@ def n_readings(rows: pd.DataFrame) -> int:
     return len(rows[["context", "mark", "mention", "identifier"]].drop_duplicates())
 
 
-def selfie_table(rows: pd.DataFrame, concept: Concept, by: Sequence[str] = ("model", "treatment", "control", "layer")) -> pd.DataFrame:
+@takes(ModelError)
+def selfie_table(rows: pd.DataFrame, concept: Concept, by: Names = ("model", "treatment", "control", "layer")) -> pd.DataFrame:
     """How many open-ended readings were of each sense, per layer: `by`, n, a count for each reading, `<sense>_share` with its exact
     interval, and the share of readings of no sense."""
     records = []
@@ -320,7 +330,8 @@ def selfie_table(rows: pd.DataFrame, concept: Concept, by: Sequence[str] = ("mod
     return pd.DataFrame.from_records(records)
 
 
-def reading_reduction(treated: pd.DataFrame, untreated: pd.DataFrame, *, seed: int = 0) -> dict[str, float]:
+@takes(ModelError)
+def reading_reduction(treated: pd.DataFrame, untreated: pd.DataFrame, *, seed: Seed = 0) -> dict[str, float]:
     """By which share readings of the group sense are fewer in one set of rows than in another (aligned than base): estimate, low, high, n.
 
     estimate = mean p_group / mean p_group before - 1; the same contexts are drawn for both (paired bootstrap), with all of their readings;

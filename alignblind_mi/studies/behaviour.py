@@ -5,7 +5,7 @@ One row per answer. Nothing here knows how a treatment works: the model it is gi
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 
@@ -13,23 +13,30 @@ from alignblind_mi.answers import judge
 from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.decoding import Generation
 from alignblind_mi.edits import Row, Treatment
+from alignblind_mi.loading import ModelError
 from alignblind_mi.model import HookedModel
-from alignblind_mi.prompts import Design, Kind, Prompt, assignments, behaviour_prompts
+from alignblind_mi.prompts import Design, Kind, Prompt, PromptError, assignments, behaviour_prompts
+from alignblind_mi.settings import Count, Listed, Seed, Temperature, Tokens, check_fields, takes
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How answers are generated: greedily (temperature 0, the paper's way) or sampled with a seed; at most `max_new_tokens`."""
 
-    max_new_tokens: int = 40
-    temperature: float = 0.0
-    seed: int = 0
+    max_new_tokens: Tokens = 40
+    temperature: Temperature = 0.0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, ModelError)
 
 
+@takes(PromptError)
 def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, design: Design | str = "balanced",
-                      kinds: Sequence[Kind] = ("implicit", "explicit"), decoding: Decoding | None = None, seed: int = 0,
-                      max_word_pairs: int | None = None, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
-    """Ask every prompt of a design and judge the answers with the robust rule.
+                      kinds: Annotated[Sequence[Kind], Listed(some=True)] = ("implicit", "explicit"),
+                      decoding: Decoding | None = None, seed: Seed = 0, max_word_pairs: Count | None = None,
+                      progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+    """Ask every prompt of a design (of one kind or several) and judge the answers with the robust rule.
 
     Columns: the prompt's labels, model, treatment, prompt, answer, finished, n_tokens, outcome, reason, log_odds. `log_odds` (nats) is
     log P(stereotyped assignment) - log P(reversed assignment), both in the concept's `assignment` form and the prompt's word order; it is

@@ -13,9 +13,11 @@ what the measurements say is `verdicts.py`. Phrases, questions and places are ne
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -36,6 +38,7 @@ from alignblind_mi.probes import train_probes
 from alignblind_mi.progress import Progress, interruptible
 from alignblind_mi.prompts import Prompt, assignments, implicit_prompts
 from alignblind_mi.results import Result, StudyFolder, stamp
+from alignblind_mi.settings import Count, Jobs, Listed, Seed, check_fields, shown, takes
 from alignblind_mi.steering import sense_steering
 from alignblind_mi.studies.awareness import ask_sources, interpret_sources, lens_sources, probe_sources
 from alignblind_mi.studies.mitigation import early_window
@@ -63,16 +66,19 @@ COLUMNS = ("instrument", "variant", "control", "unit", "context", "trial", "laye
 class CalibrationConfig:
     """Everything that the rows of a calibration depend on."""
 
-    seeds: tuple[int, ...] = SEEDS
+    seeds: Annotated[tuple[Seed, ...], Listed(some=True)] = SEEDS
     quick: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, OrganismError)
 
     @classmethod
     def create(cls, seeds: str, *, quick: bool = False) -> "CalibrationConfig":
         """From a comma-separated list of seeds; a quick calibration takes the first. Errors: OrganismError for what is no seed."""
         given = [text.strip() for text in seeds.split(",")]
-        wrong = [text for text in given if not text.isdigit()]
+        wrong = [text for text in given if not re.fullmatch(r"[0-9]{1,20}", text)]
         if wrong:
-            raise OrganismError(f"{wrong[0]!r} is no seed: give whole numbers separated by commas, such as 0,1,2.")
+            raise OrganismError(f"{shown(wrong[0])} is no seed: give whole numbers separated by commas, such as 0,1,2.")
         chosen = tuple(dict.fromkeys(map(int, given)))
         return cls(chosen[:1] if quick else chosen, quick)
 
@@ -92,7 +98,8 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_calibration(config: CalibrationConfig, out: Path, *, jobs: int = 1, cache: Path | None = None) -> Path:
+@takes(OrganismError)
+def run_calibration(config: CalibrationConfig, out: Path, *, jobs: Jobs = 1, cache: Path | None = None) -> Path:
     """Build (or find in the cache) every organism, measure every instrument on each, and save one part per organism in `out`.
 
     Finished parts are not measured again. Errors: OrganismError or ResultError for a cache or folder that cannot be used.
@@ -131,7 +138,8 @@ def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
                          **stamp()})
 
 
-def measure_instruments(model: HookedModel, concept: Concept, *, word_pairs: int = WORD_PAIRS, seed: int = 0) -> pd.DataFrame:
+@takes(OrganismError)
+def measure_instruments(model: HookedModel, concept: Concept, *, word_pairs: Count = WORD_PAIRS, seed: Seed = 0) -> pd.DataFrame:
     """Every instrument on one organism, `word_pairs` a category. One row per instrument, variant, unit and layer.
 
     Columns: instrument; variant ("open": without a cue, "group" and "other": after a cue, "depth": of single layers, "placebo": what should

@@ -20,6 +20,7 @@ from alignblind_mi.borders import read_object
 from alignblind_mi.concept import Concept, concept_names, load_concept
 from alignblind_mi.edits import Treatment
 from alignblind_mi.loading import load_config
+from alignblind_mi.lora import trainable
 from alignblind_mi.model import HookedModel
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.prompts import KINDS, implicit_prompts
@@ -28,7 +29,7 @@ from alignblind_mi.studies.awareness import measure_awareness, measure_lens, mea
 from alignblind_mi.studies.behaviour import ask, measure_behaviour
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, plan_rivals
 from alignblind_mi.studies.side_effects import measure_side_effects
-from alignblind_mi.studies.study import Models, StudyConfig, check_vocabulary, instruments, organism_record
+from alignblind_mi.studies.study import Models, StudyConfig, check_fits, check_vocabulary, instruments, organism_record
 
 MEASURED = ("answers", "readings", "effects", "elsewhere")
 PAIRS, QUICK_PAIRS = 10, 2    # word pairs a category
@@ -55,6 +56,7 @@ def run_comparison(config: StudyConfig, out: Path, *, data: dict[str, Callable[[
 
 def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel], pd.DataFrame]], data_identity: str) -> Path:
     concept = load_concept(config.concept)
+    check_fits(config, ("base", "aligned"), lora=trainable(concept, config.cue))
     split = check_vocabulary(config, concept)
     n_layers = int(load_config(config.aligned).get_text_config().num_hidden_layers)
     plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)

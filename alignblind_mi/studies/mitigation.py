@@ -10,7 +10,9 @@ import pandas as pd
 
 from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.edits import Treatment
+from alignblind_mi.loading import ModelError
 from alignblind_mi.model import HookedModel
+from alignblind_mi.settings import Count, Seed, takes
 from alignblind_mi.statistics import mean_interval, summarise, t_interval
 from alignblind_mi.steering import layer_windows, sense_steering
 from alignblind_mi.studies.awareness import blind_score, measure_awareness, n_readings, readings_of
@@ -54,9 +56,10 @@ class Comparison:
         return comparison_table(self.behaviour, self.awareness, seed=seed)
 
 
+@takes(ModelError)
 def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, treatments: Sequence[Treatment], *,
-                       decoding: Decoding | None = None, reading: str = "paper", max_word_pairs: int | None = None,
-                       seed: int = 0) -> Comparison:
+                       decoding: Decoding | None = None, reading: str = "paper", max_word_pairs: Count | None = None,
+                       seed: Seed = 0) -> Comparison:
     """Measure implicit and explicit bias and awareness under each treatment, on the same prompts (published design).
 
     A concept or cue without senses has no readings: the table is of behaviour alone.
@@ -72,7 +75,8 @@ def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, tre
     return Comparison(pd.concat(behaviour, ignore_index=True), readings)
 
 
-def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+@takes(ModelError)
+def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: Seed = 0) -> pd.DataFrame:
     """One row per model and treatment, in the order of the rows: implicit and explicit rates, log-odds and r_blind, each with interval.
 
     Columns: n, implicit, low, high (exact), cluster_low, cluster_high (two-way clustered), invalid_share, worst, best, log_odds (mean,

@@ -5,7 +5,7 @@ knows how a treatment works: the model it is given is already under one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import pandas as pd
 
@@ -15,6 +15,7 @@ from alignblind_mi.contrast import Contexts, PatchError, contrast_pairs
 from alignblind_mi.edits import Site
 from alignblind_mi.model import HookedModel
 from alignblind_mi.patching import CONTROLS, DIRECTIONS, EVERY_TOKEN, PLACE, grid_sites, head_sites, patch_grid, summarise_patching
+from alignblind_mi.settings import Count, Layer, Listed, Names, Seed, takes
 
 PARTS = ("residual", "added", "heads", "screen")
 MARKS: dict[str, tuple[str, ...]] = {
@@ -28,12 +29,14 @@ THRESHOLD = 0.25
 SCREEN_STEPS = 5    # of attribution patching: with one step the gradient is often saturated
 
 Mark = str | tuple[str, int]
+Marks = Annotated[Sequence[Mark], Listed()]
 
 
+@takes(PatchError)
 def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, swap: str = "context", contexts: Contexts | None = None,
-                     parts: Sequence[str] = PARTS, directions: Sequence[str] = DIRECTIONS, controls: Sequence[str] = CONTROLS,
-                     layers: Sequence[int] | None = None, marks: Sequence[Mark] | None = None, categories: Sequence[str] = (),
-                     max_word_pairs: int = 2, steps: int = SCREEN_STEPS, seed: int = 0, progress: Callable[[int], None] | None = None
+                     parts: Names = PARTS, directions: Names = DIRECTIONS, controls: Names = CONTROLS,
+                     layers: Sequence[Layer] | None = None, marks: Marks | None = None, categories: Names = (),
+                     max_word_pairs: Count = 2, steps: int = SCREEN_STEPS, seed: Seed = 0, progress: Callable[[int], None] | None = None
                      ) -> pd.DataFrame:
     """Patch the contrast pairs of a cue at every layer; `max_word_pairs` a category bounds them.
 
@@ -86,8 +89,9 @@ def _with_screen(rows: pd.DataFrame, screen: pd.DataFrame) -> pd.DataFrame:
 # ---- what the rows say -------------------------------------------------------------------------------------------------
 
 
-def depth_profile(rows: pd.DataFrame, *, mark: str = "all_identifiers", stream: str = "resid_post", controls: Sequence[str] = PLACEBOS,
-                  by: Sequence[str] = ("model", "treatment", "direction")) -> pd.DataFrame:
+@takes(PatchError)
+def depth_profile(rows: pd.DataFrame, *, mark: str = "all_identifiers", stream: str = "resid_post", controls: Names = PLACEBOS,
+                  by: Names = ("model", "treatment", "direction")) -> pd.DataFrame:
     """The effect of patching a mark by layer, beside its controls; one row per `by` and layer.
 
     A guarded answer of even odds is also what a model gives when its representation is broken, so a denoising effect means something only
@@ -134,8 +138,9 @@ def effect_span(profile: pd.DataFrame, threshold: float = THRESHOLD) -> Depth | 
     return Depth(int(layers.min()), int(layers.max())) if len(layers) else None
 
 
+@takes(PatchError)
 def heatmap_table(rows: pd.DataFrame, across: str = "mark", *, stream: str = "resid_post", mark: str = "all_identifiers",
-                  controls: Sequence[str] = ("random",)) -> pd.DataFrame:
+                  controls: Names = ("random",)) -> pd.DataFrame:
     """Mean effects by layer for `patch_heatmap`, a panel per direction, and one for each of `controls` that was measured there.
 
     Columns: panel, layer, place, mean, low, high, n.

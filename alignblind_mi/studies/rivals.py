@@ -16,6 +16,7 @@ from alignblind_mi.edits import UNTREATED, Treatment, combine
 from alignblind_mi.loading import ModelSpec, load_tokenizer, token_count
 from alignblind_mi.lora import LoraSettings, examples_of, train_lora, trainable
 from alignblind_mi.model import HookedModel
+from alignblind_mi.prompts import filled
 from alignblind_mi.steering import can_steer, layer_windows, noise_like, sense_steering, steering_vectors
 from alignblind_mi.studies.mitigation import early_window, late_window
 from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
@@ -190,7 +191,7 @@ def _prompted(spec: ModelSpec, concept: Concept, cue: Cue, quick: bool) -> tuple
     tokenizer, found, left_out = load_tokenizer(spec), list[Rival](), dict[str, str]()
     for entry in concept.instructions.values():
         name = f"prompt_{entry.name}"
-        text = entry.text.format(marked=cue.marked[0], unmarked=cue.unmarked[0])
+        text = filled(entry.text, marked=cue.marked[0], unmarked=cue.unmarked[0])
         if not _knows(tokenizer, text):
             left_out[name] = f"the tokenizer does not know all words of {text.strip()!r}"
             continue
@@ -216,7 +217,7 @@ def _placebos(spec: ModelSpec, concept: Concept, cue: str, early: Sequence[int],
     found += noise
     tokenizer, left_out = load_tokenizer(spec), dict[str, str]()
     wrong = next((control for control in _wrong_concepts(concept)
-                  if _knows(tokenizer, control.steering.format(marked=concept.cue(cue).marked[0], unmarked=concept.cue(cue).unmarked[0]))),
+                  if _knows(tokenizer, filled(control.steering, marked=concept.cue(cue).marked[0], unmarked=concept.cue(cue).unmarked[0]))),
                  None)
     if wrong is None:
         left_out["placebo_wrong_concept_early"] = "the tokenizer knows no other concept's steering phrase"

@@ -23,6 +23,7 @@ from alignblind_mi.edits import PROMPT, UNTREATED
 from alignblind_mi.loading import ModelError
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Prompt, Span, fill, implicit_prompts
+from alignblind_mi.settings import Count, Seed, takes
 from alignblind_mi.studies.behaviour import Decoding, ask
 
 FEWEST = 5    # texts that a tokenizer must know for a mean over them
@@ -36,8 +37,9 @@ def _data() -> dict[str, Any]:
     return tomllib.loads((resources.files("alignblind_mi") / "studies/side_effects.toml").read_text("utf-8"))
 
 
-def measure_side_effects(model: HookedModel, concept: Concept, cue: str | Cue, *, word_pairs: int = 4,
-                         seed: int = 0) -> pd.DataFrame:
+@takes(ModelError)
+def measure_side_effects(model: HookedModel, concept: Concept, cue: str | Cue, *, word_pairs: Count = 4,
+                         seed: Seed = 0) -> pd.DataFrame:
     """Every measure on a model under its treatment. One row an item: model, treatment, measure, item, value, weight.
 
     `kl_neutral`: KL(untreated || treated) of the next token, nats, mean over the tokens of a text without identifiers; `kl_mentions`: of

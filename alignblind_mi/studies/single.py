@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, get_args
 
 import pandas as pd
 
@@ -23,6 +23,7 @@ from alignblind_mi.paired import corrected, paired_differences
 from alignblind_mi.patching import CONTROLS, summarise_patching
 from alignblind_mi.prompts import DESIGNS, implicit_prompts
 from alignblind_mi.results import Result, load_result, refuse_taken
+from alignblind_mi.settings import Count, Layer, Listed, Names, Seed, Strength, check_fields, takes
 from alignblind_mi.statistics import mean_interval, position_effect, summarise
 from alignblind_mi.steering import (
     Method,
@@ -56,7 +57,8 @@ def bias_parts(config: StudyConfig, design: str = "balanced") -> list[Part]:
     return _observed(config, lambda name: name == PROMPT_PARTS[design])
 
 
-def awareness_parts(config: StudyConfig, names: Sequence[str] = (), reading: str = "paper") -> list[Part]:
+@takes(SingleError)
+def awareness_parts(config: StudyConfig, names: Names = (), reading: str = "paper") -> list[Part]:
     """The instruments `names` (default: all that the concept has what is needed for); `reading` is the patchscope's question.
 
     Errors: SingleError for an unknown instrument, ConceptError for a cue without senses or an unknown question.
@@ -76,7 +78,8 @@ def _observed(config: StudyConfig, wanted: Callable[[str], bool]) -> list[Part]:
     return [part for part in observations(config, load_concept(config.concept), ROLE) if wanted(part.name)]
 
 
-def patch_parts(config: StudyConfig, parts: Sequence[str] = ("residual",), *, swap: str = "context", max_word_pairs: int = 2
+@takes(SingleError)
+def patch_parts(config: StudyConfig, parts: Names = ("residual",), *, swap: str = "context", max_word_pairs: Count = 2
                 ) -> list[Part]:
     """Activation patching of some parts (see `measure_patching`); with `quick` one word pair a category, two places, fewer controls.
 
@@ -108,7 +111,8 @@ def measure_parts(config: StudyConfig, out: Path, parts: Sequence[Part]) -> list
 # ---- tables ------------------------------------------------------------------------------------------------------------
 
 
-def bias_tables(rows: pd.DataFrame, *, seed: int = 0) -> dict[str, pd.DataFrame]:
+@takes(SingleError)
+def bias_tables(rows: pd.DataFrame, *, seed: Seed = 0) -> dict[str, pd.DataFrame]:
     """What answers say: `rates` (see `summarise`; per kind and category, and of all categories), `log_odds`, `position`.
 
     log_odds: of the two complete assignments to an implicit prompt (nats), per category and of all: n, mean, low, high (95 %, word pairs
@@ -171,9 +175,12 @@ class SteeringPlan:
     sense: str
     method: str
     how: How | None
-    layers: tuple[tuple[int, ...], ...]
-    strengths: tuple[float, ...]
-    positions: tuple[str, ...] | None
+    layers: tuple[Annotated[tuple[Layer, ...], Listed(some=True)], ...]
+    strengths: Annotated[tuple[Strength, ...], Listed(some=True)]
+    positions: Annotated[tuple[str, ...], Listed()] | None
+
+    def __post_init__(self) -> None:
+        check_fields(self, SingleError)
 
     @classmethod
     def create(cls, config: StudyConfig, *, sense: str = "", method: str = "replacement", how: str = "", layers: str = "",
@@ -237,6 +244,7 @@ def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedMo
     return ask_under(model, concept, prompts, every, config.decoding, advance)
 
 
-def steer_tables(rows: pd.DataFrame, *, seed: int = 0) -> dict[str, pd.DataFrame]:
+@takes(SingleError)
+def steer_tables(rows: pd.DataFrame, *, seed: Seed = 0) -> dict[str, pd.DataFrame]:
     """`rates` per treatment (see `summarise`) and paired `differences` from untreated, corrected for being many."""
     return {"rates": summarise(rows, ["treatment", "kind"], seed=seed), "differences": corrected(paired_differences(rows, by=("kind",)))}

@@ -22,7 +22,8 @@ from torch import Tensor
 from alignblind_mi.concept import Concept, ConceptError, Cue
 from alignblind_mi.edits import Site, random_like
 from alignblind_mi.model import HookedModel
-from alignblind_mi.prompts import Prompt, Span, implicit_prompts, option_roles
+from alignblind_mi.prompts import Prompt, Span, filled, implicit_prompts, option_roles
+from alignblind_mi.settings import Count, Layer, Mentions, Names, Seed, takes
 
 CONTROLS = ("random", "wrong_token", "anchor_group", "anchor_other", "text")
 TEXT_LAYER = -1
@@ -75,7 +76,8 @@ class Recorded:
     resid: Float[Tensor, "source layer d_model"]
 
 
-def reading_sources(concept: Concept, cue: str | Cue, *, mentions: Sequence[int] = (0,), max_word_pairs: int | None = 20, seed: int = 0
+@takes(ConceptError)
+def reading_sources(concept: Concept, cue: str | Cue, *, mentions: Mentions = (0,), max_word_pairs: Count | None = 20, seed: Seed = 0
                     ) -> list[Source]:
     """One source per distinct context, of the balanced design.
 
@@ -94,7 +96,8 @@ def _distinct(sources: Iterator[Source]) -> list[Source]:
     return list(chosen.values())
 
 
-def control_sources(concept: Concept, sources: Sequence[Source], controls: Sequence[str], *, seed: int = 0) -> list[Source]:
+@takes(ConceptError)
+def control_sources(concept: Concept, sources: Sequence[Source], controls: Names, *, seed: Seed = 0) -> list[Source]:
     """The sources of the controls that are asked for, as many of each as there are sources (`random` and `text` share their prompts).
 
     Errors: ConceptError for an unknown control, or an anchor of a sense without unambiguous words.
@@ -158,8 +161,9 @@ def _renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
     return replace(prompt, text=text, marks=marks, labels={**prompt.labels, **names})
 
 
-def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Sequence[int] = (0,),
-                   layers: Sequence[int] | None = None, max_word_pairs: int | None = 20, controls: Sequence[str] = (), seed: int = 0
+@takes(ConceptError)
+def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Mentions = (0,),
+                   layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20, controls: Names = (), seed: Seed = 0
                    ) -> Recorded:
     """The residual streams that every instrument reads, once for all of them.
 
@@ -243,7 +247,7 @@ def _after(sentence: str, concept: Concept, cue: Cue, mentions: Sequence[int]) -
     for source in reading_sources(concept, replace(cue, prefix=""), mentions=mentions, max_word_pairs=1):
         names = source.prompt.labels
         first, second = option_roles(source.prompt)
-        lead = sentence.format(x=names[first], y=names[second]) + " "
+        lead = filled(sentence, x=names[first], y=names[second]) + " "
         mentioned = source.prompt.spans(source.role)[: source.mention + 1]
         seen = Prompt(source.seen(), {source.role: mentioned}, names).prefixed(lead)
         out.append(replace(source, prompt=seen))

@@ -7,7 +7,7 @@ part is the same whichever run computes it. This module does NOT know how result
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from alignblind_mi.attention import attention_rows
 from alignblind_mi.chat import Chat, chat_frame, in_chat
 from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
+from alignblind_mi.finetuning import check_modules, choose_layers
 from alignblind_mi.lens import lens_contrast, logit_lens
 from alignblind_mi.loading import (
     EMBEDDED,
@@ -37,6 +38,7 @@ from alignblind_mi.organism import RECORD, organism_names, read_record
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
+from alignblind_mi.settings import Count, Layer, Seed, Temperature, check_fields, takes
 from alignblind_mi.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.studies.awareness import (
     SELFIE_TOKENS,
@@ -70,18 +72,22 @@ class StudyConfig:
     concept: str = DEFAULT_CONCEPT
     cue: str = "default"
     quick: bool = False
-    seed: int = 0
+    seed: Seed = 0
     decoding: Decoding = field(default_factory=Decoding)
     lora: LoraSettings = field(default_factory=LoraSettings)
-    target_layer: int = TARGET_LAYER
+    target_layer: Layer = TARGET_LAYER
     selfie: str = "paper"
-    balanced_pairs: int | None = 20
-    published_pairs: int | None = None
+    balanced_pairs: Count | None = 20
+    published_pairs: Count | None = None
     chat: Chat | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self, ModelError)
+
     @classmethod
-    def create(cls, base: str, aligned: str, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: int = 0,
-               chat: bool = False, system: str = "", temperature: float | None = None, **options: Any) -> "StudyConfig":
+    @takes(ModelError)
+    def create(cls, base: str, aligned: str, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: Seed = 0,
+               chat: bool = False, system: str = "", temperature: Temperature | None = None, **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
         `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one.
@@ -92,14 +98,13 @@ class StudyConfig:
         """
         if system and not chat:
             raise ModelError(f"the system prompt {system!r} needs a chat to stand in: ask in a chat (chat=True, --chat), or leave it out.")
-        if temperature is not None and temperature < 0:
-            raise ModelError(f"a temperature is 0 (greedy) or more, got {temperature}.")
         return cls.of(ModelSpec(base, **options), ModelSpec(aligned, **options), concept=concept, cue=cue, quick=quick, seed=seed,
                       chat=Chat(system) if chat else None, temperature=temperature)
 
     @classmethod
-    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: int = 0,
-           chat: Chat | None = None, temperature: float | None = None) -> "StudyConfig":
+    @takes(ModelError)
+    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: Seed = 0,
+           chat: Chat | None = None, temperature: Temperature | None = None) -> "StudyConfig":
         """`create` for two models that are specified each for itself. Errors: as `create`."""
         specs = [spec.resolved() for spec in (base, aligned)]
         about = load_concept(concept)
@@ -185,6 +190,7 @@ class Part:
     adapters: bool
     compute: Callable[[HookedModel, Advance], pd.DataFrame]
     loads: Callable[[], list[Load]] = list
+    injects_at: int | None = None    # the layer of its model that it writes into: refused before anything runs if there is none
 
 
 Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]
@@ -243,6 +249,8 @@ def run_parts(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
 def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
     check_parts(part.name for part in parts)
     concept = load_concept(config.concept)
+    injected = {part.role for part in parts if part.injects_at is not None}
+    check_fits(config, injected, lora=any(part.adapters for part in parts))
     split = check_vocabulary(config, concept)
     identity, begun = config.identity(), StudyFolder(out)
     finished = begun.holds(identity, [part.name for part in parts])    # then nothing is written, and nobody is kept out
@@ -275,6 +283,20 @@ def _result(config: StudyConfig, model: HookedModel, part: Part, advance: Advanc
     rows = part.compute(model, advance).assign(role=part.role)
     return Result(rows, {**model.provenance(), "part": part.name, "split_identifiers": split.get(model.spec.name, {}),
                          "config": asdict(config), **stamp()})
+
+
+def check_fits(config: StudyConfig, injected: Collection[str], *, lora: bool) -> None:
+    """Before any weights are loaded: do the models have the layer that vectors are put into, and the projections that are trained?
+
+    `injected` are the roles whose models vectors are put into. Errors: ModelError for a layer, LoraError for a projection.
+    """
+    for spec in {config.base if role == "base" else config.aligned: None for role in injected}:
+        depth = int(load_config(spec).get_text_config().num_hidden_layers)
+        if config.target_layer >= depth:
+            raise ModelError(f"target_layer {config.target_layer} does not exist: {spec.name} has the layers 0 to {depth - 1}.")
+    if lora:
+        check_modules(config.aligned, config.lora.modules)
+        choose_layers(config.lora.activation_layers or [0], int(load_config(config.aligned).get_text_config().num_hidden_layers))
 
 
 def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[str, int]]:
@@ -315,7 +337,8 @@ def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
     for group in lora_groups(config):
         treatment = Treatment(f"lora_{group}", adapter=f"lora_{group}", family="lora")
         yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, KINDS, partial(_same, treatment)))
-        yield Part(f"lora_{group}_awareness", "aligned", True, *_awareness(config, concept, "paper", partial(_same, treatment)))
+        yield Part(f"lora_{group}_awareness", "aligned", True, *_awareness(config, concept, "paper", partial(_same, treatment)),
+                   config.target_layer)
 
 
 def _same(treatment: Treatment, model: HookedModel) -> Treatment:
@@ -329,9 +352,10 @@ def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[P
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED), design="balanced"))
     for reading in questions(concept, config.cue):
         work = _awareness(config, concept, reading, partial(_same, UNTREATED), possible_controls(concept))
-        yield Part(f"awareness_{role}_{reading}", role, False, *work)
+        yield Part(f"awareness_{role}_{reading}", role, False, *work, config.target_layer)
     for name in instruments(concept, config.cue, config.selfie):
-        yield Part(f"reading_{name}_{role}", role, False, *_instrument(config, concept, name))
+        yield Part(f"reading_{name}_{role}", role, False, *_instrument(config, concept, name),
+                   config.target_layer if name == "selfie" else None)
     for name in view_names(concept, config.cue):
         yield Part(f"view_{name}_{role}", role, False, *_view(config, concept, name))
 
@@ -349,7 +373,7 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
             kinds: tuple[Kind, ...] = KINDS if window in compared else ("implicit",)
             yield Part(label, "aligned", False, *_behaviour(config, concept, kinds, treat))
             if window in compared:
-                yield Part(f"{label}_awareness", "aligned", False, *_awareness(config, concept, "paper", treat))
+                yield Part(f"{label}_awareness", "aligned", False, *_awareness(config, concept, "paper", treat), config.target_layer)
 
 
 def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], treat: Treat, design: Design = "published") -> Work:

@@ -4,22 +4,23 @@ What a file does not say is what `StudyConfig.of` would take for these models: a
 This module does NOT know what the settings do.
 """
 
+import contextlib
 import difflib
 import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from alignblind_mi.borders import SAID as LONGEST
 from alignblind_mi.borders import has_halves, read_text, said
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.loading import ModelSpec
+from alignblind_mi.settings import checked, shown
 from alignblind_mi.studies.study import StudyConfig
 
-SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 LIMIT = 256 << 10    # bytes of the largest study file that is read
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")    # YAML 1.1 takes 2e-4 for a text
 
@@ -73,7 +74,7 @@ def _mapping(path: Path) -> dict[str, Any]:
             seen = set()
             for key in (self.construct_object(key, deep=True) for key, _ in node.value):
                 if key in seen:
-                    raise StudyFileError(f"{path}: the key {key!r} is given twice.")
+                    raise StudyFileError(f"{path}: the key {shown(key)} is given twice.")
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
@@ -96,14 +97,14 @@ def _check_keys(data: Mapping[str, Any], known: list[str], path: Path, where: st
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise StudyFileError(f"{path}: unknown key {f'{where}.{key}'.lstrip('.')!r}.{hint} Known: {', '.join(known)}.")
+            raise StudyFileError(f"{path}: unknown key {shown(f'{where}.{key}'.lstrip('.'))}.{hint} Known: {', '.join(known)}.")
 
 
 def _made(kind: Any, data: Any, path: Path, where: str) -> Any:
     """Settings of a kind from a mapping of its fields."""
     hints = get_type_hints(kind)
     if not isinstance(data, Mapping):
-        raise StudyFileError(f"{path}: {where} must be a mapping of {', '.join(hints)}, got {data!r}.")
+        raise StudyFileError(f"{path}: {where} must be a mapping of {', '.join(hints)}, got {shown(data)}.")
     _check_keys(data, list(hints), path, where)
     missing = [field.name for field in fields(kind)
                if field.default is MISSING and field.default_factory is MISSING and field.name not in data]
@@ -116,31 +117,26 @@ def _changed(settings: Any, data: Any, path: Path, where: str) -> Any:
     """Settings with the values of a mapping in them."""
     hints = get_type_hints(type(settings))
     if not isinstance(data, Mapping):
-        raise StudyFileError(f"{path}: {where} must be a mapping of {', '.join(hints)}, got {data!r}.")
+        raise StudyFileError(f"{path}: {where} must be a mapping of {', '.join(hints)}, got {shown(data)}.")
     _check_keys(data, list(hints), path, where)
     return replace(settings, **{key: _value(hints[key], value, path, f"{where}.{key}") for key, value in data.items()})
 
 
 def _value(hint: Any, value: Any, path: Path, where: str) -> Any:
-    """A value as its type asks for it: lists become tuples, whole numbers numbers, mappings settings."""
+    """A value of the form that its type asks for: mappings become settings, lists tuples, whole numbers numbers. Its bounds are looked at
+    by the settings themselves."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for option in options:
-        if is_dataclass(option) and isinstance(value, Mapping):
-            return _made(option, value, path, where)
-        if option is float and isinstance(value, str) and EXPONENT.fullmatch(value):
-            return float(value)
-        if option is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if get_origin(option) is tuple and isinstance(value, list):
-            each = get_args(option)[0]
-            return tuple(_value(each, item, path, f"{where}[{i}]") for i, item in enumerate(value))
-        plain = get_origin(option) or option
-        if isinstance(value, plain) and not (isinstance(value, bool) and plain is int):
-            return value
-    raise StudyFileError(f"{path}: {where} must be {' or '.join(_said(option) for option in options)}, got {value!r}.")
+    settings = next((option for option in options if is_dataclass(option)), None)
+    if settings is not None and isinstance(value, Mapping):
+        return _made(settings, value, path, where)
+    if float in options:
+        value = _as_float(value)
+    return checked(value, hint, f"{path}: {where}", StudyFileError, bounds=False)
 
 
-def _said(option: Any) -> str:
-    if get_origin(option) is tuple:
-        return f"a list of which each is {SAID[get_args(option)[0]]}"
-    return f"a mapping of {', '.join(get_type_hints(option))}" if is_dataclass(option) else SAID.get(option, "a mapping")
+def _as_float(value: Any) -> Any:
+    """What YAML has read, where a number is wanted: 2e-4 and whole numbers are one too."""
+    if (isinstance(value, str) and EXPONENT.fullmatch(value)) or (isinstance(value, int) and not isinstance(value, bool)):
+        with contextlib.suppress(OverflowError):    # beyond all numbers: the settings say so
+            return float(value)
+    return value

@@ -1,0 +1,253 @@
+"""What numbers and names a setting may be: declared once as a type, checked by the same function however a value comes in.
+
+A field or parameter is annotated with one of the types below, such as `seed: Seed`. `check_fields` checks the fields of a settings class
+when it is made, and so for the command line, a YAML file and Python alike; `takes` checks the arguments of a function. An error is one
+sentence that names the field, the value and the bound, in the caller's own error class. This module does NOT know what any setting does.
+"""
+
+import functools
+import inspect
+import math
+import numbers
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+from alignblind_mi.errors import AlignblindError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+SAID: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+MOST = 1_000_000    # of anything that is counted, and the largest factor
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Where a number must lie, the ends included unless `open_low` or `open_high`; `or_zero`: 0 is right as well, and `said` says so.
+
+    `sentence`, with {name} and {value}, stands in place of the usual one.
+    """
+
+    low: int | float
+    high: int | float
+    open_low: bool = False
+    open_high: bool = False
+    or_zero: bool = False
+    said: str = ""
+    sentence: str = ""
+
+    def holds(self, value: int | float) -> bool:
+        """Whether a finite number is within."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return (above and below) or (self.or_zero and value == 0)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {shown(self.low)}"
+        return self.said or f"{low} and {'below' if self.open_high else 'at most'} {shown(self.high)}"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """That a list has each member once (unless `once` is False), and with `some` that it is not empty."""
+
+    some: bool = False
+    once: bool = True
+
+
+Count = Annotated[int, Bound(1, MOST)]
+Whole = Annotated[int, Bound(0, MOST)]
+Tokens = Annotated[int, Bound(1, 100_000)]
+NewTokens = Annotated[int, Bound(0, 100_000)]    # where none are right too
+Draws = Annotated[int, Bound(1, 100_000)]
+Rank = Annotated[int, Bound(1, 65_536)]
+Jobs = Annotated[int, Bound(0, 1024)]
+Layer = Annotated[int, Bound(0, 9_999)]
+Seed = Annotated[int, Bound(0, 2**32 - 1)]    # what the generators of numpy and torch both take
+Temperature = Annotated[float, Bound(0.001, 1000.0, or_zero=True,
+                                     sentence="a {name} is 0 (greedy), or at least 0.001 and at most 1000, got {value}.")]
+Strength = Annotated[float, Bound(-float(MOST), float(MOST))]
+Positive = Annotated[float, Bound(0.0, float(MOST), open_low=True)]
+Weight = Annotated[float, Bound(0.0, float(MOST), said=f"from 0 to {MOST} (it must not be negative)")]
+LearningRate = Annotated[float, Bound(0.0, 1.0, open_low=True)]
+Share = Annotated[float, Bound(0.0, 1.0)]
+PartialShare = Annotated[float, Bound(0.0, 1.0, open_high=True)]
+Chance = Annotated[float, Bound(0.0, 1.0, open_low=True, open_high=True)]
+Names = Annotated[Sequence[str], Listed()]    # one or many: a text alone is a list of one
+Words = Annotated[Sequence[str], Listed(once=False)]    # the same, where one may stand there twice
+Layers = Annotated[Sequence[Layer], Listed(some=True)]
+Strengths = Annotated[Sequence[Strength], Listed(some=True)]
+Mentions = Annotated[Sequence[Annotated[int, Bound(-MOST, MOST)]], Listed(some=True)]
+
+
+# ---- one value ---------------------------------------------------------------------------------------------------------
+
+
+def checked(value: Any, hint: Any, name: str, kind: type[AlignblindError], *, bounds: bool = True) -> Any:
+    """A value as its type asks for it (whole numbers of numpy become int, lists tuples); `bounds` False asks for its form alone.
+
+    Types that say nothing of numbers, texts or lists of them are not looked into. Errors: `kind` for any other value.
+    """
+    base, _ = _parts(hint)
+    if get_origin(base) in (Union, UnionType):
+        return _any_of(value, get_args(base), hint, name, kind, bounds)
+    if get_origin(base) is Literal:
+        _refuse(value in get_args(base), f"unknown {name} {shown(value)}. Known: {', '.join(map(str, get_args(base)))}.", kind)
+    elif base in (int, float):
+        return _number(value, hint, name, kind, bounds)
+    elif get_origin(base) is Sequence or (get_origin(base) is tuple and get_args(base)[-1] is Ellipsis):
+        return _list(value, hint, name, kind, bounds)
+    elif base in SAID or is_dataclass(base) or get_origin(base) in (dict, Mapping):
+        plain = get_origin(base) or base
+        _refuse(isinstance(value, plain), f"{name} must be {said(base)}, got {shown(value)}.", kind)
+    return value
+
+
+def said(hint: Any) -> str:
+    """A type in words, without its bounds."""
+    base, _ = _parts(hint)
+    if get_origin(base) in (Union, UnionType):
+        return " or ".join(said(option) for option in get_args(base))
+    if get_origin(base) in (tuple, Sequence):
+        return f"a list of which each is {said(get_args(base)[0])}"
+    if is_dataclass(base):
+        return f"a mapping of {', '.join(field.name for field in fields(base))}"
+    return SAID.get(base, "a mapping")
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: short whatever it is, numbers of a thousand digits among them."""
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        whole = int(value)
+        return str(whole) if whole.bit_length() < 128 else f"a number of about {int(whole.bit_length() * 0.30103) + 1} digits"
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 80
+    try:
+        return brief.repr(value)
+    except ValueError:    # a number of very many digits in a list
+        return f"a {type(value).__name__}"
+
+
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type without its marks, and the marks."""
+    return (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def _refuse(holds: bool, sentence: str, kind: type[AlignblindError]) -> None:
+    if not holds:
+        raise kind(sentence)
+
+
+def _any_of(value: Any, options: Sequence[Any], hint: Any, name: str, kind: type[AlignblindError], bounds: bool) -> Any:
+    """The value as the first of several types that it has the form of."""
+    if value is None and NoneType in options:
+        return None
+    others = [option for option in options if option is not NoneType]
+    for option in others:
+        try:
+            checked(value, option, name, kind, bounds=False)
+        except kind:
+            continue
+        return checked(value, option, name, kind, bounds=bounds)
+    lists = [option for option in others if get_origin(_parts(option)[0]) in (tuple, Sequence)]
+    if lists and not isinstance(value, str):
+        return checked(value, lists[0], name, kind, bounds=bounds)    # which says which member is wrong
+    raise kind(f"{name} must be {said(hint)}, got {shown(value)}.")
+
+
+def _number(value: Any, hint: Any, name: str, kind: type[AlignblindError], bounds: bool) -> int | float:
+    base, marks = _parts(hint)
+    form = numbers.Integral if base is int else numbers.Real
+    _refuse(isinstance(value, form) and not isinstance(value, bool), f"{name} must be {SAID[base]}, got {shown(value)}.", kind)
+    plain: int | float = int(value) if isinstance(value, numbers.Integral) else value if isinstance(value, float) else float(value)
+    if bounds:
+        for bound in (mark for mark in marks if isinstance(mark, Bound)):
+            usual = f"{name} must be a finite number, got {{value}}." if not _finite(plain) else f"{name} must be {bound}, got {{value}}."
+            holds = _finite(plain) and bound.holds(plain)
+            _refuse(holds, (bound.sentence or usual).replace("{name}", name).replace("{value}", shown(plain)), kind)
+    return plain
+
+
+def _finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:    # a whole number beyond all floats
+        return False
+
+
+def _list(value: Any, hint: Any, name: str, kind: type[AlignblindError], bounds: bool) -> tuple[Any, ...]:
+    """A list as a tuple of its members. For a Sequence of texts a text alone is one of them, not its letters."""
+    base, marks = _parts(hint)
+    each = get_args(base)[0]
+    if isinstance(value, str) and get_origin(base) is Sequence and _is_text(each):
+        value = (value,)
+    right = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, set, frozenset))
+    _refuse(right, f"{name} must be {said(base)}, got {shown(value)}.", kind)
+    found = tuple(checked(one, each, name if _is_text(each) and get_origin(each) is Literal else f"{name}[{i}]", kind, bounds=bounds)
+                  for i, one in enumerate(_bounded(value, name, kind)))
+    if bounds and any(mark.once for mark in marks if isinstance(mark, Listed)):
+        seen: set[Any] = set()
+        twice = [one for one in found if one in seen or seen.add(one)]    # type: ignore[func-returns-value]
+        _refuse(not twice, f"{name} names {shown(twice[0]) if twice else ''} twice: give each once.", kind)
+    if bounds and any(mark.some for mark in marks if isinstance(mark, Listed)):
+        _refuse(bool(found), f"{name} is empty: give one at least.", kind)
+    return found
+
+
+def _bounded(value: Iterable[Any], name: str, kind: type[AlignblindError]) -> Iterable[Any]:
+    steps = max(0, (value.stop - value.start) // value.step) if isinstance(value, range) else 0    # len may overflow
+    size = len(value) if isinstance(value, Sized) and not steps else steps
+    _refuse(size <= MOST, f"{name} has {shown(size)} members: {MOST} are the most.", kind)
+    return value
+
+
+def _is_text(hint: Any) -> bool:
+    base, _ = _parts(hint)
+    if get_origin(base) in (Union, UnionType):
+        return any(_is_text(option) for option in get_args(base))
+    return base is str or (get_origin(base) is Literal and all(isinstance(one, str) for one in get_args(base)))
+
+
+# ---- classes and functions ---------------------------------------------------------------------------------------------
+
+
+def check_fields(settings: Any, kind: type[AlignblindError]) -> None:
+    """Check every field of a frozen dataclass by its type, from `__post_init__`. Errors: `kind` in one sentence that names the field."""
+    for field in fields(settings):
+        given = getattr(settings, field.name)
+        value = checked(given, field.type, field.name, kind)
+        if value is not given:
+            object.__setattr__(settings, field.name, value)
+
+
+def takes(kind: type[AlignblindError]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function whose arguments are checked by their types before it runs, as far as these are types of this module.
+
+    Errors: `kind` in one sentence that names the argument.
+    """
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        hints = {name: parameter.annotation for name, parameter in signature.parameters.items() if _says(parameter.annotation)}
+
+        @functools.wraps(function)
+        def checking(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs)
+            for name, value in given.arguments.items():
+                if name in hints:
+                    given.arguments[name] = checked(value, hints[name], name, kind)
+            return function(*given.args, **given.kwargs)
+
+        return checking
+
+    return decorate
+
+
+def _says(hint: Any) -> bool:
+    """Whether a type bounds anything."""
+    _, marks = _parts(hint)
+    bounds = get_origin(hint) is Literal or any(isinstance(mark, (Bound, Listed)) for mark in marks)
+    return bounds or any(_says(part) for part in get_args(hint))
