@@ -16,7 +16,7 @@ from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.loading import ModelSpec
 from alignblind_mi.lora import LoraSettings
 from alignblind_mi.report import PAPER_LINK, expected_parts, read_study, write_report
-from alignblind_mi.results import Result, ResultError, save_result
+from alignblind_mi.results import Result, ResultError, load_result, save_result
 from alignblind_mi.statistics import summarise
 from alignblind_mi.steering import steerable
 from alignblind_mi.studies import study as studies
@@ -331,8 +331,8 @@ def test_a_study_that_has_only_begun(tmp_path):
 def test_no_valid_answer_at_all_is_said(tmp_path):
     folder = make_study(tmp_path / "study", without=("steering", "lora", "awareness", "reading"))
     for name in ("behaviour_base", "behaviour_aligned", "balanced_base", "balanced_aligned"):
-        rows = pd.read_parquet(folder / f"{name}.parquet").assign(outcome="invalid")
-        rows.to_parquet(folder / f"{name}.parquet", index=False)
+        found = load_result(folder / f"{name}.parquet")
+        save_result(Result(found.rows.assign(outcome="invalid"), found.provenance), folder / f"{name}.parquet")
     page = Page(write_report(folder))
     assert "no valid answer among 24" in page.words("summary")
     assert {row[title] for title in [page.cells["behaviour"][0].index("rate %")] for row in page.cells["behaviour"][1:]} == {"–"}
@@ -411,7 +411,8 @@ def test_a_damaged_part_is_named(tmp_path):
 def test_rows_of_another_version_are_named(tmp_path):
     folder = make_study(tmp_path / "study", without=("steering", "lora"))
     file = folder / "awareness_base_about.parquet"
-    pd.read_parquet(file).drop(columns=["mark"]).to_parquet(file, index=False)
+    found = load_result(file)
+    save_result(Result(found.rows.drop(columns=["mark"]), found.provenance), file)
     with pytest.raises(ResultError, match=r"awareness_base_about\.parquet lacks the columns mark"):
         write_report(folder)
 

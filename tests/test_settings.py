@@ -1,7 +1,14 @@
 """Bad numbers and names are one sentence that names the field, whichever way they come in; a concept's texts have plain fields alone."""
 
 import copy
+import json
+import os
+import re
+import subprocess
+import sys
 import tomllib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +49,35 @@ SETTINGS: dict[str, Any] = {"decoding": Decoding, "lora": LoraSettings}
 WRITTEN = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf", "True": "true"}
 
 
-@pytest.mark.parametrize(("name", "value"), TABLE, ids=lambda one: str(one)[:30])
-def test_python_and_a_study_file_refuse_alike(name, value, tmp_path):
+def made(name: str, value: Any) -> Any:
+    """Settings with one field of a value."""
     table, _, field = name.rpartition(".")
     usual = StudyConfig.create("organism:base", "organism:aligned")
-    with pytest.raises(AlignblindError, match=field):
-        SETTINGS[table](**{field: value}) if table else usual.__class__(usual.base, usual.aligned, **{field: value})
+    return SETTINGS[table](**{field: value}) if table else StudyConfig(usual.base, usual.aligned, **{field: value})
+
+
+def outcome(make: Callable[[], Any]) -> str:
+    """What a call ends in: the sentence of our own error, or what else."""
+    try:
+        return f"no error: {make()!r:.100}"
+    except AlignblindError as error:
+        return f"refused: {error}"
+    except Exception as error:    # noqa: BLE001 - it is what the test is about
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.fixture(scope="module")
+def outside_pytest() -> dict[str, str]:
+    """What the calls of this file end in without pytest's check of types, which would refuse some of them first."""
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
+                          env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}"})
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("name", "value"), TABLE, ids=lambda one: str(one)[:30])
+def test_python_and_a_study_file_refuse_alike(name, value, tmp_path, outside_pytest):
+    table, _, field = name.rpartition(".")
+    assert re.match(f"refused: .*{field}", outside_pytest[f"{name} {value}"]), outside_pytest[f"{name} {value}"]
     text = WRITTEN.get(str(value), str(value))
     line = f"{table}: {{{field}: {text}}}" if table else f"{field}: {text}"
     (tmp_path / "study.yaml").write_text(f"base: organism:base\naligned: organism:aligned\n{line}\n")
@@ -80,7 +110,7 @@ VECTORS = SteeringVectors((1,), ("",), torch.ones(1, 1, 4), "mean_difference", "
 ROWS = pd.DataFrame({"kind": ["implicit"], "outcome": ["stereotyped"], "word_pair": ["a"], "template": ["t"]})
 
 
-@pytest.mark.parametrize("make", [
+CALLS: list[Callable[[Any], Any]] = [
     lambda race: implicit_prompts(race, "default", max_word_pairs=0), lambda race: implicit_prompts(race, "default", max_word_pairs=-1),
     lambda race: implicit_prompts(race, "default", seed=-1), lambda race: behaviour_prompts(race, "default", "neither"),
     lambda race: choose_layers(range(10**12), 8), lambda race: choose_layers([0.5], 8),
@@ -93,14 +123,16 @@ ROWS = pd.DataFrame({"kind": ["implicit"], "outcome": ["stereotyped"], "word_pai
     lambda race: Plan(0.9, 0.5, template_icc=-0.1),
     lambda race: items_needed(Plan(0.9, 0.5), NAN), lambda race: CalibrationConfig((-1,)), lambda race: CalibrationConfig(()),
     lambda race: UnlearningSettings(beta=NAN), lambda race: LoraSettings(modules=("q_proj", "q_proj")),
-    lambda race: LoraSettings(activation_layers=(-1,)), lambda race: LoraSettings(rank=10**5000), lambda race: Chat(system=3)])
-def test_functions_refuse_alike(make, race):
-    with pytest.raises(AlignblindError):
-        make(race)
+    lambda race: LoraSettings(activation_layers=(-1,)), lambda race: LoraSettings(rank=10**5000), lambda race: Chat(system=3)]
 
 
-def test_numbers_of_numpy_are_taken_as_plain_ones():
-    assert type(Decoding(seed=np.int64(3)).seed) is int
+@pytest.mark.parametrize("number", range(len(CALLS)))
+def test_functions_refuse_alike(number, outside_pytest):
+    assert outside_pytest[f"call {number}"].startswith("refused: "), outside_pytest[f"call {number}"]
+
+
+def test_numbers_of_numpy_are_taken_as_plain_ones(outside_pytest):
+    assert outside_pytest["seed of numpy"] == "int"
     assert LoraSettings(modules=["q_proj"]).modules == ("q_proj",)
 
 
@@ -159,3 +191,11 @@ def test_absurd_sizes_are_refused_with_their_bound(path, change):
 def test_an_edit_says_what_its_vector_holds():
     with pytest.raises(EditError, match="not finite"):
         Edit(Site(3, "m"), torch.tensor([1.0, INF]))
+
+
+if __name__ == "__main__":
+    from alignblind_mi import load_concept
+
+    print(json.dumps({"seed of numpy": type(Decoding(seed=np.int64(3)).seed).__name__,
+                      **{f"{name} {value}": outcome(partial(made, name, value)) for name, value in TABLE},
+                      **{f"call {number}": outcome(partial(make, load_concept("race"))) for number, make in enumerate(CALLS)}}))
