@@ -40,7 +40,7 @@ from alignblind_mi.commands.power import power
 from alignblind_mi.commands.steer import steer
 from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.texts import json_text, safe_streams, say
+from alignblind_mi.texts import json_text, middle_cut, safe_streams, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
@@ -232,7 +232,7 @@ def main() -> None:
     try:
         app()
     except AlignblindError as error:
-        say(f"alignblind: {error}", err=True)
+        say(f"alignblind: {middle_cut(str(error), 1000)}", err=True)    # whatever was given may be of any length
         sys.exit(2)
 
 

@@ -73,6 +73,11 @@ def _check_settings(folder: Path) -> None:
         value = settings.get(key)
         if value is not None and (type(value) not in ((int,) if key == "r" else (int, float)) or not least <= value <= most):
             raise ModelError(f"{config} says {key} = {str(value)[:60]}: a number from {least} to {most} was expected; save it anew.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = settings.get(key) or {}
+        if not isinstance(pattern, dict) or not all(type(value) in (int, float) and abs(value) <= 1 << 16 for value in pattern.values()):
+            raise ModelError(f"{config} says {key} = {str(pattern)[:60]}: names with a number each, at most {1 << 16}, were expected; "
+                             "save it anew.")
     weights = folder / "adapter_model.safetensors"
     check_file(weights, "", ModelError, limit=1 << 40)
     with foreign(f"{weights} is damaged", ModelError, "save the adapter anew"), safe_open(str(weights), "pt") as file:

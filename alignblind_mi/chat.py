@@ -56,17 +56,21 @@ def render(text: str, tokenizer: Any, chat: Chat, name: str) -> str:
     Errors: ModelError for a tokenizer without a chat template, or a template that refuses the conversation (a system prompt, often),
     is broken, or takes too long or too much memory: it is a program of whoever made the checkpoint, and runs in a process of its own.
     """
+    given = datetime.date.fromisoformat(chat.date).strftime("%d %b %Y")
+    return rendered(chat.messages(text), tokenizer, name, add_generation_prompt=True, date_string=given)
+
+
+def rendered(messages: list[dict[str, str]], tokenizer: Any, name: str, **options: Any) -> str:
+    """A conversation as the tokenizer's own chat template writes it, with the template's `options`. Errors: as `render`."""
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(f"the tokenizer of {name} has no chat template: ask this model raw (without chat), or choose a chat model.")
-    given = datetime.date.fromisoformat(chat.date).strftime("%d %b %Y")
-    with_system = " with a system prompt" if chat.system else ""
+    with_system = " with a system prompt" if messages[0]["role"] == "system" else ""
     with foreign(f"the chat template of {name} refuses a conversation{with_system}", ModelError):
         if _has_own_way(tokenizer):
-            return str(tokenizer.apply_chat_template(chat.messages(text), tokenize=False, add_generation_prompt=True, date_string=given))
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
         template, tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
     try:
-        return WORKER.render({**tokens, "date_string": given, "conversations": [chat.messages(text)], "chat_template": template,
-                              "add_generation_prompt": True})
+        return WORKER.render({**tokens, **options, "conversations": [messages], "chat_template": template})
     except TemplateRefusal as error:
         raise ModelError(f"the chat template of {name} refuses a conversation{with_system}: {said(error)}.") from error
 

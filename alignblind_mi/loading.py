@@ -82,6 +82,9 @@ def load_config(spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
     source = spec.source    # an embedded model's own error is clear already
+    if spec.revision is not None and (spec.name.startswith(EMBEDDED) or is_folder(source)):
+        raise ModelError(f"the revision {spec.revision!r} was given for {spec.name}, which is not on the hub: it has no other versions; "
+                         "leave it out.")
     _check_folder(spec)
     with _clear_errors(spec):
         config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)

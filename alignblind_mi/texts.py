@@ -53,6 +53,11 @@ def shortened(text: str, most: int) -> str:
     return f"{text[:most - 9]}… #{mark}"
 
 
+def middle_cut(text: str, most: int) -> str:
+    """At most `most` characters: the beginning and the end, where a sentence says what to do. Shorter texts stay as they are."""
+    return text if len(text) <= most else f"{text[: 2 * most // 3 - 3]} … {text[-(most // 3):]}"
+
+
 def label(text: object, most: int = 60) -> str:
     """A text as one short line of a figure or a page: visible and shortened."""
     return shortened(visible(text, lines=False), most)

@@ -52,6 +52,7 @@ def check(
     """
     from alignblind_mi.concept import load_concept, parse_concept, read_concept_file
     from alignblind_mi.concept_check import concept_problems
+    from alignblind_mi.loading import ModelSpec, load_tokenizer
 
     text, where = read_concept_file(source)
     problems = concept_problems(parse_concept(text, where))
@@ -59,11 +60,12 @@ def check(
         say("\n".join([f"{where} has {_count(len(problems), 'problem')}:", *(f"  {problem}." for problem in problems)]))
         raise typer.Exit(2)
     concept = load_concept(source)
+    tokenizer = None if model is None else load_tokenizer(ModelSpec(model))    # refused before anything is said
     say(f"{where} is sound: {concept.description or concept.name}")
     _console().print(cue_table(concept))
     for line in (*abilities(concept), *(f"note: {note}" for note in notes(concept))):
         say(line)
-    if model is not None and _show_vocabulary(concept, model):
+    if model is not None and _show_vocabulary(concept, model, tokenizer):
         raise typer.Exit(2)
 
 
@@ -178,11 +180,9 @@ def vocabulary(concept: "Concept", tokenizer: Any) -> list[Known]:
     return [Known(kind, text, token_count(tokenizer, text)) for kind, text in dict.fromkeys(texts)]
 
 
-def _show_vocabulary(concept: "Concept", model: str) -> bool:
+def _show_vocabulary(concept: "Concept", model: str, tokenizer: Any) -> bool:
     """Say what a model's tokenizer splits and does not know; whether anything of it fails."""
-    from alignblind_mi.loading import ModelSpec, load_tokenizer
-
-    known = vocabulary(concept, load_tokenizer(ModelSpec(model)))
+    known = vocabulary(concept, tokenizer)
     say(f"to the tokenizer of {model}:")
     lines = [f"  {line}" for kind in ("sense word", "identifier", "word", "template", "question")
              for line in _vocabulary_lines(kind, [one for one in known if one.kind == kind])]

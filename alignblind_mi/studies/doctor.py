@@ -20,7 +20,7 @@ from torch import Tensor
 from alignblind_mi.adapters import check_folders, with_adapters
 from alignblind_mi.blocks import text_config
 from alignblind_mi.budget import release
-from alignblind_mi.chat import Chat, in_chat, render
+from alignblind_mi.chat import Chat, in_chat, render, rendered
 from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.edits import Edit, Row, Site, Treatment
 from alignblind_mi.errors import AlignblindError
@@ -345,7 +345,7 @@ def _generation(subject: Subject) -> Iterator[Check]:
     own = " (its own default is to sample: answers here are greedy unless a temperature is asked for)" if said.do_sample else ""
     yield _at_least("end tokens", len(ends), 1, "tokens", (names or "none") + own,
                     "answers never end by themselves: name eos_token_id in generation_config.json")
-    turn = _turn(tokenizer) if tokenizer.chat_template else ""
+    turn = _turn(tokenizer, subject.spec.name) if tokenizer.chat_template else ""
     if not turn:
         return    # no template, or one that cannot be rendered, which another check says
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.bos_token_id}
@@ -355,15 +355,13 @@ def _generation(subject: Subject) -> Iterator[Check]:
                         "add it to eos_token_id in generation_config.json: answers in chat form would run on", worse="warn")
 
 
-def _turn(tokenizer: Any) -> str:
-    """What a chat template writes after an answer "B"; empty for one that refuses."""
-    from jinja2 import TemplateError
-
+def _turn(tokenizer: Any, name: str) -> str:
+    """What a chat template writes after an answer "B"; empty for one that refuses, which another check says."""
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], tokenize=False)
-    except TemplateError:
+        text = rendered([{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], tokenizer, name)
+    except ModelError:
         return ""
-    return str(text)[str(text).rindex("B") + 1 :]
+    return text[text.rindex("B") + 1 :] if "B" in text else ""
 
 
 def _memory(subject: Subject) -> Iterator[Check]:

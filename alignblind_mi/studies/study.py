@@ -286,10 +286,15 @@ def _result(config: StudyConfig, model: HookedModel, part: Part, advance: Advanc
 
 
 def check_fits(config: StudyConfig, injected: Collection[str], *, lora: bool) -> None:
-    """Before any weights are loaded: do the models have the layer that vectors are put into, and the projections that are trained?
+    """Before any weights are loaded: do the models have the layer that vectors are put into, and the projections that are trained, and the
+    concept the open prompt?
 
-    `injected` are the roles whose models vectors are put into. Errors: ModelError for a layer, LoraError for a projection.
+    `injected` are the roles whose models vectors are put into. Errors: ModelError for a layer, LoraError for a projection, ConceptError for
+    a prompt.
     """
+    concept = load_concept(config.concept)
+    if concept.has_senses(config.cue) and concept.selfie:
+        concept.selfie_prompt(config.selfie)
     for spec in {config.base if role == "base" else config.aligned: None for role in injected}:
         depth = int(load_config(spec).get_text_config().num_hidden_layers)
         if config.target_layer >= depth:
