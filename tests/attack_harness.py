@@ -28,8 +28,10 @@ LONGEST_SENTENCE = 1200    # characters: a value of 5,000 is to be named, not re
 LONG = 100    # of a longer value its beginning is enough
 # How far a case may go before it must have ended: `check` loads no weights, `load` does, `full` may do all.
 STAGES = ("check", "load", "full")
-LIMITS = {"check": 5.0, "load": 10.0, "full": 60.0}    # seconds
+LIMITS = {"check": 5.0, "load": 10.0, "full": 60.0}    # seconds of this process; BLOCKED times as many of the clock
+BLOCKED = 2
 EXPECTED = ("refuse", "succeed", "either")
+PROGRESS = re.compile(r"note: |\[\d+/\d+\] |[^\n]+ runs on the plain engine: ")    # what may stand before a refusal
 
 
 class TimeUp(BaseException):
@@ -165,17 +167,21 @@ def _no_weights(auto: Any) -> Iterator[None]:
 
 
 class TimeLimit:
-    """Raises TimeUp in the main thread after some seconds, again and again in case somebody swallows it."""
+    """Raises TimeUp in the main thread after so many seconds of work, or of waiting for something; again and again if it is swallowed."""
+
+    TIMERS = ((signal.SIGPROF, signal.ITIMER_PROF, 1), (signal.SIGALRM, signal.ITIMER_REAL, BLOCKED))
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
     def __enter__(self) -> None:
-        signal.signal(signal.SIGALRM, self._up)
-        signal.setitimer(signal.ITIMER_REAL, self.seconds, 0.5)
+        for number, timer, factor in self.TIMERS:
+            signal.signal(number, self._up)
+            signal.setitimer(timer, self.seconds * factor, 0.5)
 
     def __exit__(self, *error: Any) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for _, timer, _ in self.TIMERS:
+            signal.setitimer(timer, 0)
 
     @staticmethod
     def _up(signum: int, frame: Any) -> None:
@@ -286,7 +292,7 @@ def attempt(case: Case, place: Place, act: Callable[[Any], int], watched: Sequen
     place.folder.mkdir(parents=True)
     given = case.run(place)
     before, shared = snapshot(place.folder), [snapshot(folder, digest=False) for folder in watched]
-    ending, started = Ending(case), time.perf_counter()
+    ending, started = Ending(case), time.process_time()
     with caught() as (out, err):
         try:
             with tripwires(case.stage), TimeLimit(case.limit or LIMITS[case.stage]):
@@ -301,7 +307,7 @@ def attempt(case: Case, place: Place, act: Callable[[Any], int], watched: Sequen
         except BaseException as error:    # noqa: BLE001 - whatever it was is what the table shows
             last = traceback.extract_tb(error.__traceback__)[-1]
             ending.fault("traceback", f"{type(error).__name__}: {shown(str(error), 200)} ({Path(last.filename).name}:{last.lineno})")
-        ending.seconds = time.perf_counter() - started
+        ending.seconds = time.process_time() - started
         ending.stdout, ending.stderr = (stream.buffer.getvalue().decode("utf-8") for stream in (out, err))    # type: ignore[attr-defined]
     _judge_files(ending, place, before, watched, shared)
     if not ending.kind and ending.code is not None:
@@ -342,19 +348,21 @@ def _judge_words(ending: Ending) -> None:
         ending.fault("code", f"exit code {code}, expected {' or '.join(map(str, case.codes))}")
     if case.on_stdout and ending.stdout and not ending.stderr:
         said = ending.stdout
-    elif "Usage:" in ending.stderr and "Error" in ending.stderr:
+    elif "\u2500 Error \u2500" in ending.stderr:
         said = ending.stderr    # typer's own refusal of an option
     else:
         said = ending.stderr
         _judge_sentence(ending)
-    bare = re.sub(r"[│\s]+", "", said)
+    bare = re.sub(r"[\u2502\s]+", "", said)
+    kind = "unnamed" if said is ending.stderr and "\u2500 Error \u2500" not in said else "unnamed by typer"
     if case.named and not any(re.sub(r"\s+", "", name) in bare for name in case.named):
-        ending.fault("unnamed", f"does not say {' or '.join(shown(name, 40) for name in case.named[:3])}: {ending.sentence}")
+        ending.fault(kind if not case.on_stdout else "unnamed", f"does not say {' or '.join(shown(name, 40) for name in case.named[:3])}: {ending.sentence}")
 
 
 def _judge_sentence(ending: Ending) -> None:
-    """One line on standard error alone, that begins with the program's name and ends with a full stop."""
-    lines = ending.stderr.splitlines()
+    """One line on standard error alone, that begins with the program's name and ends with a full stop; before it, at most what was done."""
+    every = ending.stderr.splitlines()
+    lines = [line for line in every[:-1] if not PROGRESS.match(line)] + every[-1:]
     if ending.stdout and ending.code == 2:
         ending.fault("half printed", shown(ending.stdout, 80))
     if len(lines) != 1:

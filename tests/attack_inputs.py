@@ -53,7 +53,7 @@ ANY: dict[str, Damage] = {
 TEXT: dict[str, Damage] = {
     **ANY,
     "invalid UTF-8": _bytes(lambda data: data[:-3] + b"\xff\xfe" + data[-3:]),
-    "UTF-16": _bytes(lambda data: data.decode("utf-8").encode("utf-16")),
+    "UTF-16": _bytes(lambda data: data.decode("latin-1").encode("utf-16")),
     "one huge line": _bytes(lambda data: b"x" * 3_000_000),
 }
 JSON: dict[str, Damage] = {
@@ -186,6 +186,8 @@ def make_inputs(root: Path) -> Path:
     sharded(root / "tiny", root / "sharded")
     text = (resources.files("alignblind_mi") / "concepts" / "race.toml").read_text("utf-8")
     (root / "mine.toml").write_text(text, "utf-8")
+    small = (resources.files("alignblind_mi") / "templates" / "concept.toml").read_text("utf-8")
+    (root / "small.toml").write_text(small, "utf-8")
     (root / "study.yaml").write_text(study_yaml(root / "tiny"), "utf-8")
     (root / "bbq.jsonl").write_text("\n".join(json.dumps(item) for item in bbq_items()) + "\n", "utf-8")
     (root / "released.json").write_text(json.dumps(released()), "utf-8")
