@@ -7,10 +7,11 @@ that costs something is a tripwire (a refusal comes before it), and every file t
 import contextlib
 import hashlib
 import io
-import logging
 import os
+import pickle
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -23,15 +24,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-MEMORY = 2 << 30    # bytes beyond what is loaded when the table begins
-LONGEST_SENTENCE = 1200    # characters: a value of 5,000 is to be named, not repeated
-LONG = 100    # of a longer value its beginning is enough
+MEMORY = 2 << 30  # bytes beyond what is loaded when the table begins
+LONGEST_SENTENCE = 1200  # characters: a value of 5,000 is to be named, not repeated
+LONG = 100  # of a longer value its beginning is enough
 # How far a case may go before it must have ended: `check` loads no weights, `load` does, `full` may do all.
 STAGES = ("check", "load", "full")
-LIMITS = {"check": 5.0, "load": 10.0, "full": 60.0}    # seconds of this process; BLOCKED times as many of the clock
+LIMITS = {"check": 5.0, "load": 10.0, "full": 60.0}  # seconds of this process; BLOCKED times as many of the clock
 BLOCKED = 2
 EXPECTED = ("refuse", "succeed", "either")
-PROGRESS = re.compile(r"note: |\[\d+/\d+\] |[^\n]+ runs on the plain engine: ")    # what may stand before a refusal
+PROGRESS = re.compile(r"note: |\[\d+/\d+\] |[^\n]+ runs on the plain engine: ")  # what may stand before a refusal
 
 
 class TimeUp(BaseException):
@@ -70,8 +71,8 @@ class Case:
     stage: str = "check"
     named: tuple[str, ...] = ()
     codes: tuple[int, ...] = (2,)
-    writes: tuple[str, ...] = ()    # in the case's folder: what may be changed there though it was there before
-    on_stdout: bool = False    # problems are listed on standard output
+    writes: tuple[str, ...] = ()  # in the case's folder: what may be changed there though it was there before
+    on_stdout: bool = False  # problems are listed on standard output
     limit: float | None = None
 
     @property
@@ -89,7 +90,7 @@ class Ending:
     stderr: str = ""
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
-    kind: str = ""    # of the first fault
+    kind: str = ""  # of the first fault
 
     def fault(self, kind: str, said: str) -> None:
         self.kind = self.kind or kind
@@ -101,8 +102,15 @@ class Ending:
 
     def record(self) -> dict[str, Any]:
         case = {key: value for key, value in asdict(self.case).items() if key in ("group", "option", "expect", "stage")}
-        return {**case, "value": shown(self.case.value), "code": self.code, "sentence": self.sentence,
-                "seconds": round(self.seconds, 3), "verdict": self.kind or "as expected", "faults": self.faults}
+        return {
+            **case,
+            "value": shown(self.case.value),
+            "code": self.code,
+            "sentence": self.sentence,
+            "seconds": round(self.seconds, 3),
+            "verdict": self.kind or "as expected",
+            "faults": self.faults,
+        }
 
 
 def shown(text: str, most: int = 60) -> str:
@@ -128,6 +136,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def _trip(what: str) -> Callable[..., Any]:
     def tripped(*arguments: Any, **options: Any) -> Any:
         raise Tripped(what)
+
     return tripped
 
 
@@ -202,7 +211,7 @@ def snapshot(folder: Path, *, digest: bool = True) -> dict[str, str]:
     found: dict[str, str] = {}
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            path = os.path.join(root, name)    # noqa: PTH118 - names may be what no Path takes
+            path = os.path.join(root, name)  # noqa: PTH118 - names may be what no Path takes
             found[os.path.relpath(path, folder)] = _content(path, digest)
     return found
 
@@ -210,7 +219,7 @@ def snapshot(folder: Path, *, digest: bool = True) -> dict[str, str]:
 def _content(path: str, digest: bool) -> str:
     is_ = os.lstat(path)
     if stat.S_ISLNK(is_.st_mode):
-        return f"link to {os.readlink(path)}"    # noqa: PTH115
+        return f"link to {os.readlink(path)}"  # noqa: PTH115
     if not stat.S_ISREG(is_.st_mode):
         return oct(stat.S_IFMT(is_.st_mode))
     if not digest:
@@ -221,7 +230,8 @@ def _content(path: str, digest: bool) -> str:
 def changes(before: dict[str, str], after: dict[str, str]) -> list[str]:
     """What was changed or deleted, and what is new."""
     return [f"{name} {'is gone' if name not in after else 'was changed'}" for name in before if before[name] != after.get(name)] + [
-        f"{name} is new" for name in after if name not in before]
+        f"{name} is new" for name in after if name not in before
+    ]
 
 
 # ---- running -------------------------------------------------------------------------------------------------------------
@@ -247,11 +257,11 @@ class Stream(io.TextIOBase):
         return int(self.real.fileno())
 
     @property
-    def encoding(self) -> str:    # type: ignore[override]
+    def encoding(self) -> str:  # type: ignore[override]
         return "utf-8"
 
     @property
-    def errors(self) -> str:    # type: ignore[override]
+    def errors(self) -> str:  # type: ignore[override]
         return str(self.target.errors)
 
     @property
@@ -261,18 +271,21 @@ class Stream(io.TextIOBase):
 
 def stand_in() -> None:
     """Put a `Stream` in the place of both standard streams; before anything that remembers them is imported."""
-    sys.stdout, sys.stderr = Stream(sys.__stdout__), Stream(sys.__stderr__)    # type: ignore[assignment]
+    sys.stdout, sys.stderr = Stream(sys.__stdout__), Stream(sys.__stderr__)  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
 def caught() -> Iterator[tuple[io.TextIOWrapper, io.TextIOWrapper]]:
     """What is written to the standard streams, by the rules of the real ones (strict, and with backslashes)."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors=errors, write_through=True) for errors in ("strict", "backslashreplace"))
-    sys.stdout.target, sys.stderr.target = out, err    # type: ignore[attr-defined]
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for stream, target in zip(streams, (out, err), strict=True):
+        stream.target = target
     try:
         yield out, err
     finally:
-        sys.stdout.target, sys.stderr.target = sys.__stdout__, sys.__stderr__    # type: ignore[attr-defined]
+        for stream in streams:
+            stream.target = stream.real
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -304,11 +317,11 @@ def attempt(case: Case, place: Place, act: Callable[[Any], int], watched: Sequen
                 ending.fault("work", f"went on to {error}")
         except Network as error:
             ending.fault("network", str(error))
-        except BaseException as error:    # noqa: BLE001 - whatever it was is what the table shows
+        except BaseException as error:  # noqa: BLE001 - whatever it was is what the table shows
             last = traceback.extract_tb(error.__traceback__)[-1]
             ending.fault("traceback", f"{type(error).__name__}: {shown(str(error), 200)} ({Path(last.filename).name}:{last.lineno})")
         ending.seconds = time.process_time() - started
-        ending.stdout, ending.stderr = (stream.buffer.getvalue().decode("utf-8") for stream in (out, err))    # type: ignore[attr-defined]
+        ending.stdout, ending.stderr = (stream.buffer.getvalue().decode("utf-8") for stream in (out, err))  # type: ignore[attr-defined]
     _judge_files(ending, place, before, watched, shared)
     if not ending.kind and ending.code is not None:
         _judge_words(ending)
@@ -349,14 +362,17 @@ def _judge_words(ending: Ending) -> None:
     if case.on_stdout and ending.stdout and not ending.stderr:
         said = ending.stdout
     elif "\u2500 Error \u2500" in ending.stderr:
-        said = ending.stderr    # typer's own refusal of an option
+        said = ending.stderr  # typer's own refusal of an option
     else:
         said = ending.stderr
         _judge_sentence(ending)
     bare = re.sub(r"[\u2502\s]+", "", said)
     kind = "unnamed" if said is ending.stderr and "\u2500 Error \u2500" not in said else "unnamed by typer"
-    if case.named and not any(re.sub(r"\s+", "", name) in bare for name in case.named):
-        ending.fault(kind if not case.on_stdout else "unnamed", f"does not say {' or '.join(shown(name, 40) for name in case.named[:3])}: {ending.sentence}")
+    if code == 2 and case.named and not any(re.sub(r"\s+", "", name) in bare for name in case.named):
+        ending.fault(
+            kind if not case.on_stdout else "unnamed",
+            f"does not say {' or '.join(shown(name, 40) for name in case.named[:3])}: {ending.sentence}",
+        )
 
 
 def _judge_sentence(ending: Ending) -> None:
@@ -375,24 +391,66 @@ def _judge_sentence(ending: Ending) -> None:
         ending.fault("sentence", f"control characters: {ending.sentence}")
 
 
-def run_all(cases: Sequence[Case], inputs: Path, root: Path, act: Callable[[Any], int], watched: Sequence[Path],
-            tell: Callable[[Ending], None]) -> list[Ending]:
-    """Every case in a folder of its own, which is removed after it."""
-    endings = []
-    home, level = Path.cwd(), logging.root.level
-    for number, case in enumerate(cases):
-        place = Place(inputs, root / "cases" / f"{number:04d}")
-        ending = attempt(case, place, act, watched)
-        shutil.rmtree(place.folder, ignore_errors=True)
-        os.chdir(home)
-        logging.root.setLevel(level)
-        endings.append(ending)
-        tell(ending)
+TOLD = ("code", "stdout", "stderr", "seconds", "faults", "kind")    # of an ending, by the fork that saw it
+
+
+def run_all(
+    cases: Sequence[Case], inputs: Path, root: Path, act: Callable[[Any], int], watched: Sequence[Path], tell: Callable[[Ending], None]
+) -> list[Ending]:
+    """Every case in a folder of its own, which is removed after it.
+
+    They run in one fork of this process. What cannot be interrupted (a hang or crash outside of Python) ends it; the rest goes on in another.
+    """
+    endings: list[Ending] = []
+    while len(endings) < len(cases):
+        for ending in _in_fork(cases, len(endings), inputs, root, act, watched):
+            endings.append(ending)
+            tell(ending)
     return endings
 
 
+def _in_fork(
+    cases: Sequence[Case], first: int, inputs: Path, root: Path, act: Callable[[Any], int], watched: Sequence[Path]
+) -> Iterator[Ending]:
+    """The endings of the cases from `first` on, up to one that ends the fork."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        with os.fdopen(writing, "wb") as to:
+            for number in range(first, len(cases)):
+                place = Place(inputs, root / "cases" / f"{number:04d}")
+                ending = attempt(cases[number], place, act, watched)
+                shutil.rmtree(place.folder, ignore_errors=True)
+                os.chdir(root / "work")
+                pickle.dump({name: getattr(ending, name) for name in TOLD}, to)
+                to.flush()
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb", 0) as said:
+        for case in cases[first:]:
+            limit = (case.limit or LIMITS[case.stage]) * BLOCKED * 2
+            ready = select.select([said], [], [], limit)[0]
+            try:
+                yield Ending(case, **pickle.load(said)) if ready else _ended(case, "hang", "did not end and could not be interrupted")
+            except EOFError:
+                ready = []
+                yield _ended(case, "crash", "ended the whole process")
+            if not ready:
+                break
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def _ended(case: Case, kind: str, said: str) -> Ending:
+    ending = Ending(case)
+    ending.fault(kind, said)
+    return ending
+
+
 def names_of(value: str) -> tuple[str, ...]:
-    """Ways in which a sentence may say a value: itself, as Python or escapes write it, as the number that it is; of a long one its beginning."""
+    """Ways in which a sentence may say a value: itself, as Python or escapes write it, as a number; of a long one its beginning."""
     found = [value, repr(value)[1:-1], shown(value, 10_000)]
     with contextlib.suppress(ValueError):
         found.append(repr(float(value)))

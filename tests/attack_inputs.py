@@ -17,7 +17,7 @@ from alignblind_mi.prompts import behaviour_prompts
 DEEP = 100_000
 DIGITS = "9" * 5000
 
-Damage = Callable[[Path], None]    # does something to a file that is there
+Damage = Callable[[Path], None]  # does something to a file that is there
 
 
 # ---- damages -------------------------------------------------------------------------------------------------------------
@@ -26,8 +26,9 @@ Damage = Callable[[Path], None]    # does something to a file that is there
 def _bytes(make: Callable[[bytes], bytes]) -> Damage:
     def damage(path: Path) -> None:
         data = make(path.read_bytes())
-        path.unlink()    # it may be a hard link
+        path.unlink()  # it may be a hard link
         path.write_bytes(data)
+
     return damage
 
 
@@ -35,6 +36,7 @@ def _instead(make: Callable[[Path], None]) -> Damage:
     def damage(path: Path) -> None:
         path.unlink()
         make(path)
+
     return damage
 
 
@@ -81,6 +83,7 @@ def damaged(folder: Path, good: Path, name: str, damage: Damage) -> Path:
 
 def with_fields(**fields: Any) -> Damage:
     """A JSON object with other values of some fields (None as null; Ellipsis: without the field)."""
+
     def change(data: bytes) -> bytes:
         found = json.loads(data)
         for key, value in fields.items():
@@ -89,26 +92,31 @@ def with_fields(**fields: Any) -> Damage:
             else:
                 found[key] = value
         return json.dumps(found).encode()
+
     return _bytes(change)
 
 
 def replacing(old: str, new: str) -> Damage:
     """A text file with a text in it replaced, everywhere."""
+
     def change(data: bytes) -> bytes:
         text = data.decode("utf-8")
         assert old in text, old
         return text.replace(old, new).encode("utf-8")
+
     return _bytes(change)
 
 
 def with_tensors(change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Damage:
     """A safetensors file with other tensors."""
+
     def damage(path: Path) -> None:
         from safetensors.torch import load_file, save_file
 
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         path.unlink()
         save_file(dict(change(tensors)), path, {"format": "pt"})
+
     return damage
 
 
@@ -116,6 +124,7 @@ def _first(change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], dict[str,
     def every(tensors: dict[str, Any]) -> dict[str, Any]:
         name = next(name for name in sorted(tensors) if tensors[name].ndim == 2 and "embed" not in name)
         return {**tensors, name: change(tensors[name])}
+
     return every
 
 
@@ -217,11 +226,21 @@ def study_yaml(model: Path, *lines: str) -> str:
 
 def bbq_items() -> list[dict[str, Any]]:
     """Two items as BBQ writes them."""
-    common = {"category": "Race_ethnicity", "question_index": "1", "question": "Who was late?", "context": "A man and a woman met.",
-              "ans0": "The man", "ans1": "The woman", "ans2": "Unknown", "additional_metadata": {"stereotyped_groups": ["Black"]},
-              "answer_info": {"ans0": ["man", "Black"], "ans1": ["woman", "White"], "ans2": ["unknown", "unknown"]}}
-    return [{**common, "example_id": 0, "question_polarity": "neg", "context_condition": "ambig", "label": 2},
-            {**common, "example_id": 1, "question_polarity": "nonneg", "context_condition": "disambig", "label": 1}]
+    common = {
+        "category": "Race_ethnicity",
+        "question_index": "1",
+        "question": "Who was late?",
+        "context": "A man and a woman met.",
+        "ans0": "The man",
+        "ans1": "The woman",
+        "ans2": "Unknown",
+        "additional_metadata": {"stereotyped_groups": ["Black"]},
+        "answer_info": {"ans0": ["man", "Black"], "ans1": ["woman", "White"], "ans2": ["unknown", "unknown"]},
+    }
+    return [
+        {**common, "example_id": 0, "question_polarity": "neg", "context_condition": "ambig", "label": 2},
+        {**common, "example_id": 1, "question_polarity": "nonneg", "context_condition": "disambig", "label": 1},
+    ]
 
 
 def released() -> dict[str, Any]:
@@ -236,5 +255,7 @@ def released() -> dict[str, Any]:
 
 def interpretations() -> list[dict[str, Any]]:
     """Two interpretations in the layout that the paper released."""
-    return [{"prompt": "a prompt", "interpretation": f"people of the {word}", "layer": 1, "token": 2, "token_decoded": "x"}
-            for word in ("race", "colour")]
+    return [
+        {"prompt": "a prompt", "interpretation": f"people of the {word}", "layer": 1, "token": 2, "token_decoded": "x"}
+        for word in ("race", "colour")
+    ]
