@@ -3,11 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import llama3_double, tiny_llama
+from doubles import llama3_double, study_texts, tiny_llama
 
 from alignblind_mi.concept import Concept, load_concept
 from alignblind_mi.model import HookedModel, load_model
-from alignblind_mi.prompts import behaviour_prompts
 
 torch.set_num_threads(1)
 RELEASED = Path(__file__).parents[2] / "shared" / "data" / "released"
@@ -27,18 +26,7 @@ def released() -> Path:
 
 @pytest.fixture(scope="session")
 def texts(race: Concept) -> list[str]:
-    """Every kind of text that a study on the concept needs a tokenizer for."""
-    prompts = [p.text for cue in race.cues for kind in ("implicit", "explicit") for p in behaviour_prompts(race, cue, kind)[::7]]
-    assert race.awareness is not None
-    sentences = [s.format(x="black", y="white") for s in (*race.awareness.sentences, *race.awareness.restatements)]
-    words = [w for c in race.categories.values() for w in (*c.positive, *c.negative)]
-    asked = [q.text.format(x=q.placeholder) for q in race.interpretations.values()]
-    phrases = [race.steering_phrase(n).format(marked="black", unmarked="white") for n in (*race.senses, *race.controls)]
-    asked += [q.text.format(x=q.placeholder) for q in race.selfie.values()]
-    sentences += [s.format(x="black", y="white") for c in race.contexts.values() for s in (*c.train, *c.test)]
-    words += [w for sense in race.senses.values() for w in (*sense.words, *sense.lexicon)]
-    often = [f"{name}: black and white." for name in ("Race", "Color", "Random")] * 20    # single tokens, as in Llama 3
-    return [*prompts, *sentences, *asked, *phrases, *often, " ".join(words), "race color black white - , . I agree disagree 1 2 3 4 5"]
+    return study_texts(race)
 
 
 @pytest.fixture(scope="session")

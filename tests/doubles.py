@@ -8,6 +8,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from alignblind_mi.concept import Concept
+from alignblind_mi.prompts import behaviour_prompts
+
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -59,6 +62,21 @@ def llama3_double(folder: Path, texts: list[str]) -> Path:
     model.save_pretrained(folder, max_shard_size="12MB")
     byte_level_tokenizer(texts).save_pretrained(folder)
     return folder
+
+
+def study_texts(race: Concept) -> list[str]:
+    """Every kind of text that a study on the concept needs a tokenizer for."""
+    prompts = [p.text for cue in race.cues for kind in ("implicit", "explicit") for p in behaviour_prompts(race, cue, kind)[::7]]
+    assert race.awareness is not None
+    sentences = [s.format(x="black", y="white") for s in (*race.awareness.sentences, *race.awareness.restatements)]
+    words = [w for c in race.categories.values() for w in (*c.positive, *c.negative)]
+    asked = [q.text.format(x=q.placeholder) for q in race.interpretations.values()]
+    phrases = [race.steering_phrase(n).format(marked="black", unmarked="white") for n in (*race.senses, *race.controls)]
+    asked += [q.text.format(x=q.placeholder) for q in race.selfie.values()]
+    sentences += [s.format(x="black", y="white") for c in race.contexts.values() for s in (*c.train, *c.test)]
+    words += [w for sense in race.senses.values() for w in (*sense.words, *sense.lexicon)]
+    often = [f"{name}: black and white." for name in ("Race", "Color", "Random")] * 20    # single tokens, as in Llama 3
+    return [*prompts, *sentences, *asked, *phrases, *often, " ".join(words), "race color black white - , . I agree disagree 1 2 3 4 5"]
 
 
 # As Llama 3's: the BOS first, the content trimmed, the system prompt a turn of its own.
