@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-MEMORY = 2 << 30  # bytes beyond what is loaded when the table begins
+MEMORY = 1 << 30  # bytes beyond what is loaded when the table begins
 LONGEST_SENTENCE = 1200  # characters: a value of 5,000 is to be named, not repeated
 LONG = 100  # of a longer value its beginning is enough
 # How far a case may go before it must have ended: `check` loads no weights, `load` does, `full` may do all.
@@ -391,7 +391,7 @@ def _judge_sentence(ending: Ending) -> None:
         ending.fault("sentence", f"control characters: {ending.sentence}")
 
 
-TOLD = ("code", "stdout", "stderr", "seconds", "faults", "kind")    # of an ending, by the fork that saw it
+TOLD = ("code", "stdout", "stderr", "seconds", "faults", "kind")  # of an ending, by the fork that saw it
 
 
 def run_all(
@@ -399,7 +399,7 @@ def run_all(
 ) -> list[Ending]:
     """Every case in a folder of its own, which is removed after it.
 
-    They run in one fork of this process. What cannot be interrupted (a hang or crash outside of Python) ends it; the rest goes on in another.
+    They run in one fork of this process, which only a hang or crash outside of Python ends; the rest then goes on in another.
     """
     endings: list[Ending] = []
     while len(endings) < len(cases):
