@@ -69,7 +69,7 @@ LAYERS = (
     "early,late",
     "0x1",
 )
-LISTS = (*TEXTS, ",", ",,", "None")
+LISTS = (*TEXTS, "None")
 
 # Bad values of each option, by name; by (verb, name) where a verb has others. Flags are found by themselves.
 BAD: dict[str | tuple[str, str], Sequence[str]] = {
@@ -118,7 +118,7 @@ BAD: dict[str | tuple[str, str], Sequence[str]] = {
     "word_pairs": WHOLE,
     "wanted": (*SHARE, "0", "1"),
     "alpha": (*SHARE, "0", "1"),
-    "seeds": (*WHOLE, ",", "1,,2", "\u00b2", "0,-1", "0;1", "0x1"),
+    "seeds": (*(value for value in WHOLE if value != "1,5"), ",", "1,,2", "\u00b2", "0,-1", "0;1", "0x1"),
     "jobs": WHOLE,
     "rule": (*NAMES, "ROBUST"),
     "by": (*LISTS, "model,abc", "answer"),
@@ -175,17 +175,18 @@ def verbs() -> list[str]:
 def sound(verb: str, place: Place, without: str = "") -> list[str]:
     """A command line of a verb with which nothing is wrong; `without` an argument that a case gives itself."""
     tiny, out = str(place.inputs / "chatty"), ["--out", str(place.out)]
-    pair = ["--base", tiny, "--aligned", tiny, "--quick"]
+    small = ["--concept", str(place.inputs / "small.toml")]
+    pair, one = ["--base", tiny, "--aligned", tiny, "--quick", *small], ["--model", tiny, "--quick", *small]
     lines = {
         "study": [*pair, *out],
         "forecast": [*pair, "--no-rate"],
         "compare": [*pair, *out],
-        "bias": ["--model", tiny, "--quick", *out],
-        "awareness": ["--model", tiny, "--quick", *out],
-        "patch": ["--model", tiny, "--quick", *out],
-        "steer": ["--model", tiny, "--quick", *out],
-        "lora": ["--model", tiny, *out],
-        "doctor": [tiny, "--no-drift"],
+        "bias": [*one, *out],
+        "awareness": [*one, *out],
+        "patch": [*one, *out],
+        "steer": [*one, *out],
+        "lora": ["--model", tiny, *small, *out],
+        "doctor": [tiny, "--no-drift", *small],
         "power": ["--untreated", ".9", "--treated", ".5"],
         "report": [str(place.inputs / "studied")],
         "calibrate": ["--quick", *out],
@@ -419,9 +420,9 @@ ASKS = {  # verbs that read a whole model, with their options; `check` reads its
     "patch": "--model",
     "steer": "--model",
     "lora": "--model",
-    "study": "--aligned",
-    "compare": "--base",
-    "forecast": "--base",
+    "study": "--base",
+    "compare": "--aligned",
+    "forecast": "--aligned",
     "doctor": "",
 }
 
@@ -458,21 +459,21 @@ def model_cases() -> Iterator[Case]:
         return Case(verb, f"model/{file}", label, run, expect, stage, ("themodel", file), (1, 2) if verb == "doctor" else (2,))
 
     loads = [verb for verb in turns if verb != "forecast"]  # forecast reads no weights
+    asks = [verb for verb in loads if verb != "lora"]  # training generates nothing
+    links = ("FIFO", "symlink loop", "dangling symlink", "empty")  # as if the file were not there, which is optional
     for label, damage in {**MISSING, **JSON}.items():
         yield case("tiny", "config.json", label, damage)
         yield case("tiny", "tokenizer.json", label, damage)
         if label != "missing":
-            yield case(
-                "tiny", "tokenizer_config.json", label, damage, expect="either" if label in ("empty", "dangling symlink") else "refuse"
-            )
+            yield case("tiny", "tokenizer_config.json", label, damage, expect="either" if label in links else "refuse")
             yield case(
                 "tiny",
                 "generation_config.json",
                 label,
                 damage,
                 "load",
-                pool=loads,
-                expect="either" if label == "dangling symlink" else "refuse",
+                pool=asks,
+                expect="either" if label in links else "refuse",
             )
         yield case("sharded", "model.safetensors.index.json", label, damage, "load", pool=loads)
     for label, damage in {**MISSING, **TENSORS}.items():
@@ -480,9 +481,10 @@ def model_cases() -> Iterator[Case]:
         yield case("sharded", "model-00001-of-00001.safetensors", label, damage, "load", pool=loads)
     for name, values in CONFIG_FIELDS.items():
         for label, value in values.items():
-            yield case("tiny", "config.json", f"{name}: {label}", with_fields(**{name: value}), "load", pool=loads)
-            if label in ("huge", "nan", "abc", "-1"):
-                yield case("tiny", "config.json", f"{name}: {label}", with_fields(**{name: value}), pool=["forecast"])
+            expect = "either" if name in ("architectures", "auto_map", "dtype", "quantization_config") else "refuse"
+            yield case("tiny", "config.json", f"{name}: {label}", with_fields(**{name: value}), "load", expect, pool=loads)
+            if label in ("huge", "nan", "abc", "-1"):  # a size that does not fit is what a forecast is for
+                yield case("tiny", "config.json", f"{name}: {label}", with_fields(**{name: value}), "check", "either", pool=["forecast"])
     shard, index = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
     for label, other in {
         "above the folder": "../outside.safetensors",
@@ -509,7 +511,7 @@ def model_cases() -> Iterator[Case]:
             with_fields(**change),
             "load",
             pool=loads,
-            expect="either" if label == "length: abc" else "refuse",
+            expect="either" if label in ("length: abc", "class: abc") else "refuse",
         )
     for label, change in {
         "model: abc": {"model": "abc"},
@@ -535,11 +537,13 @@ def model_cases() -> Iterator[Case]:
         "eos: huge": {"eos_token_id": 10**9},
         "eos: nested": {"eos_token_id": [[1]]},
     }.items():
-        yield case("tiny", "generation_config.json", label, with_fields(**change), "load", pool=loads)
+        yield case("tiny", "generation_config.json", label, with_fields(**change), "load", pool=asks)
     chats = [verb for verb in turns if verb not in ("lora", "doctor")]
     for label, template in TEMPLATES.items():
-        yield case("chatty", "chat_template.jinja", label, _text(template), more=("--chat",), pool=chats)
-        yield replace(case("chatty", "chat_template.jinja", label, _text(template), more=("--chat",), pool=chats), value=f"{label} (again)")
+        stage = "load" if label == "upper case" else "check"  # what it does to a prompt is seen when one is asked
+        for turn in ("", " (again)"):
+            pool = [verb for verb in chats if verb != "forecast"] if stage == "load" else chats
+            yield case("chatty", "chat_template.jinja", label + turn, _text(template), stage, more=("--chat",), pool=pool)
     for label, damage in TEXT.items():
         yield case(
             "chatty",
@@ -739,6 +743,7 @@ YAML_SOUND = {  # values that are well after all
     ("base.offload_folder", '"a\\nb"'),
     ("aligned.offload_folder", '"a\\nb"'),
     ("cue", '""'),
+    *((f"{role}.offload_folder", value) for role in ("base", "aligned") for value in ('""', '"a\\0b"', '"\\ud800"')),
     ("base.device_map", "{}"),
     ("aligned.device_map", "{}"),
 }
@@ -786,7 +791,7 @@ def yaml_cases() -> Iterator[Case]:
 
             def write(place: Place, head: str = head, tail: str = tail, value: str = value) -> str:
                 model = place.inputs / "chatty"
-                lines = {"base": str(model), "aligned": str(model), "quick": "true"}
+                lines = {"base": str(model), "aligned": str(model), "quick": "true", "concept": str(place.inputs / "small.toml")}
                 if head in ("base", "aligned"):
                     lines[head] = f"{{name: {value}}}" if tail == "name" else f"{{name: {model}, {tail}: {value}}}"
                 else:
@@ -900,7 +905,8 @@ def data_cases() -> Iterator[Case]:
         "context: 1 MB": {"context": "x " * 500_000},
     }
     for label, change in changes.items():
-        yield case("compare", "bbq.jsonl", "thebbq.jsonl", label, _text(json.dumps({**item, **change}) + "\n"))
+        expect = "either" if label in ("context: empty", "context: 1 MB") else "refuse"
+        yield case("compare", "bbq.jsonl", "thebbq.jsonl", label, _text(json.dumps({**item, **change}) + "\n"), expect)
     line = interpretations()[0]
     for label, entry in {
         "interpretation: number": {**line, "interpretation": 7},
@@ -913,7 +919,8 @@ def data_cases() -> Iterator[Case]:
         "no interpretation": {"prompt": "x"},
         "an empty list": {**line, "interpretation": []},
     }.items():
-        yield case("score", "read.jsonl", "theread.jsonl", label, _text(json.dumps(entry) + "\n"))
+        expect = "either" if label in ("layer: nan", "layer: -1") else "refuse"
+        yield case("score", "read.jsonl", "theread.jsonl", label, _text(json.dumps(entry) + "\n"), expect)
     ((key, answers),) = list(released().items())[:1]
     for label, data in {
         "empty object": {},
@@ -944,12 +951,13 @@ def result_cases() -> Iterator[Case]:
                 return [verb, str(folder)]
             return [*sound(verb, place), "--out", str(folder)]
 
-        return Case(verb, f"results/{file}", label, run, expect, named=("theresults",))
+        writes = ("theresults/tables", "theresults/figures", "theresults/views", "theresults/report") if verb == "report" else ()
+        return Case(verb, f"results/{file}", label, run, expect, named=("theresults",), writes=writes)
 
     for label, damage in {**MISSING, **JSON}.items():
         yield case("report", "studied", "study.json", label, damage)
         yield case("report", "studied", "behaviour_base.json", label, damage)
-        yield case("report", "studied", "behaviour_base.parquet", label, damage)
+        yield case("report", "studied", "behaviour_base.parquet", label, damage, "either" if label == "missing" else "refuse")
         yield case("bias", "biased", "study.json", label, damage)
         yield case("bias", "biased", "balanced_model.json", label, damage)
         if label != "missing":
@@ -1041,12 +1049,24 @@ def odd_lines() -> Iterator[Case]:
     yield case("steer", "positions of a replacement", "--positions", "prompt", named=("positions", "prompt"))
     yield case("steer", "a control for another method", "--method", "pca", "--sense", "random", named=("random",))
     yield case("bias", "system without chat", "--system", "x", named=("system",))
-    yield case("bias", "chat without a template", "--chat", "--model", "organism:aligned", named=("organism:aligned",))
+    yield case("bias", "chat without a template", "--concept", "race", "--chat", "--model", "organism:aligned", named=("organism:aligned",))
     yield case("bias", "organism on another concept", "--model", "organism:aligned", "--concept", "religion", named=("religion",))
-    yield case("bias", "quantised organism", "--model", "organism:aligned", "--quantization", "8bit", named=("8bit", "quantiz", "quantis"))
+    yield case(
+        "bias",
+        "quantised organism",
+        "--concept",
+        "race",
+        "--model",
+        "organism:aligned",
+        "--quantization",
+        "8bit",
+        named=("8bit", "quantiz", "quantis"),
+    )
     yield case(
         "forecast",
         "quantised organism",
+        "--concept",
+        "race",
         "--base",
         "organism:base",
         "--aligned",
@@ -1109,7 +1129,19 @@ def sound_cases() -> Iterator[Case]:
     yield at_results("bias", "biased", "what is there already", ("theresults/.",))
     yield at_results("report", "studied", "a study", ("theresults",))
     yield at_results("score", "studied", "a study", ())
-    yield case("bias", "resumed where it was", "--model", "{inputs}/chatty", "--quick", "--temperature", "0", "--out", "{inputs}/biased")
+    yield case(
+        "bias",
+        "resumed where it was",
+        "--model",
+        "{inputs}/chatty",
+        "--quick",
+        "--temperature",
+        "0",
+        "--concept",
+        "{inputs}/small.toml",
+        "--out",
+        "{inputs}/biased",
+    )
     yield Case("alignblind", "sound", "version", lambda place: ["--version"], "succeed", "full")
     yield Case("alignblind", "sound", "help", lambda place: ["--help"], "succeed", "full")
 
@@ -1143,7 +1175,7 @@ def make_results(inputs: Path) -> None:
     from alignblind_mi.results import load_result
 
     tiny = str(inputs / "chatty")
-    quick = ["--model", tiny, "--quick", "--temperature", "0"]
+    quick = ["--model", tiny, "--quick", "--temperature", "0", "--concept", str(inputs / "small.toml")]
     _done(["bias", *quick, "--out", str(inputs / "biased")])
     _done(["steer", *quick, "--method", "mean_difference", "--layers", "1-2", "--out", str(inputs / "steered")])
     shutil.copy(inputs / "biased" / "balanced_model.parquet", inputs / "rows.parquet")

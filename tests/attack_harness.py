@@ -32,7 +32,9 @@ STAGES = ("check", "load", "full")
 LIMITS = {"check": 5.0, "load": 10.0, "full": 60.0}  # seconds of this process; BLOCKED times as many of the clock
 BLOCKED = 2
 EXPECTED = ("refuse", "succeed", "either")
-PROGRESS = re.compile(r"note: |\[\d+/\d+\] |[^\n]+ runs on the plain engine: ")  # what may stand before a refusal
+PROGRESS = re.compile(
+    r"note: |[\w ,/-]+: (ok|warn|fail|skipped)$|\[\d+/\d+\] |[^\n]+ runs on the plain engine: "
+)  # what may stand before a refusal
 
 
 class TimeUp(BaseException):
@@ -342,7 +344,7 @@ def _judge_files(ending: Ending, place: Place, before: dict[str, str], watched: 
 
 def _may(change: str, case: Case, before: dict[str, str]) -> bool:
     """Whether a case may change this: what is new in its out folder (unless it should be refused before), and what it is allowed to."""
-    inside = change.startswith(("out/", "out ")) or any(change.startswith(name) for name in case.writes)
+    inside = change.startswith(("out/", "out ", ".out.")) or any(change.startswith(name) for name in case.writes)
     if not change.endswith("is new"):
         return any(change.startswith(name) for name in case.writes)
     return inside and (case.expect != "refuse" or case.stage != "check")
@@ -363,12 +365,14 @@ def _judge_words(ending: Ending) -> None:
         said = ending.stdout
     elif "\u2500 Error \u2500" in ending.stderr:
         said = ending.stderr  # typer's own refusal of an option
-    else:
+    elif code == 2:
         said = ending.stderr
         _judge_sentence(ending)
+    else:
+        return  # a page of its own says it: `doctor`
     bare = re.sub(r"[\u2502\s]+", "", said)
     kind = "unnamed" if said is ending.stderr and "\u2500 Error \u2500" not in said else "unnamed by typer"
-    if code == 2 and case.named and not any(re.sub(r"\s+", "", name) in bare for name in case.named):
+    if case.named and not any(re.sub(r"\s+", "", name) in bare for name in case.named):
         ending.fault(
             kind if not case.on_stdout else "unnamed",
             f"does not say {' or '.join(shown(name, 40) for name in case.named[:3])}: {ending.sentence}",
@@ -451,7 +455,8 @@ def _ended(case: Case, kind: str, said: str) -> Ending:
 
 def names_of(value: str) -> tuple[str, ...]:
     """Ways in which a sentence may say a value: itself, as Python or escapes write it, as a number; of a long one its beginning."""
-    found = [value, repr(value)[1:-1], shown(value, 10_000)]
+    found = [value, repr(value)[1:-1], shown(value, 10_000), value.removeprefix("organism:")]
+    found += [f"'{part}'" for part in value.split(",")] if "," in value else []
     with contextlib.suppress(ValueError):
         found.append(repr(float(value)))
         found.append(f"{float(value):g}")

@@ -187,7 +187,10 @@ TEMPLATES = {
 def make_inputs(root: Path) -> Path:
     """Sound files of every kind, tiny: models, an adapter, a concept, a study file, BBQ, released answers and interpretations."""
     race = load_concept("race")
-    words = sorted({w for text in study_texts(race) for w in re.findall(r"\[MASK\]|\w+|[^\w\s]", text)})
+    small = resources.files("alignblind_mi") / "templates" / "concept.toml"
+    (root / "small.toml").write_text(small.read_text("utf-8"), "utf-8")
+    texts = [text for concept in (race, load_concept(root / "small.toml")) for text in study_texts(concept)]
+    words = sorted({w for text in texts for w in re.findall(r"\[MASK\]|\w+|[^\w\s]", text)})
     words += ["user", "assistant", "system"]
     tiny_llama(root / "tiny", words)
     tiny_llama(root / "chatty", words, chat_template=TINY_CHAT)
@@ -195,8 +198,6 @@ def make_inputs(root: Path) -> Path:
     sharded(root / "tiny", root / "sharded")
     text = (resources.files("alignblind_mi") / "concepts" / "race.toml").read_text("utf-8")
     (root / "mine.toml").write_text(text, "utf-8")
-    small = (resources.files("alignblind_mi") / "templates" / "concept.toml").read_text("utf-8")
-    (root / "small.toml").write_text(small, "utf-8")
     (root / "study.yaml").write_text(study_yaml(root / "tiny"), "utf-8")
     (root / "bbq.jsonl").write_text("\n".join(json.dumps(item) for item in bbq_items()) + "\n", "utf-8")
     (root / "released.json").write_text(json.dumps(released()), "utf-8")

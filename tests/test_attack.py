@@ -150,4 +150,3 @@ def test_a_case_that_must_succeed_may_write_and_not_be_refused(tmp_path):
     assert ended(tmp_path / "a", write("out", 0), expect="succeed").kind == ""
     assert ended(tmp_path / "b", say(REFUSAL, 2), expect="succeed").kind == "refused"
     assert ended(tmp_path / "c", write("mine.txt", 0), expect="succeed").kind == "files"
-
