@@ -1,5 +1,6 @@
 """The command line: thin verbs over the public functions. Results go to standard output, everything else to standard error."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, no_type_check
@@ -40,8 +41,9 @@ from alignblind_mi.commands.power import power
 from alignblind_mi.commands.steer import steer
 from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.texts import json_text, middle_cut, safe_streams, say
+from alignblind_mi.texts import json_text, middle_cut, safe_streams, say, visible
 
+USAGE_ERROR = typer.BadParameter.__mro__[1]    # of click, which typer brings along
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
 organism_app = typer.Typer(no_args_is_help=True, help="The embedded model pairs: calibration devices, never evidence about a real model.")
@@ -234,6 +236,11 @@ def main() -> None:
     except AlignblindError as error:
         say(f"alignblind: {middle_cut(str(error), 1000)}", err=True)    # whatever was given may be of any length
         sys.exit(2)
+    except SystemExit as end:
+        if isinstance(end.__context__, USAGE_ERROR):    # typer's sentence names the option, not always what was given
+            given = visible(shlex.join(sys.argv[1:]), lines=False)
+            say(f"alignblind: the command line was: {middle_cut(given, 1000)}", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ def _check_settings(folder: Path) -> None:
             raise ModelError(f"{config} says {key} = {str(pattern)[:60]}: names with a number each, at most {1 << 16}, were expected; "
                              "save it anew.")
     weights = folder / "adapter_model.safetensors"
+    if not is_file(weights):    # a pickled file instead, which was asked for
+        return
     check_file(weights, "", ModelError, limit=1 << 40)
     with foreign(f"{weights} is damaged", ModelError, "save the adapter anew"), safe_open(str(weights), "pt") as file:
         file.keys()

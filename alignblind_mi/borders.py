@@ -17,6 +17,8 @@ from typing import Any
 from alignblind_mi.errors import AlignblindError
 
 NOTE, TABLE = 16 << 20, 1 << 30    # bytes: the largest note or configuration, and the largest file of answers, that is read
+MARGIN = 1 << 20    # bytes that a file may have grown by since it was looked at
+DEEPEST = 100    # parts of a dotted name: reading them takes the square of their number
 SAID = 300    # characters of a foreign error that are passed on
 
 
@@ -24,7 +26,7 @@ def said(error: BaseException) -> str:
     """What a foreign error says, in one line that is not too long, without its full stop; its kind where it says nothing."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]) if lines else type(error).__name__
     if isinstance(error, KeyError | AttributeError | TypeError | RecursionError | IndexError | AssertionError) and lines:
         text = f"{type(error).__name__}: {text}"    # of these the words alone say little
     return (text if len(text) <= SAID else text[: SAID - 3] + "...").rstrip(".: ")
@@ -72,7 +74,7 @@ def read_bytes(path: Path | str, what: str, kind: type[AlignblindError], *, limi
     check_file(path, what, kind, limit=limit, advice=advice)
     try:
         with Path(path).open("rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(min(limit, Path(path).stat().st_size + MARGIN) + 1)    # a buffer as large as it asks for is taken at once
     except (OSError, ValueError, MemoryError) as error:
         raise _unreadable(path, what, kind, advice, _reason(error)) from error
     if len(data) > limit:    # it grew meanwhile
@@ -159,6 +161,9 @@ def _called(value: Any) -> str:
 
 def parse_toml(text: str, where: str, kind: type[AlignblindError]) -> dict[str, Any]:
     """The tables of a TOML text. Errors: `kind` naming `where` and the line if it is not TOML."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.split("=")[0].count(".") > DEEPEST and not line.lstrip().startswith("#"):
+            raise kind(f"{where} is not valid TOML: the name in line {number} has more than {DEEPEST} parts.")
     found: dict[str, Any] = parsed(tomllib.loads, text, f"{where} is not valid TOML", kind)
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from alignblind_mi.borders import foreign, said
+from alignblind_mi.borders import foreign, has_halves, said
 from alignblind_mi.loading import ModelError
 from alignblind_mi.prompts import Prompt, PromptError, Span
 from alignblind_mi.settings import check_fields
@@ -32,6 +32,8 @@ class Chat:
 
     def __post_init__(self) -> None:
         check_fields(self, PromptError)
+        if has_halves(self.system):
+            raise PromptError(f"the system prompt {self.system!r} has half a character (a lone surrogate): write it anew.")
         try:
             datetime.date.fromisoformat(self.date)
         except ValueError:

@@ -7,14 +7,14 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignblind_mi.borders import NOTE, TABLE, check_file, foreign, is_folder, is_panic, said
+from alignblind_mi.borders import NOTE, TABLE, check_file, foreign, is_file, is_folder, is_panic, read_object, said
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.settings import check_fields
 from alignblind_mi.tokens import word_ids
@@ -99,7 +99,9 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     source = spec.source
     _check_folder(spec)
     with _clear_errors(spec), quiet():
-        return AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        tokenizer("")    # some settings that cannot be are found out only now
+    return tokenizer
 
 
 def load_generation_config(spec: ModelSpec, config: Any) -> Any:
@@ -128,7 +130,7 @@ def check_device(spec: ModelSpec) -> None:
         try:
             _check_device(given)
         except ModelError as error:
-            raise ModelError(f"the device map {given!r} cannot be used: give {', '.join(known)} or a device ({error})") from error
+            raise ModelError(f"the device map {given!r} cannot be used: give {', '.join(known)}, or a device: {error}") from error
     if spec.quantization is not None and torch.device(spec.device or "cpu").type == "mps":
         raise ModelError(f"{spec.quantization} loading does not run on {spec.device}: leave out the quantization, or use a CUDA GPU.")
 
@@ -155,6 +157,18 @@ def _check_folder(spec: ModelSpec) -> None:
             vocabulary = file.suffix in (".model", ".txt") or file.name in ("tokenizer.json", "vocab.json")
             limit = TABLE if vocabulary else NOTE * 4
             check_file(file, f"{spec.name}:", ModelError, limit=1 << 50 if file.suffix == ".safetensors" else limit)
+    generation = Path(spec.source) / "generation_config.json"
+    if is_file(generation):    # transformers passes over one that it cannot read
+        _check_ids(read_object(generation, "", ModelError, advice="save the checkpoint anew"), str(generation))
+
+
+def _check_ids(settings: Mapping[str, Any], where: str) -> None:
+    """Whether the special tokens that settings name can be tokens. Errors: ModelError naming the entry."""
+    for key in ("eos_token_id", "bos_token_id"):
+        given = settings.get(key)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and (type(value) is not int or not 0 <= value < SIZES["vocab_size"]):
+                raise ModelError(f"{where} says {key} = {str(value)[:60]}: the number of a token was expected; mend it.")
 
 
 SIZES = {"num_hidden_layers": 1000, "hidden_size": 1 << 17, "intermediate_size": 1 << 20, "num_attention_heads": 1 << 12,
@@ -172,6 +186,7 @@ def check_sizes(config: Any, name: str) -> None:
             if value is not None and (type(value) is not int or not 0 <= value <= most or (value == 0 and key in LEAST)):
                 raise ModelError(f"the configuration of {name} says {key} = {str(value)[:60]!s}: a whole number from 1 to {most:,} was "
                                  "expected; mend its config.json, or use another model.")
+    _check_ids(vars(text), f"the configuration of {name}")
     ropes = getattr(text, "rope_parameters", None)
     broken = {**{key: value for key, value in vars(text).items() if isinstance(value, float)},
               **{f"rope {key}": value for key, value in _numbers(ropes)}}
@@ -275,7 +290,8 @@ def _missing(spec: ModelSpec, hub: str) -> str:
 
 def token_count(tokenizer: Any, text: str) -> int:
     """How many tokens a text is, without special ones; 0 if the tokenizer does not know a part of it."""
-    return len(word_ids(tokenizer, text))
+    with foreign(f"the tokenizer cannot read {text!r}", ModelError, "choose another model, or another concept or cue"):
+        return len(word_ids(tokenizer, text))
 
 
 def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
@@ -286,7 +302,6 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
 
     assert spec.dtype is not None
     check_device(spec)
-    load_config(spec)    # its sizes
     options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder,
                                "use_safetensors": None if spec.allow_pickle else True, "trust_remote_code": spec.trust_remote_code}
     if spec.quantization is not None:

@@ -317,6 +317,8 @@ def load_result(path: Path | str) -> Result:
         rows, said = pd.read_parquet(path, page_checksum_verification=True), json.loads(note.read_text("utf-8"))
         if not isinstance(said, dict):
             raise ValueError("the provenance is no table")
+        if not _is_noted(said):
+            raise ValueError("the provenance is none of this project")
         digest = said.pop("digest", None)    # a version that kept none wrote the folder otherwise
         if digest is not None and digest != {"rows": _digest(path.read_bytes()),
                                              "note": _digest(json.dumps(said, indent=1).encode("utf-8", "surrogatepass"))}:
@@ -333,7 +335,11 @@ def _is_note(path: Path) -> bool:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and ("digest" in found or {"versions", "made"} <= set(found))
+    return isinstance(found, dict) and _is_noted(found)
+
+
+def _is_noted(provenance: Mapping[str, Any]) -> bool:
+    return "digest" in provenance or {"versions", "made"} <= set(provenance)
 
 
 def _is_of_old(folder: Path) -> bool:
@@ -409,6 +415,13 @@ class StudyFolder:
     def _file(self, name: str) -> Path:
         check_parts([name])
         return self.path / f"{name}.parquet"
+
+    def refuse_taken(self, names: Iterable[str]) -> None:
+        """Whether every missing part can be saved, found out before any is computed. Errors: ResultError for what stands in its place."""
+        for name in names:
+            if not self.has(name):
+                refuse_taken(self._file(name), what="--out")
+                refuse_taken(self._file(name).with_suffix(".json"), what="--out", mine=_is_note)
 
     def part(self, name: str, compute: Callable[[], Result]) -> Result:
         """The result `name`: read if it is there, else computed and saved."""

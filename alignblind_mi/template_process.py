@@ -17,7 +17,7 @@ from typing import Any
 from alignblind_mi import template_worker
 from alignblind_mi.errors import AlignblindError
 
-SECONDS, STARTING = 10, 120    # that one rendering, and the start of the process, may take
+SECONDS, STARTING = 4, 120    # that one rendering, and the start of the process, may take
 
 
 class TemplateRefusal(AlignblindError):

@@ -105,6 +105,7 @@ def test_what_cannot_be_scored_is_one_clear_error(race: Concept, tmp_path: Path)
     write(tmp_path / "list" / "data.json", "[]")
     write(tmp_path / "broken" / "a.parquet", "no parquet")
     write(tmp_path / "a.csv", "x")
+    write(tmp_path / "nothing.json", "{}")
     (tmp_path / "empty").mkdir()
     for path, said in (
         (tmp_path / "none", "does not exist"),
@@ -113,7 +114,7 @@ def test_what_cannot_be_scored_is_one_clear_error(race: Concept, tmp_path: Path)
         (tmp_path / "rest" / "readings.parquet", "no column 'answer'"),
         (tmp_path / "a.csv", "neither .json"),
         (tmp_path / "list", "data.json holds a JSON list"),
-        (tmp_path / "a.json", "holds an empty object"),
+        (tmp_path / "nothing.json", "holds an empty object"),
         (tmp_path / "foreign", "lacks the column"),
         (tmp_path / "broken", "is damaged"),
     ):

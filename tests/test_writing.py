@@ -44,7 +44,7 @@ FEW = LoraSettings(epochs=1, batch_size=64, accumulation=1)
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, texts) -> Path:
     words = sorted({w for text in texts for w in re.findall(r"\[MASK\]|\w+|[^\w\s]", text)})
-    return tiny_llama(tmp_path_factory.mktemp("small") / "model", words, layers=2)
+    return tiny_llama(tmp_path_factory.mktemp("small") / "model", words, layers=4)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from alignblind_mi.commands.options import (
     refuse_beside,
 )
 from alignblind_mi.concept import DEFAULT_CONCEPT
+from alignblind_mi.errors import AlignblindError
 from alignblind_mi.texts import say
 
 
@@ -75,6 +76,8 @@ def compare(
         config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, temperature=temperature, chat=chat,
                                     system=system, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
                                     engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    if bbq is None and bbq_items != 100:
+        raise AlignblindError(f"--bbq-items {bbq_items} was given without --bbq: give BBQ's files, or leave it out.")
     data, digest = {}, ""
     if bbq is not None:
         items = read_bbq(bbq, max_items=bbq_items, seed=config.seed)

@@ -57,11 +57,17 @@ def lora(
         raise AlignblindError(f"unknown kind {kind!r}. Known: {', '.join((*KINDS, *METHODS))}.")
     if merge is not None:
         refuse_taken(merge, what="--merge")
+        if merge.absolute() == out.absolute() or out.absolute() in merge.absolute().parents or merge.absolute() in out.absolute().parents:
+            raise AlignblindError(f"--merge {merge} and --out {out} lie in one another: give the checkpoint a folder of its own.")
+        if quantization is not None:
+            raise AlignblindError(f"--merge {merge} cannot be made of weights in {quantization}: quantised weights cannot carry an adapter "
+                                  "exactly; leave --quantization or --merge out.")
     spec = ModelSpec(model, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
                      trust_remote_code=trust_remote_code, allow_pickle=allow_pickle).resolved()
     data = load_concept(concept)
     check_model(spec)
     check_organism(spec, data)
+    data.both_senses()    # what is trained about
     asked: dict[str, Any] = {
         "rank": rank, "learning_rate": learning_rate, "epochs": epochs,
         "modules": None if modules is None else tuple(name.strip() for name in modules.split(","))}

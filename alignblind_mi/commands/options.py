@@ -32,8 +32,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON records and not
 
 
 def listed(text: str) -> list[str]:
-    """The names of a comma-separated option."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """The names of a comma-separated option; none where it is not given. Errors: AlignblindError for commas without names."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text and not names:
+        raise AlignblindError(f"{text!r} names nothing: give names with commas between them, or leave the option out.")
+    return names
 
 
 def refuse_beside(file: Path, context: Any, *, allowed: Sequence[str]) -> None:

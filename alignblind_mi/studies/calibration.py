@@ -105,6 +105,7 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: Jobs = 1, cac
     Finished parts are not measured again. Errors: OrganismError or ResultError for a cache or folder that cannot be used.
     """
     with interruptible(out), StudyFolder.claim(out, config.identity()) as folder:
+        folder.refuse_taken(member.name for member in config.members)
         _measure_all(config, folder, jobs, cache)
     return out
 

@@ -63,6 +63,7 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     check_parts(part_name("aligned", rival.name, name) for rival in plan.rivals for name in (*MEASURED, *data))
     identity = config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}
     with interruptible(out), StudyFolder.claim(out, identity) as folder:
+        folder.refuse_taken(part_name("aligned", rival.name, name) for rival in plan.rivals for name in (*MEASURED, *data))
         write_drawn(out, {"plan.json": (json.dumps(described(plan), indent=1) + "\n").encode()})
         _compute(config, concept, folder, plan, split, data)
     return out

@@ -194,6 +194,8 @@ class SteeringPlan:
             if value not in known:
                 raise SingleError(f"unknown {name} {value!r}. Known: {', '.join(filter(None, known))}.")
         places = tuple(name.strip() for name in positions.split(",") if name.strip())
+        if positions and not places:
+            raise SingleError(f"{positions!r} names no positions: give some of {', '.join(get_args(Positions))}, or leave them out.")
         unknown = [name for name in places if name not in get_args(Positions)]
         if unknown:
             raise SingleError(f"unknown positions {unknown[0]!r}. Known: {', '.join(get_args(Positions))}.")
@@ -206,6 +208,13 @@ class SteeringPlan:
         replaces = (how or ("replace" if method == "replacement" else "add")) == "replace"
         if replaces != (method == "replacement"):
             raise SingleError(f"the method {method} cannot {how or 'replace'}: replacement replaces, all others add or ablate.")
+        if method != "replacement" and sense not in (concept.group_sense, concept.other_sense):
+            raise SingleError(f"the method {method} leads from one sense to the other ({concept.group_sense}, {concept.other_sense}); "
+                              f"{sense!r} is neither: replacement takes controls.")
+        if replaces and places not in ((), ("identifiers",)):
+            raise SingleError(f"a replacement acts at the identifiers alone, not at {positions}: leave the positions out.")
+        if "prompt" in places and {"identifiers", "last"} & set(places):
+            raise SingleError(f"the positions {positions} name tokens twice: the whole prompt holds its identifiers and its last token.")
         if factors != (1.0,) and replaces:
             raise SingleError("a replacement has no strength: choose another method to add a vector in doses.")
         return cls(sense, method, how or None, tuple(map(tuple, groups)), factors, places or None)    # type: ignore[arg-type]

@@ -255,6 +255,7 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
     identity, begun = config.identity(), StudyFolder(out)
     finished = begun.holds(identity, [part.name for part in parts])    # then nothing is written, and nobody is kept out
     with interruptible(out), nullcontext(begun) if finished else StudyFolder.claim(out, identity) as folder:
+        folder.refuse_taken(part.name for part in parts)
         _compute(config, concept, folder, parts, split)
     return out
 
@@ -295,7 +296,7 @@ def check_fits(config: StudyConfig, injected: Collection[str], *, lora: bool) ->
     concept = load_concept(config.concept)
     if concept.has_senses(config.cue) and concept.selfie:
         concept.selfie_prompt(config.selfie)
-    for spec in {config.base if role == "base" else config.aligned: None for role in injected}:
+    for spec in (config.base if role == "base" else config.aligned for role in sorted({*injected})):
         depth = int(load_config(spec).get_text_config().num_hidden_layers)
         if config.target_layer >= depth:
             raise ModelError(f"target_layer {config.target_layer} does not exist: {spec.name} has the layers 0 to {depth - 1}.")
