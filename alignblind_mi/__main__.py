@@ -234,7 +234,7 @@ def main() -> None:
     try:
         app()
     except AlignblindError as error:
-        say(f"alignblind: {middle_cut(str(error), 1000)}", err=True)    # whatever was given may be of any length
+        say(f"alignblind: {middle_cut(visible(error, lines=False), 1000)}", err=True)    # whatever was given may be of any length
         sys.exit(2)
     except SystemExit as end:
         if isinstance(end.__context__, USAGE_ERROR):    # typer's sentence names the option, not always what was given

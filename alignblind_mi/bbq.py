@@ -114,6 +114,14 @@ def _read(file: Path, targets: Mapping[tuple[str, str], int | None] | None) -> l
 
 
 def _item(data: Mapping[str, Any], targets: Mapping[tuple[str, str], int | None] | None) -> BBQItem:
+    for key in ("context", "question", "ans0", "ans1", "ans2", "category"):
+        if not isinstance(data[key], str):
+            raise ValueError(f"{key} is {data[key]!r}, expected a text")
+    for key, kinds in (("label", (int,)), ("example_id", (int, str)), ("question_index", (int, str))):
+        if type(data[key]) not in kinds:
+            raise ValueError(f"{key} is {data[key]!r}, expected a number")
+    if not isinstance(data["additional_metadata"]["stereotyped_groups"], list):
+        raise ValueError(f"stereotyped_groups is {data['additional_metadata']['stereotyped_groups']!r}, expected a list")
     groups = [str(data["answer_info"][f"ans{i}"][1]) for i in range(3)]
     unknown = [i for i, group in enumerate(groups) if group == UNKNOWN]
     for key, known in (("question_polarity", POLARITIES), ("context_condition", CONDITIONS)):

@@ -11,6 +11,7 @@ import os
 import stat
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,18 @@ def parsed(parse: Callable[[str], Any], text: str, problem: str, kind: type[Alig
 def read_json(path: Path | str, what: str, kind: type[AlignblindError], *, limit: int = NOTE, advice: str = "") -> Any:
     """What a JSON file holds. Errors: `kind` as `read_text`, and for text that is no valid JSON or has halves of characters."""
     text = read_text(path, what, kind, limit=limit, advice=advice)
-    found = parsed(json.loads, text, f"{named(what, path)} is damaged, no valid JSON", kind, advice)
+    found = parsed(partial(json.loads, object_pairs_hook=_each_once), text, f"{named(what, path)} is damaged, no valid JSON", kind, advice)
     if "\\u" in text and has_halves(found):
         raise kind(f"{named(what, path)} is damaged: it has half a character (a lone surrogate){f'; {advice}' if advice else ''}.")
+    return found
+
+
+def _each_once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are there once: of two, JSON would drop one without a word."""
+    found = dict(entries)
+    if len(found) < len(entries):
+        keys = [key for key, _ in entries]
+        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)!r} is there twice")
     return found
 
 
@@ -170,5 +180,5 @@ def parse_toml(text: str, where: str, kind: type[AlignblindError]) -> dict[str, 
 
 def named(what: str, path: Path | str) -> str:
     """What a file is and its path, as a sentence can hold it: not longer than a line or two, no character that cannot be printed."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(path))
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
     return f"{what} {text if len(text) <= SAID else f'{text[:60]}... ({len(text):,} characters)'}".lstrip()

@@ -260,7 +260,7 @@ def _name_problems(file: _Sound) -> list[str]:
     for table, value in file.data.items():
         kind = _FILE[table].kind
         names = list(value) if kind == "tables" else [entry.get("name") for entry in value] if kind == "list" else []
-        given = [one for one in names if isinstance(one, str) and one]
+        given = [one for one in names if isinstance(one, str) and (one or kind == "tables")]
         found += [f"[{table}] {_shown(one)}: the name {problem}" for one in given if (problem := name_problem(one))]
         small = Counter(one.lower() for one in dict.fromkeys(given))
         found += [f"[{table}] {one!r}: some file systems do not tell it from another name in small letters" for one in given

@@ -24,7 +24,7 @@ from alignblind_mi.blocks import decoder_layers
 from alignblind_mi.borders import foreign, is_file, named, read_object
 from alignblind_mi.edits import Treatment, adapter_name
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.loading import ModelSpec, fingerprint, load_config, load_huggingface, quiet
+from alignblind_mi.loading import ModelSpec, fingerprint, load_config, load_huggingface, load_tokenizer, quiet
 from alignblind_mi.progress import interruptible
 from alignblind_mi.prompts import Prompt, Span
 from alignblind_mi.results import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, versions, write_text
@@ -132,7 +132,7 @@ def choose_layers(which: str | Sequence[int], n_layers: int) -> list[int]:
     wrong = next((layer for layer in found if not 0 <= layer < n_layers), None)
     if wrong is not None or not found:
         said = "no layers are given" if wrong is None else f"layer {shown(wrong)} does not exist"
-        raise LoraError(f"{said}: the model has layers 0-{n_layers - 1}.")
+        raise LoraError(f"{said}: the model has layers 0-{n_layers - 1}{f', got {which!r}' if isinstance(which, str) else ''}.")
     return sorted(set(found))
 
 
@@ -203,7 +203,8 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_length: int, *, iden
     """
     unknown, encoded = tokenizer.unk_token_id, list[Item]()
     for example in examples:
-        text = tokenizer(example.text, return_offsets_mapping=identifiers)
+        with foreign("the tokenizer cannot read an example", LoraError, "choose another model or concept"):
+            text = tokenizer(example.text, return_offsets_mapping=identifiers)
         ids = text["input_ids"]
         completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         if unknown is not None and unknown in ids + completion:
@@ -283,6 +284,7 @@ def finetune(job: Job, out: Path) -> Treatment:
     identity = job.identity()
     if not _is_trained(out):
         check_modules(job.spec, job.settings.modules)
+        load_tokenizer(job.spec)    # refused before a folder is made
         with _alone(out), interruptible(_draft(out), "finished epochs"):
             if not _is_trained(out):    # by a process that was faster
                 _make(job, out, identity)

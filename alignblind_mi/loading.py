@@ -59,6 +59,8 @@ class ModelSpec:
             raise ModelError(f"unknown dtype {self.dtype!r}. Known: {', '.join(DTYPES)}.")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ModelError(f"unknown quantization {self.quantization!r}. Known: {', '.join(QUANTIZATIONS)}.")
+        if self.device == "":
+            raise ModelError("the device '' has no name: give cpu, cuda or mps, or leave it out.")
         if self.engine not in ENGINES:
             raise ModelError(f"unknown engine {self.engine!r}. Known: {', '.join(ENGINES)}.")
 
@@ -196,7 +198,8 @@ def check_sizes(config: Any, name: str) -> None:
                              "its config.json, or use another model.")
 
 
-LEAST = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")    # without which there is no model
+LEAST = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size",
+         "max_position_embeddings")    # without which there is no model
 
 
 def _numbers(table: Any) -> Iterator[tuple[str, float]]:

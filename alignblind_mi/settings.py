@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from alignblind_mi.errors import AlignblindError
 
@@ -94,14 +94,16 @@ def checked(value: Any, hint: Any, name: str, kind: type[AlignblindError], *, bo
     if get_origin(base) in (Union, UnionType):
         return _any_of(value, get_args(base), hint, name, kind, bounds)
     if get_origin(base) is Literal:
-        _refuse(value in get_args(base), f"unknown {name} {shown(value)}. Known: {', '.join(map(str, get_args(base)))}.", kind)
+        if value not in get_args(base):
+            raise kind(f"unknown {name} {shown(value)}. Known: {', '.join(map(str, get_args(base)))}.")
     elif base in (int, float):
         return _number(value, hint, name, kind, bounds)
     elif get_origin(base) is Sequence or (get_origin(base) is tuple and get_args(base)[-1] is Ellipsis):
         return _list(value, hint, name, kind, bounds)
     elif base in SAID or is_dataclass(base) or get_origin(base) in (dict, Mapping):
         plain = get_origin(base) or base
-        _refuse(isinstance(value, plain), f"{name} must be {said(base)}, got {shown(value)}.", kind)
+        if not isinstance(value, plain):
+            raise kind(f"{name} must be {said(base)}, got {shown(value)}.")
     return value
 
 
@@ -137,11 +139,6 @@ def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
 
 
-def _refuse(holds: bool, sentence: str, kind: type[AlignblindError]) -> None:
-    if not holds:
-        raise kind(sentence)
-
-
 def _any_of(value: Any, options: Sequence[Any], hint: Any, name: str, kind: type[AlignblindError], bounds: bool) -> Any:
     """The value as the first of several types that it has the form of."""
     if value is None and NoneType in options:
@@ -162,13 +159,15 @@ def _any_of(value: Any, options: Sequence[Any], hint: Any, name: str, kind: type
 def _number(value: Any, hint: Any, name: str, kind: type[AlignblindError], bounds: bool) -> int | float:
     base, marks = _parts(hint)
     form = numbers.Integral if base is int else numbers.Real
-    _refuse(isinstance(value, form) and not isinstance(value, bool), f"{name} must be {SAID[base]}, got {shown(value)}.", kind)
+    if not isinstance(value, form) or isinstance(value, bool):
+        raise kind(f"{name} must be {SAID[base]}, got {shown(value)}.")
     plain: int | float = int(value) if isinstance(value, numbers.Integral) else value if isinstance(value, float) else float(value)
     if bounds:
         for bound in (mark for mark in marks if isinstance(mark, Bound)):
             usual = f"{name} must be a finite number, got {{value}}." if not _finite(plain) else f"{name} must be {bound}, got {{value}}."
             holds = _finite(plain) and bound.holds(plain)
-            _refuse(holds, (bound.sentence or usual).replace("{name}", name).replace("{value}", shown(plain)), kind)
+            if not holds:
+                raise kind((bound.sentence or usual).replace("{name}", name).replace("{value}", shown(plain)))
     return plain
 
 
@@ -186,22 +185,25 @@ def _list(value: Any, hint: Any, name: str, kind: type[AlignblindError], bounds:
     if isinstance(value, str) and get_origin(base) is Sequence and _is_text(each):
         value = (value,)
     right = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, set, frozenset))
-    _refuse(right, f"{name} must be {said(base)}, got {shown(value)}.", kind)
+    if not right:
+        raise kind(f"{name} must be {said(base)}, got {shown(value)}.")
     found = tuple(checked(one, each, name if _is_text(each) and get_origin(each) is Literal else f"{name}[{i}]", kind, bounds=bounds)
                   for i, one in enumerate(_bounded(value, name, kind)))
     if bounds and any(mark.once for mark in marks if isinstance(mark, Listed)):
         seen: set[Any] = set()
         twice = [one for one in found if one in seen or seen.add(one)]    # type: ignore[func-returns-value]
-        _refuse(not twice, f"{name} names {shown(twice[0]) if twice else ''} twice: give each once.", kind)
-    if bounds and any(mark.some for mark in marks if isinstance(mark, Listed)):
-        _refuse(bool(found), f"{name} is empty: give one at least.", kind)
+        if twice:
+            raise kind(f"{name} names {shown(twice[0])} twice: give each once.")
+    if bounds and not found and any(mark.some for mark in marks if isinstance(mark, Listed)):
+        raise kind(f"{name} is empty: give one at least.")
     return found
 
 
 def _bounded(value: Iterable[Any], name: str, kind: type[AlignblindError]) -> Iterable[Any]:
     steps = max(0, (value.stop - value.start) // value.step) if isinstance(value, range) else 0    # len may overflow
     size = len(value) if isinstance(value, Sized) and not steps else steps
-    _refuse(size <= MOST, f"{name} has {shown(size)} members: {MOST} are the most.", kind)
+    if size > MOST:
+        raise kind(f"{name} has {shown(size)} members: {MOST} are the most.")
     return value
 
 
@@ -217,11 +219,18 @@ def _is_text(hint: Any) -> bool:
 
 def check_fields(settings: Any, kind: type[AlignblindError]) -> None:
     """Check every field of a frozen dataclass by its type, from `__post_init__`. Errors: `kind` in one sentence that names the field."""
-    for field in fields(settings):
-        given = getattr(settings, field.name)
-        value = checked(given, field.type, field.name, kind)
+    for name, hint in _hints(settings.__class__):
+        given = getattr(settings, name)
+        value = checked(given, hint, name, kind)
         if value is not given:
-            object.__setattr__(settings, field.name, value)
+            object.__setattr__(settings, name, value)
+
+
+@functools.cache
+def _hints(kind: Any) -> tuple[tuple[str, Any], ...]:
+    """The fields of a dataclass and their types, also where these are written in quotes."""
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple((field.name, hints[field.name]) for field in fields(kind))
 
 
 def takes(kind: type[AlignblindError]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -232,6 +241,8 @@ def takes(kind: type[AlignblindError]) -> Callable[[Callable[P, R]], Callable[P,
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
         hints = {name: parameter.annotation for name, parameter in signature.parameters.items() if _says(parameter.annotation)}
+        if any(isinstance(parameter.annotation, str) for parameter in signature.parameters.values()):
+            raise TypeError(f"{function.__qualname__} has annotations in quotes, which say nothing here: name the types themselves.")
 
         @functools.wraps(function)
         def checking(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -299,7 +299,8 @@ def _read_cases(verb: str, option: Any) -> Iterator[Case]:
             beside = ["--out", str(place.out)] if verb in ("study", "compare") else []
             return [*verb.split(), *beside, "--", value]
 
-        yield Case(verb, option.opts[0], f"path: {kind or 'empty'}", run, named=("odd",) if kind else ("''", '""', option.opts[0]))
+        said = ("odd",) if kind else (".",)  # no path is the working folder
+        yield Case(verb, option.opts[0], f"path: {kind or 'empty'}", run, named=said)
 
 
 # ---- folders to write ----------------------------------------------------------------------------------------------------
@@ -408,8 +409,9 @@ def _out_cases(verb: str, option: Any) -> Iterator[Case]:
             def run(place: Place, make: Callable[[Path], str] = make) -> list[str]:
                 return [*sound(verb, place), *extra, f"{option.opts[0]}={make(place.folder / named)}"]
 
-            said = (named, option.opts[0]) if kind == "empty text" else (named,)
-            yield Case(verb, option.opts[0], kind, run, expect, named=said, writes=() if expect == "refuse" else (named, "=1+1"))
+            taken = expect if kind not in ("empty text", "a missing folder") else "either"    # the working folder; one that is made
+            writes = () if taken == "refuse" else (named, "=1+1")
+            yield Case(verb, option.opts[0], kind, run, taken, named=(named, ".", "=1+1"), writes=writes)
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------------------
@@ -601,7 +603,7 @@ def adapter_cases() -> Iterator[Case]:
         "r": {"0": 0, "-1": -1, "huge": 10**9, "abc": "abc", "other": 8, "null": None},
         "peft_type": {"abc": "abc", "null": None, "IA3": "IA3", "list": []},
         "lora_alpha": {"nan": float("nan"), "abc": "abc", "inf": float("inf")},
-        "target_modules": {"abc": ["abc"], "empty": [], "number": 7, "null": None},
+        "target_modules": {"abc": ["abc"], "empty": [], "number": 7},
         "task_type": {"abc": "abc"},
         "layers_to_transform": {"99": [99], "abc": "abc"},
         "base_model_name_or_path": {"number": 7},
@@ -694,7 +696,7 @@ def concept_cases() -> Iterator[Case]:
     for label, (old, new) in CONCEPT_EDITS.items():
         if old not in text:
             raise ValueError(f"race.toml has no {old!r} any more: the case {label!r} attacks nothing")
-        number = -1 if label in ("NUL in a word",) else 1
+        number = -1 if "{" in old or label == "NUL in a word" else 1    # the first field stands in a comment
 
         def edit(path: Path, old: str = old, new: str = new, number: int = number) -> None:
             path.write_text(path.read_text("utf-8").replace(old, new, number), "utf-8")
@@ -720,7 +722,7 @@ YAML_EXTRA = {
     "lora.learning_rate": ("0",),
     "lora.alpha": ("0",),
     "lora.batch_size": ("0",),
-    "lora.max_length": ("0", "1"),
+    "lora.max_length": ("0",),
     "balanced_pairs": ("0",),
     "published_pairs": ("0",),
     "lora.modules": ("[q_proj, abc]", "[q_proj, q_proj]", "[]"),
@@ -782,7 +784,8 @@ def yaml_cases() -> Iterator[Case]:
             file.write_bytes(made if isinstance(made, bytes) else made.encode("utf-8"))
             return [*verb.split(), str(file), *(["--out", str(place.out)] if verb != "forecast" else ["--no-rate"])]
 
-        return Case(verb, "study.yaml", label, run, expect, named=named)
+        value = label.partition(": ")[2].strip('[]"').rpartition(", ")[2]
+        return Case(verb, "study.yaml", label, run, expect, named=(*named, *names_of(value)))
 
     turns, counter = ("study", "compare", "forecast"), iter(range(10**6))
     for name, kind in settings(StudyConfig):
@@ -914,7 +917,6 @@ def data_cases() -> Iterator[Case]:
         "interpretation: mapping": {**line, "interpretation": {}},
         "prompt: list": {**line, "prompt": [1]},
         "layer: nan": {**line, "layer": float("nan")},
-        "layer: text": {**line, "layer": "abc"},
         "layer: -1": {**line, "layer": -1},
         "no interpretation": {"prompt": "x"},
         "an empty list": {**line, "interpretation": []},
@@ -951,7 +953,8 @@ def result_cases() -> Iterator[Case]:
                 return [verb, str(folder)]
             return [*sound(verb, place), "--out", str(folder)]
 
-        writes = ("theresults/tables", "theresults/figures", "theresults/views", "theresults/report") if verb == "report" else ()
+        drawn = ("written", "tables", "figures", "views", "report")
+        writes = tuple(f"theresults/{name}" for name in drawn) if verb == "report" else ()
         return Case(verb, f"results/{file}", label, run, expect, named=("theresults",), writes=writes)
 
     for label, damage in {**MISSING, **JSON}.items():
@@ -988,7 +991,8 @@ def result_cases() -> Iterator[Case]:
     for good in ("biased", "steered", "adapter", "tiny"):
         yield case("report", good, "", f"a folder of another verb: {good}", lambda path: None)
     for verb in ("awareness", "patch", "steer", "study", "compare", "calibrate", "lora", "organism build"):
-        yield case(verb, "biased", "", "a folder of another verb", lambda path: None)
+        one = verb in ("awareness", "patch", "steer", "study")    # of the same configuration: they may share a folder
+        yield case(verb, "biased", "", "a folder of another verb", lambda path: None, "either" if one else "refuse")
     for good in ("adapter", "tiny"):
         yield case("score", good, "", f"a folder without answers: {good}", lambda path: None)
 
@@ -1040,7 +1044,7 @@ def odd_lines() -> Iterator[Case]:
     yield case("lora", "adapter over an adapter of others", "--out", "{inputs}/adapter", named=("adapter",))
     yield case("lora", "merge quantised", "--merge", "{out}2", "--quantization", "4bit", named=("4bit",))
     yield case("lora", "patience alone", "--patience", "2", named=("patience",))
-    yield case("lora", "concept without senses", "--concept", "age", named=("age",))
+    yield case("lora", "concept without senses", "--concept", "religion", named=("religion",))
     yield case("steer", "strength of a replacement", "--strengths", "2", named=("strength",))
     yield case("steer", "replace by a direction", "--method", "pca", "--how", "replace", named=("pca",))
     yield case("steer", "add a replacement", "--how", "add", named=("replacement", "add"))

@@ -456,7 +456,9 @@ def _ended(case: Case, kind: str, said: str) -> Ending:
 def names_of(value: str) -> tuple[str, ...]:
     """Ways in which a sentence may say a value: itself, as Python or escapes write it, as a number; of a long one its beginning."""
     found = [value, repr(value)[1:-1], shown(value, 10_000), value.removeprefix("organism:")]
-    found += [f"'{part}'" for part in value.split(",")] if "," in value else []
+    found += [repr(value.removeprefix("organism:"))[1:-1]]
+    found += [part for part in value.split(",") if part] if "," in value else []
+    found += [value[value.index("-") :]] if value[:1].isdigit() and "-" in value else []    # typer reads 0-9 as -9
     with contextlib.suppress(ValueError):
         found.append(repr(float(value)))
         found.append(f"{float(value):g}")

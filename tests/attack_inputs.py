@@ -137,7 +137,6 @@ TENSORS: dict[str, Damage] = {
     "half of the tensors": with_tensors(lambda tensors: {name: tensors[name] for name in sorted(tensors)[::2]}),
     "other names": with_tensors(lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()}),
     "another shape": with_tensors(_first(lambda tensor: tensor[:-1].contiguous())),
-    "whole numbers": with_tensors(_first(lambda tensor: tensor.long())),
     "empty tensor": with_tensors(_first(lambda tensor: tensor[:0].contiguous())),
     "huge header": _bytes(lambda data: (1 << 62).to_bytes(8, "little") + data[8:]),
     "a pickle": _bytes(lambda data: b"\x80\x04cos\nsystem\n(S'false'\ntR."),

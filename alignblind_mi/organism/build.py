@@ -24,7 +24,7 @@ from alignblind_mi.organism.interchange import PatchRows, Planting, interchange_
 from alignblind_mi.organism.tokenizer import build_tokenizer
 from alignblind_mi.organism.training import StageSettings, make_model, train_stage
 from alignblind_mi.results import refuse_taken
-from alignblind_mi.settings import Seed, Share, takes
+from alignblind_mi.settings import Seed, Share, checked
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -165,7 +165,6 @@ def train_pair(out: Path, *, concept: str, seed: int, knobs: Knobs, recipe: Reci
         builder.save(out / "aligned")
 
 
-@takes(OrganismError)
 def build_organism(
     out: Path,
     *,
@@ -188,6 +187,8 @@ def build_organism(
     Errors: OrganismError for a concept without a lexicon, a knob outside 0..1 or a folder that is not empty.
     """
     tell = progress or (lambda message: None)
+    for name, value, hint in (("seed", seed, Seed), ("reading", reading, Share), ("behaviour", behaviour, Share)):
+        checked(value, hint, name, OrganismError)
     knobs, recipe = Knobs(reading=reading, behaviour=behaviour), recipe or Recipe()
     load_world(concept)    # refuses what cannot be trained on before a folder is made
     refuse_taken(out, what="folder", kind=OrganismError)

@@ -21,7 +21,7 @@ from alignblind_mi.engine import Engine
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, load_config, load_tokenizer
 from alignblind_mi.lora import awareness_examples
 from alignblind_mi.plain import PlainEngine
-from alignblind_mi.studies.study import Load, StudyConfig, lora_groups, study_parts
+from alignblind_mi.studies.study import Load, StudyConfig, check_fits, lora_groups, study_parts
 from alignblind_mi.tokens import TokenRow
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.55}    # of a block's weight; 4bit with its scales
@@ -92,10 +92,12 @@ def _duration(seconds: float | None) -> str:
 
 
 def forecast(config: StudyConfig, *, measure: bool = True) -> Forecast:
-    """Forecast a study of a pair from the larger model's configuration. Errors: ModelError as in `load_model`, for a missing model.
+    """Forecast a study of a pair from the larger model's configuration. Errors: ModelError as in `load_model`, for a
+    missing model; as `check_fits`, for settings that the models have nothing for.
 
     Answers count as long as they may become (`max_new_tokens`), so the time is an upper bound; loading and downloads are not in it.
     """
+    check_fits(config, ("base", "aligned"), lora=bool(lora_groups(config)))
     spec = max((config.base, config.aligned), key=lambda s: parameter_count(load_config(s))[0])
     model_config = load_config(spec)
     total, free, fits = model_fits(spec, model_config)

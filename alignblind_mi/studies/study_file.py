@@ -48,7 +48,10 @@ def read_study_file(path: Path) -> StudyConfig:
         models.append(_made(ModelSpec, {"name": given} if isinstance(given, str) else given, path, role))
     values = {key: _value(hints[key], value, path, key) for key, value in data.items() if not _is_settings(hints[key])}
     asked = set(inspect.signature(StudyConfig.of).parameters)    # what other settings follow from
-    config = StudyConfig.of(*models, **{key: value for key, value in values.items() if key in asked})
+    try:
+        config = StudyConfig.of(*models, **{key: value for key, value in values.items() if key in asked})
+    except AlignblindError as error:
+        raise type(error)(f"{path}: {error}") from error
     settings = {key: _changed(getattr(config, key), value, path, key) for key, value in data.items() if _is_settings(hints[key])}
     return replace(config, **{key: value for key, value in values.items() if key not in asked}, **settings)
 
