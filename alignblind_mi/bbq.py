@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from alignblind_mi.borders import TABLE, is_folder, parsed, read_text
+from alignblind_mi.borders import TABLE, is_folder, loads, parsed, read_text
 from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.model import HookedModel
@@ -101,7 +101,7 @@ def _read(file: Path, targets: Mapping[tuple[str, str], int | None] | None) -> l
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            data = parsed(json.loads, line, f"{file}, line {number}: not valid JSON", BBQError, "expected an item of BBQ as published")
+            data = parsed(loads, line, f"{file}, line {number}: not valid JSON", BBQError, "expected an item of BBQ as published")
             if not isinstance(data, dict):
                 raise BBQError(f"{file}, line {number}: no JSON object; expected an item of BBQ as published.")
             try:

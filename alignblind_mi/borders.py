@@ -11,7 +11,6 @@ import os
 import stat
 import tomllib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +127,15 @@ def parsed(parse: Callable[[str], Any], text: str, problem: str, kind: type[Alig
 def read_json(path: Path | str, what: str, kind: type[AlignblindError], *, limit: int = NOTE, advice: str = "") -> Any:
     """What a JSON file holds. Errors: `kind` as `read_text`, and for text that is no valid JSON or has halves of characters."""
     text = read_text(path, what, kind, limit=limit, advice=advice)
-    found = parsed(partial(json.loads, object_pairs_hook=_each_once), text, f"{named(what, path)} is damaged, no valid JSON", kind, advice)
+    found = parsed(loads, text, f"{named(what, path)} is damaged, no valid JSON", kind, advice)
     if "\\u" in text and has_halves(found):
         raise kind(f"{named(what, path)} is damaged: it has half a character (a lone surrogate){f'; {advice}' if advice else ''}.")
     return found
+
+
+def loads(text: str) -> Any:
+    """What a JSON text holds. Errors: ValueError for one that is no valid JSON, or has a key twice in one object."""
+    return json.loads(text, object_pairs_hook=_each_once)
 
 
 def _each_once(entries: list[tuple[str, Any]]) -> dict[str, Any]:

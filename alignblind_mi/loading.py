@@ -293,7 +293,8 @@ def _missing(spec: ModelSpec, hub: str) -> str:
 
 def token_count(tokenizer: Any, text: str) -> int:
     """How many tokens a text is, without special ones; 0 if the tokenizer does not know a part of it."""
-    with foreign(f"the tokenizer cannot read {text!r}", ModelError, "choose another model, or another concept or cue"):
+    problem = f"the tokenizer of {tokenizer.name_or_path} cannot read {text!r}"
+    with foreign(problem, ModelError, "choose another model, or another concept or cue"):
         return len(word_ids(tokenizer, text))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from alignblind_mi.borders import TABLE, check_file, foreign, parsed, read_text
+from alignblind_mi.borders import TABLE, check_file, foreign, loads, parsed, read_text
 from alignblind_mi.concept import Concept, ConceptError
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.statistics import exact_interval
@@ -98,7 +98,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _rows(path: Path, number: int, line: str) -> Iterator[dict[str, Any]]:
     where = f"{path}, line {number}"
-    entry = parsed(json.loads, line, f"{where} is not valid JSON", ScoreError, f"expected one object a line with {', '.join(FIELDS)}")
+    entry = parsed(loads, line, f"{where} is not valid JSON", ScoreError, f"expected one object a line with {', '.join(FIELDS)}")
     if not isinstance(entry, dict) or "interpretation" not in entry:
         raise ScoreError(f"{where} has no field 'interpretation'. Expected one object a line with {', '.join(FIELDS)}.")
     nested = [name for name in FIELDS if name != "interpretation" and isinstance(entry.get(name), list | dict)]

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.answers import asks_again
-from alignblind_mi.borders import TABLE, is_file, named, parsed, read_text
+from alignblind_mi.borders import TABLE, is_file, loads, named, parsed, read_text
 from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Template, load_concept
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.texts import encodable_row
@@ -46,7 +46,7 @@ def _load(path: Path) -> dict[str, Any]:
     if not is_file(path):
         raise ScoreError(f"{named('', path)} does not exist or is not a file: give the path of a result file.")
     text = read_text(path, "", ScoreError, limit=TABLE)
-    data = parsed(json.loads, text, f"{path} is not complete, valid JSON", ScoreError, "download or write it anew")
+    data = parsed(loads, text, f"{path} is not complete, valid JSON", ScoreError, "download or write it anew")
     if not isinstance(data, dict) or not data:
         found = "an empty object" if data == {} else f"a JSON {_kind_of(data)}"
         raise ScoreError(f"{path} holds {found}, not released answers. Expected {LAYOUT}.")

@@ -149,7 +149,7 @@ CONFIG_FIELDS: dict[str, dict[str, Any]] = {
     "num_attention_heads": {"0": 0, "-1": -1, "huge": 10**9, "3": 3, "abc": "abc"},
     "num_key_value_heads": {"0": 0, "3": 3, "huge": 10**9},
     "intermediate_size": {"huge": 10**12, "-1": -1},
-    "max_position_embeddings": {"0": 0, "-1": -1, "4": 4, "abc": "abc"},
+    "max_position_embeddings": {"0": 0, "-1": -1, "abc": "abc"},
     "rms_norm_eps": {"nan": float("nan"), "inf": float("inf"), "abc": "abc"},
     "hidden_act": {"abc": "abc", "null": None},
     "model_type": {"abc": "abc", "list": ["llama"], "null": None, "gone": ..., "bert": "bert", "surrogate": "\ud800"},

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alignblind_mi.commands.options import ConceptName, Device, DeviceMap, Dtype, Model, Quantized, RemoteCode, Seed, Unpickling
+from alignblind_mi.commands.options import ConceptName, Device, DeviceMap, Dtype, Model, Quantized, RemoteCode, Seed, Unpickling, listed
 from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.texts import say
 
@@ -70,7 +70,7 @@ def lora(
     data.both_senses()    # what is trained about
     asked: dict[str, Any] = {
         "rank": rank, "learning_rate": learning_rate, "epochs": epochs,
-        "modules": None if modules is None else tuple(name.strip() for name in modules.split(","))}
+        "modules": None if modules is None else tuple(listed(modules))}
     settings = replace(recommended_lora(spec, seed), activation_weight=activation_weight, validation_share=validation_share,
                        patience=patience, **{name: value for name, value in asked.items() if value is not None})
     with one_thread() if organism_record(spec) else nullcontext():    # an organism's sums have one order

@@ -113,7 +113,7 @@ class StudyConfig:
             check_model(spec)
             check_organism(spec, about)
             if chat is not None:
-                chat_frame(load_tokenizer(spec), chat, spec.name)
+                in_chat(implicit_prompts(about, cue, max_word_pairs=1)[:1], load_tokenizer(spec), chat, spec.name)    # it stays as it is
         record, lora = organism_record(specs[1]), recommended_lora(specs[1], seed)
         if temperature is None:
             temperature = 1.0 if record.get("decoding") == "sample" else 0.0
