@@ -209,8 +209,8 @@ def write_drawn(folder: Path, files: Mapping[str, bytes]) -> None:
     A file that is there is replaced only if it is as it was written; in a folder of a version that kept no record, drawn files are taken
     for that version's. Errors: ResultError for a file of somebody else or one that was changed, a link, or a folder that is none of ours.
     """
-    if not (folder / "study.json").is_file():
-        raise ResultError(f"{folder} is no results folder: it has no study.json.")
+    if not _is_for_drawing(folder):
+        raise ResultError(f"{folder} is no results folder: it has no study.json. Give the folder of a study, or one that is new.")
     record, old, rows = _read_record(folder), not (folder / RECORD).exists() and _is_of_old(folder), rows_digest(folder)
     for name, data in files.items():
         file = folder / name
@@ -228,6 +228,13 @@ def write_drawn(folder: Path, files: Mapping[str, bytes]) -> None:
         write_bytes(folder / name, data)
     record |= {name: {"rows": rows, "digests": [_digest(data)]} for name, data in files.items()}
     write_text(folder / RECORD, json.dumps(record, indent=1))
+
+
+def _is_for_drawing(folder: Path) -> bool:
+    """Whether a folder holds results, or what was drawn here, or nothing but folders of results (of several cues, say)."""
+    if not folder.exists() or any(is_file(folder / note) for note in ("study.json", RECORD)):
+        return True
+    return folder.is_dir() and all(is_file(entry / "study.json") for entry in folder.iterdir())
 
 
 def is_drawn(folder: Path, name: str) -> bool:
