@@ -33,9 +33,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON records and not
 
 def listed(text: str) -> list[str]:
     """The names of a comma-separated option; none where it is not given. Errors: AlignblindError for commas without names."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if text and not names:
-        raise AlignblindError(f"{text!r} names nothing: give names with commas between them, or leave the option out.")
+    names = [name.strip() for name in text.split(",")] if text else []
+    if not all(names):
+        raise AlignblindError(f"{text!r} has commas without a name: give names with one comma between them, or leave the option out.")
     return names
 
 
