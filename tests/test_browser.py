@@ -208,7 +208,7 @@ def comparison(tmp_path_factory) -> Path:
     planned = list(zip(names, families, strict=True))
     rivals = [{"treatment": name, "family": family, "curve": family if family in ("steering", "unlearning") else "", "dose": 1.0,
                "placebos": [names[2]] if family == "steering" else []} for name, family in planned]
-    config = config_of(base=EVIL, aligned=EVIL) | {"comparison": True, "data": {}, "quick": True}
+    config = config_of(base=EVIL, aligned=EVIL) | {"comparison": True, "data": [], "quick": True}
     (folder / "study.json").write_text(json.dumps(config), "utf-8")
     plan = {"rivals": rivals, "left_out": {EVIL: EVIL}, "trained": []}
     (folder / "plan.json").write_text(json.dumps(plan), "utf-8")
