@@ -8,6 +8,7 @@ from typing import Annotated, no_type_check
 import typer
 
 from alignblind_mi import __version__
+from alignblind_mi.borders.texts import json_text, middle_cut, safe_streams, say, visible
 from alignblind_mi.commands.awareness import awareness
 from alignblind_mi.commands.bias import bias
 from alignblind_mi.commands.compare import compare
@@ -39,9 +40,8 @@ from alignblind_mi.commands.options import (
 from alignblind_mi.commands.patch import patch
 from alignblind_mi.commands.power import power
 from alignblind_mi.commands.steer import steer
-from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.texts import json_text, middle_cut, safe_streams, say, visible
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 USAGE_ERROR = typer.BadParameter.__mro__[1]    # of click, which typer brings along
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -93,8 +93,8 @@ def study(
 
     Example: alignblind study --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out llama3-8b
     """
-    from alignblind_mi.report import write_report
-    from alignblind_mi.results import is_drawn
+    from alignblind_mi.pages.report import write_report
+    from alignblind_mi.studies.drawn import is_drawn
     from alignblind_mi.studies.study import StudyConfig, run_study
     from alignblind_mi.studies.study_file import read_study_file
 
@@ -160,9 +160,9 @@ def forecast(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Results folder of a study, comparison or calibration.")] = Path("study")) -> None:
     """Draw the page of a study, a comparison or a calibration anew from its saved rows. Example: alignblind report study"""
-    from alignblind_mi.calibration_page import write_calibration
-    from alignblind_mi.comparison_page import write_comparison
-    from alignblind_mi.report import write_report
+    from alignblind_mi.pages.calibration_page import write_calibration
+    from alignblind_mi.pages.comparison_page import write_comparison
+    from alignblind_mi.pages.report import write_report
     from alignblind_mi.results import folder_kind
 
     write = {"comparison": write_comparison, "calibration": write_calibration}.get(folder_kind(folder), write_report)
@@ -180,7 +180,7 @@ def calibrate(
 
     The organisms are built once and kept in the user's cache folder ($ALIGNBLIND_CACHE). Example: alignblind calibrate --quick --out DIR
     """
-    from alignblind_mi.calibration_page import write_calibration
+    from alignblind_mi.pages.calibration_page import write_calibration
     from alignblind_mi.studies.calibration import CalibrationConfig, processors, run_calibration
 
     config = CalibrationConfig.create(seeds, quick=quick)
@@ -200,9 +200,8 @@ def score(
 
     Interpretations (SelfIE) are files of one JSON object a line; the concept's lexicons say which sense each text speaks of.
     """
-    from alignblind_mi.concept import load_concept
-    from alignblind_mi.scoring import render
-    from alignblind_mi.scoring import score as score_paths
+    from alignblind_mi.pages.scoring import render, score as score_paths
+    from alignblind_mi.stimuli.concept import load_concept
 
     records = score_paths(paths, rule=rule, by=listed(by),
                           concept=load_concept(concept))

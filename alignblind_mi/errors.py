@@ -7,3 +7,7 @@ class AlignblindError(Exception):
 
 class ScoreError(AlignblindError):
     """Stored answers that cannot be read or grouped."""
+
+
+class ResultError(AlignblindError):
+    """Saved results that cannot be read, or do not belong where they were found."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from alignblind_mi.texts import say, visible
+from alignblind_mi.borders.texts import say, visible
 
 Advance = Callable[[int], None]
 
@@ -48,8 +48,7 @@ class Progress:
         if not self.console.is_terminal:
             yield lambda rows: None
             return
-        from rich.progress import Progress as Display
-        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Display, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.completed:.0f} rows"))
         columns = (SpinnerColumn(), *texts, TimeElapsedColumn())

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from alignblind_mi.budget import Budget, RowCost
-from alignblind_mi.decoding import Stop, decode, sampler
-from alignblind_mi.engine import Engine
-from alignblind_mi.organism import organism_path
+from alignblind_mi.models.budget import Budget, RowCost
+from alignblind_mi.models.decoding import Stop, decode, sampler
+from alignblind_mi.models.embedded import organism_path
+from alignblind_mi.models.engine import Engine
+from alignblind_mi.models.tokens import TokenEdit, TokenRow, place
 from alignblind_mi.studies.forecast import NoText, study_load
 from alignblind_mi.studies.study import StudyConfig
-from alignblind_mi.tokens import TokenEdit, TokenRow, place
 
 LENGTH, NEW = 64, 40
 

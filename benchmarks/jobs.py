@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from alignblind_mi import Edit, HookedModel, ModelSpec, Row, Site, load_model, patchscope_rows
-from alignblind_mi.blocks import log_probs_of
-from alignblind_mi.prompts import Prompt
+from alignblind_mi.models.blocks import log_probs_of
+from alignblind_mi.stimuli.prompts import Prompt
 from benchmarks.memory import peak_bytes
 from benchmarks.models import Size, question_prompts, text_prompt
 from benchmarks.timing import Contest, close, same_tokens

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from alignblind_mi.prompts import Prompt, Span
+from alignblind_mi.stimuli.prompts import Prompt, Span
 
 WORDS = ("black", "white", "race", "color", "x", "refer")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from alignblind_mi import budget, decoding, engine
+from alignblind_mi.models import budget, decoding, engine
 from benchmarks.jobs import Bench
 from benchmarks.timing import Contest, timed
 

@@ -2,7 +2,7 @@
 
 A hook of MkDocs (see mkdocs.yml). Pages are Jinja templates with the functions in `FUNCTIONS`; what a page asks for and is not there stops
 the build. Nothing here is written down twice: numbers come from docs/calibration.json, commands from Typer, names from the package, and
-floors from the table that tests/test_floors.py enforces.
+floors from the list that tests/test_floors.py keeps.
 """
 
 import ast
@@ -19,12 +19,6 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
-FLOOR_TITLES = ("Values", "Engine", "Techniques", "Studies", "Showing")
-FLOOR_ABOUT = ("Words, prompts, edits, answers, results and statistics: what needs no model.",
-               "Models, and how rows of prompts with edits run.",
-               "What a representation says, what the answer depends on, and what changes it.",
-               "The questions of the paper, and the comparison.",
-               "Figures, reports, views and the command line.")
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------------
@@ -116,20 +110,44 @@ def commands() -> str:
     return text.split("\n", 2)[2]    # the page has a title of its own
 
 
-def floors() -> dict[int, tuple[str, ...]]:
-    """Floor -> modules, from tests/test_floors.py."""
-    tree = ast.parse((ROOT / "tests" / "test_floors.py").read_text("utf-8"))
+def floors() -> tuple[str, ...]:
+    """The floors, top down, from tests/floors.py."""
+    tree = ast.parse((ROOT / "tests" / "floors.py").read_text("utf-8"))
     return next(ast.literal_eval(node.value) for node in tree.body
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "FLOORS")
+
+
+def folders() -> list[str]:
+    """The floors that are folders, top down."""
+    return [name for name in floors() if (PACKAGE / name).is_dir()]
+
+
+def floor_table() -> str:
+    """The floors, top down, and what each says of itself."""
+    rows = [["floor", "what lives there, what it knows and does not know"]]
+    rows += [[f"[`{name}/`](reference/{name}.md)" if name in folders() else f"`{name}.py`", _said(name)] for name in floors()]
+    return _table(rows)
+
+
+def _said(name: str) -> str:
+    """The docstring of a folder or of a module at the root, on one line."""
+    said = ast.get_docstring(ast.parse(_file(f"alignblind_mi.{name}").read_text("utf-8"))) or ""
+    return " ".join((said if name in folders() else said.split("\n\n")[0]).split()).replace("|", r"\|")
+
+
+def public() -> dict[str, str]:
+    """Public name -> the module that it is imported from, by the package's list of them."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text("utf-8"))
+    return {alias.name: f"alignblind_mi.{node.module}" for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 
 
 def public_names() -> str:
     """Every name of `alignblind_mi`, linked to where it is described."""
     import alignblind_mi
 
-    rows = [["name", "defined in", "what it is"]]
+    rows, where = [["name", "defined in", "what it is"]], public()
     for name in alignblind_mi.__all__:
-        module, said = _defined(f"alignblind_mi.{alignblind_mi._MODULE[name]}", name)
+        module, said = _defined(where[name], name)
         rows.append([f"[`{name}`][{module}.{name}]", f"`{module.removeprefix('alignblind_mi.')}`", said.replace("|", r"\|")])
     return _table(rows)
 
@@ -150,35 +168,39 @@ def _file(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def modules(floor: int) -> Iterator[str]:
-    """The modules of a floor, submodules among them."""
-    for name in floors()[floor]:
-        path = PACKAGE / name
-        if path.is_dir():
-            yield f"alignblind_mi.{name}"
-            yield from (f"alignblind_mi.{name}.{file.stem}" for file in sorted(path.glob("*.py")) if file.stem != "__init__")
-        else:
-            yield f"alignblind_mi.{name}"
+def modules(name: str) -> Iterator[str]:
+    """The module of a floor, or all of a folder."""
+    if name in folders():
+        yield from (f"alignblind_mi.{name}" if file.stem == "__init__" else f"alignblind_mi.{name}." + ".".join(
+            file.relative_to(PACKAGE / name).with_suffix("").parts).removesuffix(".__init__") for file in sorted((PACKAGE / name).rglob("*.py")))
+    else:
+        yield f"alignblind_mi.{name}"
 
 
-def _floor_page(floor: int) -> str:
-    parts = [f"# {FLOOR_TITLES[floor]}", FLOOR_ABOUT[floor], *(f"::: {module}" for module in modules(floor))]
-    return "\n\n".join(parts) + "\n"
+def _folder_page(name: str) -> str:
+    return "\n\n".join([f"# {name}", *(f"::: {module}" for module in modules(name))]) + "\n"
+
+
+def _root_page() -> str:
+    roots = [module for name in floors() if name not in folders() and not name.startswith("__") for module in modules(name)]
+    return "\n\n".join(["# Results, progress, errors", *(f"::: {module}" for module in roots)]) + "\n"
 
 
 # ---- the hook ----------------------------------------------------------------------------------------------------------
 
 FUNCTIONS = {"calibrated": calibrated, "calibration_table": calibration_table, "advice": advice, "record": record, "records": records,
-             "commands": commands, "public_names": public_names}
+             "commands": commands, "public_names": public_names,
+             "floor_table": floor_table}
 
 
 @event_priority(100)    # before the plugins, which take notebooks from the list
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the notebooks, which lie beside docs/, and a page of the reference for each floor."""
+    """Add the notebooks, which lie beside docs/, and a page of the reference for each folder."""
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         files.append(File(f"notebooks/{notebook.name}", str(ROOT), config.site_dir, config.use_directory_urls))
-    for floor in floors():
-        files.append(File.generated(config, f"reference/floor-{floor}.md", content=_floor_page(floor)))
+    for name in folders():
+        files.append(File.generated(config, f"reference/{name}.md", content=_folder_page(name)))
+    files.append(File.generated(config, "reference/root.md", content=_root_page()))
     return files
 
 

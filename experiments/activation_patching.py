@@ -26,11 +26,11 @@ from alignblind_mi import (
     run_parts,
     screen_agreement,
 )
-from alignblind_mi.figures import depth_figure, patch_heatmap
-from alignblind_mi.patching import CONTROLS, DIRECTIONS, EVERY_TOKEN
+from alignblind_mi.instruments.patching import CONTROLS, DIRECTIONS, EVERY_TOKEN
+from alignblind_mi.measures.patching import HEAD_MARKS, PARTS, heatmap_table
+from alignblind_mi.pages.figures import depth_figure, patch_heatmap
+from alignblind_mi.pages.report import save_shown
 from alignblind_mi.progress import Advance
-from alignblind_mi.report import save_shown
-from alignblind_mi.studies.patching import HEAD_MARKS, PARTS, heatmap_table
 
 WORD_PAIRS, STRONGEST = 2, 5
 SAME_TEXT = ("template", "option_order", "word_order")    # what pairs must share for their tokens to stand in the same places

@@ -13,10 +13,10 @@ import pandas as pd
 from common import configured, options, rows_of, run_study_parts, script, show
 
 from alignblind_mi import load_concept, reading_reduction, selfie_table
-from alignblind_mi.figures import CONTROL_NAMES, selfie_figure
-from alignblind_mi.readings import reading_names
-from alignblind_mi.report import save_shown
-from alignblind_mi.scoring import score_interpretations
+from alignblind_mi.pages.figures import CONTROL_NAMES, selfie_figure
+from alignblind_mi.pages.report import save_shown
+from alignblind_mi.pages.scoring import score_interpretations
+from alignblind_mi.stimuli.readings import reading_names
 
 PARTS = ("reading_selfie_base", "reading_selfie_aligned")
 

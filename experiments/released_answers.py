@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.scoring import score
+from alignblind_mi.pages.scoring import score
 
 SHOWN = ["model", "cue", "rule", "n", "stereotyped", "reversed", "invalid", "rate", "low", "high", "worst", "best"]
 

@@ -11,8 +11,8 @@ import pandas as pd
 from common import configured, options, run_study_parts, script, show
 
 from alignblind_mi import load_concept
-from alignblind_mi.loading import ModelError
-from alignblind_mi.report import POOLED, percent, save_shown
+from alignblind_mi.models.loading import ModelError
+from alignblind_mi.pages.report import POOLED, percent, save_shown
 from alignblind_mi.studies.study import check_vocabulary
 
 SHOWN = ["cue", "kind", "category", "role", "n", "stereotyped", "reversed", "rejected", "invalid", "rate", "low", "high", "cluster_low",

@@ -663,7 +663,7 @@ def concept_cases() -> Iterator[Case]:
     """A concept file damaged, or with names and fields that mean something else where they are used."""
     from attack_inputs import DEEP, TEXT, _bytes
 
-    text = (resources.files("alignblind_mi") / "concepts" / "race.toml").read_text("utf-8")
+    text = (resources.files("alignblind_mi.stimuli") / "concepts" / "race.toml").read_text("utf-8")
     takes = ("concept check", "bias", "study", "score", "lora", "awareness", "forecast", "doctor", "steer", "patch", "compare")
     damages = {
         **TEXT,

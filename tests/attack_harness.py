@@ -150,7 +150,7 @@ def tripwires(stage: str) -> Iterator[None]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from alignblind_mi.model import HookedModel
+    from alignblind_mi.models.model import HookedModel
 
     def connect(self: Any, address: Any) -> None:
         raise Network(str(address))

@@ -11,8 +11,8 @@ from typing import Any
 
 from doubles import TINY_CHAT, make_adapter, study_texts, tiny_llama
 
-from alignblind_mi.concept import load_concept
-from alignblind_mi.prompts import behaviour_prompts
+from alignblind_mi.stimuli.concept import load_concept
+from alignblind_mi.stimuli.prompts import behaviour_prompts
 
 DEEP = 100_000
 DIGITS = "9" * 5000
@@ -186,7 +186,7 @@ TEMPLATES = {
 def make_inputs(root: Path) -> Path:
     """Sound files of every kind, tiny: models, an adapter, a concept, a study file, BBQ, released answers and interpretations."""
     race = load_concept("race")
-    small = resources.files("alignblind_mi") / "templates" / "concept.toml"
+    small = resources.files("alignblind_mi.stimuli") / "template.toml"
     (root / "small.toml").write_text(small.read_text("utf-8"), "utf-8")
     texts = [text for concept in (race, load_concept(root / "small.toml")) for text in study_texts(concept)]
     words = sorted({w for text in texts for w in re.findall(r"\[MASK\]|\w+|[^\w\s]", text)})
@@ -195,7 +195,7 @@ def make_inputs(root: Path) -> Path:
     tiny_llama(root / "chatty", words, chat_template=TINY_CHAT)
     make_adapter(root / "tiny", root / "adapter", 0)
     sharded(root / "tiny", root / "sharded")
-    text = (resources.files("alignblind_mi") / "concepts" / "race.toml").read_text("utf-8")
+    text = (resources.files("alignblind_mi.stimuli") / "concepts" / "race.toml").read_text("utf-8")
     (root / "mine.toml").write_text(text, "utf-8")
     (root / "study.yaml").write_text(study_yaml(root / "tiny"), "utf-8")
     (root / "bbq.jsonl").write_text("\n".join(json.dumps(item) for item in bbq_items()) + "\n", "utf-8")

@@ -210,8 +210,8 @@ def text_cases(to: Attack) -> None:
         organism_path,
         power_of,
     )
-    from alignblind_mi.power import Plan
-    from alignblind_mi.prompts import Span
+    from alignblind_mi.statistics.power import Plan
+    from alignblind_mi.stimuli.prompts import Span
 
     race = load_concept("race")
     to.each("load_concept", "source", (*TEXT, "", "race.toml", Path("x\0.toml"), Path("/")), load_concept)
@@ -294,7 +294,7 @@ def statistics_cases(to: Attack) -> None:
         summarise,
         summarise_readings,
     )
-    from alignblind_mi.statistics import clustered_interval, exact_interval, mean_interval, t_interval
+    from alignblind_mi.statistics.rates import clustered_interval, exact_interval, mean_interval, t_interval
 
     rows = pd.DataFrame(
         [
@@ -474,9 +474,9 @@ def file_cases(to: Attack) -> None:
         trained_treatment,
         unmerge_adapter,
     )
-    from alignblind_mi.report import write_report
-    from alignblind_mi.results import write_bytes, write_text
-    from alignblind_mi.scoring import score
+    from alignblind_mi.borders.writing import write_bytes, write_text
+    from alignblind_mi.pages.report import write_report
+    from alignblind_mi.pages.scoring import score
     from alignblind_mi.studies.study import StudyConfig
 
     frame = pd.DataFrame({"a": [1]})
@@ -705,7 +705,7 @@ def model_cases(to: Attack) -> None:
         train_translators,
         train_unlearning,
     )
-    from alignblind_mi.lora import LoraSettings
+    from alignblind_mi.mitigations.lora import LoraSettings
 
     race = load_concept("race")
     prompts = implicit_prompts(race, "default", max_word_pairs=1)[:2]
@@ -1038,7 +1038,7 @@ def sound_cases(to: Attack) -> None:
         read_bbq,
         read_study_file,
     )
-    from alignblind_mi.scoring import score
+    from alignblind_mi.pages.scoring import score
 
     calls: dict[str, Callable[[Place], Any]] = {
         "ModelSpec": lambda place: ModelSpec("organism:aligned", dtype="float32"),

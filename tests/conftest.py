@@ -5,8 +5,8 @@ import pytest
 import torch
 from doubles import llama3_double, study_texts, tiny_llama
 
-from alignblind_mi.concept import Concept, load_concept
-from alignblind_mi.model import HookedModel, load_model
+from alignblind_mi.models.model import HookedModel, load_model
+from alignblind_mi.stimuli.concept import Concept, load_concept
 
 torch.set_num_threads(1)
 RELEASED = Path(__file__).parents[2] / "shared" / "data" / "released"

@@ -24,7 +24,7 @@ import pyarrow.parquet  # noqa: F401
 import torch
 import transformers  # noqa: F401
 
-import alignblind_mi.finetuning
+import alignblind_mi.mitigations.finetuning
 from alignblind_mi import (
     AlignblindError,
     Decoding,
@@ -43,7 +43,7 @@ from alignblind_mi.studies.single import SteeringPlan, awareness_parts, bias_par
 from alignblind_mi.studies.study import Part
 
 torch.set_num_threads(1)
-assert alignblind_mi.finetuning
+assert alignblind_mi.mitigations.finetuning
 
 
 def config_of(model: str) -> StudyConfig:

@@ -7,8 +7,8 @@ from types import MethodType
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignblind_mi.edits import Edit, Row
-from alignblind_mi.prompts import Prompt
+from alignblind_mi.models.edits import Edit, Row
+from alignblind_mi.stimuli.prompts import Prompt
 
 
 def changed(x: torch.Tensor, edit: Edit) -> torch.Tensor:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import __main__ as command
-from benchmarks import gpu, jobs
+from benchmarks import __main__ as command, gpu, jobs
 from benchmarks.models import SIZES, make_checkpoint
 from benchmarks.parts import parts
 from benchmarks.rivals import environment

@@ -8,50 +8,51 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from floors import FILES, FLOORS, LONGEST, PACKAGE, arrows, between_rooms, imports, levels, module, room
 
-from alignblind_mi.concept import DEFAULT_CONCEPT
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "alignblind_mi"
-FLOORS = {
-    0: ("errors", "borders", "settings", "texts", "progress", "concept", "concept_check", "prompts", "edits", "answers", "results",
-        "statistics", "released", "readings", "paired", "mixed", "power", "frontier"),
-    1: ("adapters", "chat", "tokens", "blocks", "budget", "loading", "engine", "plain", "decoding", "model", "bbq", "gradients",
-        "organism", "weights", "template_process", "template_worker"),
-    2: ("attention", "lens", "patchscope", "contrast", "patching", "attribution", "path_patching", "probes", "steering", "trainer",
-        "finetuning", "sense_loss", "lora", "unlearning"),
-    3: ("studies",),
-    4: ("figures", "report", "calibration_page", "comparison_page", "scoring", "views", "commands", "__main__"),
-}
-FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
-FILES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = [entry for entry in sorted(PACKAGE.iterdir()) if (entry / "__init__.py").is_file()]
 
 
-def module_of(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported(file: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("alignblind_mi"):
-            parts = node.module.split(".")
-            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("alignblind_mi.")}
-    return names - {"__version__"}
-
-
-@pytest.mark.parametrize("file", [f for f in FILES if f != PACKAGE / "__init__.py"], ids=lambda f: str(f.relative_to(PACKAGE)))
+@pytest.mark.parametrize("file", [file for file in FILES if file != PACKAGE / "__init__.py"], ids=module)
 def test_imports_go_down_only(file):
-    own = module_of(file)
-    assert own in FLOOR, f"{own} has no floor: add it to the table"
-    for name in imported(file) - {own}:
-        assert FLOOR[name] <= FLOOR[own], f"{own} (floor {FLOOR[own]}) imports {name} (floor {FLOOR[name]})"
+    own = room(file)
+    assert own in FLOORS, f"{own} has no floor: add it to floors.FLOORS"
+    for name in imports(file):
+        lower = name.partition(".")[0]
+        assert FLOORS.index(own) <= FLOORS.index(lower), f"{module(file)} (in {own}) imports {name}, which is on a floor above it"
+
+
+def test_every_floor_is_there_and_the_root_holds_no_other_module():
+    assert {room(file) for file in FILES} - {"__init__"} == set(FLOORS)
+    assert {file.stem for file in PACKAGE.glob("*.py")} == {"__init__", "__main__", "errors", "progress", "results"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_folder_says_what_it_does_not_know(folder):
+    said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""
+    assert re.search(r"Does NOT|Knows nothing", said), f"{folder.name}/__init__.py says not what it does not know"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module)
+def test_a_module_can_be_read_in_a_sitting(file):
+    assert len(file.read_text("utf-8").splitlines()) <= LONGEST, "split it by what it is about"
+
+
+def test_tests_mirror_the_folders():
+    known = {folder.name for folder in FOLDERS} | {"data"}
+    assert {entry.name for entry in Path(__file__).parent.iterdir() if entry.is_dir() and entry.name != "__pycache__"} <= known
+
+
+def test_levels_are_counted_and_a_way_up_is_seen():
+    assert levels({("a", "b"), ("b", "c"), ("a", "c")}) == 3
+    assert levels(between_rooms()) <= len(FLOORS)
+    assert ("studies.study", "results") in arrows()
 
 
 def test_only_the_model_boots_a_bridge():
-    assert [f.name for f in FILES if "boot_transformers" in f.read_text("utf-8")] == ["model.py"]
+    assert [module(file) for file in FILES if "boot_transformers" in file.read_text("utf-8")] == ["models.model"]
 
 
 def docstrings(tree: ast.AST) -> set[int]:
@@ -60,9 +61,9 @@ def docstrings(tree: ast.AST) -> set[int]:
             if isinstance(node, owners) and node.body and isinstance(node.body[0], ast.Expr)}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+@pytest.mark.parametrize("file", FILES, ids=module)
 def test_identifiers_and_words_live_in_data(file):
-    data = tomllib.loads((PACKAGE / "concepts" / "race.toml").read_text("utf-8"))
+    data = tomllib.loads((PACKAGE / "stimuli" / "concepts" / "race.toml").read_text("utf-8"))
     words = {word for cue in data["cues"].values() for role in ("marked", "unmarked") for word in cue[role]}
     words |= {word for category in data["categories"].values() for valence in ("positive", "negative") for word in category[valence]}
     common = {"lie", "will", "cap", "tea", "shade", "delicious", "gossip", "insult"}    # words of the language that code may use
@@ -76,7 +77,7 @@ def test_identifiers_and_words_live_in_data(file):
 
 SPOKEN = {"racial", "ethnic", "ethnicity", "ethnicities", "colour", "colours", "colors", "woman", "women", "man", "men", "genders"}
 DRAWING = {"color", "colour", "colours", "colors"}    # of lines and words on a page, where a module draws
-DRAWS = {"figures", "views"}
+DRAWS = {"pages.figures", "pages.views"}
 FIELD = "colour_accuracy"    # so called by the format of comparison.json: questions about the other sense, of whatever concept
 
 
@@ -84,7 +85,7 @@ def sense_words() -> set[str]:
     """What names a concept that an organism was trained on: itself, its senses, its ambiguous identifiers."""
     found = set(SPOKEN)
     for lexicon in (PACKAGE / "organism").glob("lexicon_*.toml"):
-        data = tomllib.loads((PACKAGE / "concepts" / f"{lexicon.stem.removeprefix('lexicon_')}.toml").read_text("utf-8"))
+        data = tomllib.loads((PACKAGE / "stimuli" / "concepts" / f"{lexicon.stem.removeprefix('lexicon_')}.toml").read_text("utf-8"))
         found |= {data["name"], *data["cues"]["default"]["marked"], *data["cues"]["default"]["unmarked"], *data["senses"]}
         found |= {sense["word"].strip() for sense in data["senses"].values()}
     return found
@@ -103,12 +104,12 @@ def said(tree: ast.AST) -> list[tuple[int, str]]:
     return [(line, word) for line, text in texts for word in re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text).lower())]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+@pytest.mark.parametrize("file", FILES, ids=module)
 def test_no_code_knows_a_concept(file):
     """The one exception is the name of the concept that is studied where none is given."""
-    words = sense_words() - (DRAWING if module_of(file) in DRAWS else set())
+    words = sense_words() - (DRAWING if module(file) in DRAWS else set())
     found = [(line, word) for line, word in said(ast.parse(file.read_text("utf-8"))) if word in words]
-    if module_of(file) == "concept":
+    if module(file) == "stimuli.concept":
         line = next(i for i, text in enumerate(file.read_text("utf-8").splitlines(), 1) if text.startswith("DEFAULT_CONCEPT = "))
         assert found == [(line, DEFAULT_CONCEPT)]
     else:

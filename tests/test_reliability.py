@@ -20,8 +20,9 @@ import pytest
 from doubles import tiny_llama
 
 from alignblind_mi import results
+from alignblind_mi.borders.writing import one_process, write_text
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.results import Result, ResultError, StudyFolder, load_result, one_process, save_result, write_text
+from alignblind_mi.results import Result, ResultError, StudyFolder, load_result, save_result
 from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts
 
 TESTS = Path(__file__).parent
@@ -230,7 +231,7 @@ def test_a_finished_study_in_a_folder_that_nobody_writes_in_is_read_as_ever(smal
     config = StudyConfig.create(str(small), str(small), quick=True)
     parts = [Part("depth", "base", False, lambda model, advance: pd.DataFrame({"layers": [model.n_layers]}))]
     run_parts(config, tmp_path / "out", parts)
-    monkeypatch.setattr(results, "_whole", None)
+    monkeypatch.setattr(results, "write_whole", None)
     monkeypatch.setattr(results, "one_process", None)
     assert run_parts(config, tmp_path / "out", parts) == tmp_path / "out"
 

@@ -21,21 +21,12 @@ from alignblind_mi import (
     unmerge_adapter,
 )
 from alignblind_mi.__main__ import app
-from alignblind_mi.adapters import scaled_adapter
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.models.adapters import scaled_adapter
 from alignblind_mi.organism.build import build_organism
-from alignblind_mi.results import (
-    RECORD,
-    Result,
-    ResultError,
-    StudyFolder,
-    check_parts,
-    is_drawn,
-    load_result,
-    name_problem,
-    save_result,
-    write_drawn,
-)
+from alignblind_mi.borders.writing import name_problem
+from alignblind_mi.results import Result, ResultError, StudyFolder, check_parts, load_result, save_result
+from alignblind_mi.studies.drawn import RECORD, is_drawn, write_drawn
 
 ROWS = pd.DataFrame({"n": [1, 2]})
 FEW = LoraSettings(epochs=1, batch_size=64, accumulation=1)
@@ -295,7 +286,7 @@ def test_a_part_of_another_name_is_refused_by_the_folder(name, tmp_path):
 
 @pytest.mark.parametrize("table", ["interpretations", "selfie", "cues", "categories", "senses", "controls", "contexts", "instructions"])
 def test_names_of_a_concept_file_are_plain(table, tmp_path):
-    text = (Path(__file__).parents[1] / "alignblind_mi" / "concepts" / "race.toml").read_text("utf-8")
+    text = (Path(__file__).parents[1] / "alignblind_mi" / "stimuli" / "concepts" / "race.toml").read_text("utf-8")
     first = re.search(rf"^\[{table}\.(\w+)\]", text, re.MULTILINE)
     assert first is not None
     for bad in ("x/../../victim/package", "a b", "con", "x" * 65):

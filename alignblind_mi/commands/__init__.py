@@ -1,1 +1,4 @@
-"""The verbs of the command line, one module each, and what they share: option types and how tables are printed."""
+"""The command line: one thin verb a module, and what verbs share (option types, how tables are printed).
+
+Knows pages and studies. Does NOT know how anything is computed.
+"""

@@ -25,7 +25,7 @@ from alignblind_mi.commands.options import (
     Unpickling,
     listed,
 )
-from alignblind_mi.concept import DEFAULT_CONCEPT
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 
 def awareness(
@@ -53,7 +53,7 @@ def awareness(
 
     Example: alignblind awareness --model meta-llama/Meta-Llama-3-8B --instruments patchscope,selfie --out awareness
     """
-    from alignblind_mi.commands.showing import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import awareness_parts, awareness_tables, measure_parts
     from alignblind_mi.studies.study import StudyConfig
 

@@ -24,7 +24,7 @@ from alignblind_mi.commands.options import (
     Temperature,
     Unpickling,
 )
-from alignblind_mi.concept import DEFAULT_CONCEPT
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 
 def bias(
@@ -51,8 +51,8 @@ def bias(
 
     Example: alignblind bias --model meta-llama/Meta-Llama-3-8B-Instruct --cue names --out bias
     """
-    from alignblind_mi.commands.showing import about, interval, number, print_json, print_table, records_of, tagged
-    from alignblind_mi.scoring import render
+    from alignblind_mi.pages.scoring import render
+    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import bias_parts, bias_tables, measure_parts
     from alignblind_mi.studies.study import StudyConfig
 

@@ -5,6 +5,7 @@ from typing import Annotated, no_type_check
 
 import typer
 
+from alignblind_mi.borders.texts import say
 from alignblind_mi.commands.options import (
     Aligned,
     Base,
@@ -26,9 +27,8 @@ from alignblind_mi.commands.options import (
     Unpickling,
     refuse_beside,
 )
-from alignblind_mi.concept import DEFAULT_CONCEPT
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.texts import say
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 
 @no_type_check
@@ -62,9 +62,9 @@ def compare(
     import hashlib
     from functools import partial
 
-    from alignblind_mi.bbq import measure_bbq, read_bbq
-    from alignblind_mi.comparison_page import write_comparison
-    from alignblind_mi.concept import load_concept
+    from alignblind_mi.measures.bbq import measure_bbq, read_bbq
+    from alignblind_mi.pages.comparison_page import write_comparison
+    from alignblind_mi.stimuli.concept import load_concept
     from alignblind_mi.studies.comparison import run_comparison
     from alignblind_mi.studies.study import StudyConfig
     from alignblind_mi.studies.study_file import read_study_file

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alignblind_mi.texts import say
+from alignblind_mi.borders.texts import say
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from alignblind_mi.concept import Concept
+    from alignblind_mi.stimuli.concept import Concept
 
 concept_app = typer.Typer(no_args_is_help=True, help="Concepts as data: check a file of your own, list those there are, begin a new one.")
 WIDTH = 160
@@ -25,7 +25,7 @@ SHOWN = 12    # texts of one kind that are listed by name
 @concept_app.command("list")
 def list_concepts() -> None:
     """The concepts that come with the package. Example: alignblind concept list"""
-    from alignblind_mi.concept import concept_names, load_concept
+    from alignblind_mi.stimuli.concept import concept_names, load_concept
 
     for name in concept_names():
         concept = load_concept(name)
@@ -37,7 +37,7 @@ def list_concepts() -> None:
 @concept_app.command("template")
 def template() -> None:
     """Print a commented concept file to begin with. Example: alignblind concept template > mine.toml"""
-    say((resources.files("alignblind_mi") / "templates" / "concept.toml").read_text("utf-8"), end="")
+    say((resources.files("alignblind_mi.stimuli") / "template.toml").read_text("utf-8"), end="")
 
 
 @concept_app.command("check")
@@ -50,9 +50,9 @@ def check(
     Exit code 2 if the file has a problem, or if the tokenizer of --model does not know a text or splits a sense word; else 0.
     Example: alignblind concept check mine.toml --model meta-llama/Meta-Llama-3-8B-Instruct
     """
-    from alignblind_mi.concept import load_concept, parse_concept, read_concept_file
-    from alignblind_mi.concept_check import concept_problems
-    from alignblind_mi.loading import ModelSpec, load_tokenizer
+    from alignblind_mi.models.loading import ModelSpec, load_tokenizer
+    from alignblind_mi.stimuli.concept import load_concept, parse_concept, read_concept_file
+    from alignblind_mi.stimuli.concept_check import concept_problems
 
     text, where = read_concept_file(source)
     problems = concept_problems(parse_concept(text, where))
@@ -83,10 +83,10 @@ def cue_table(concept: "Concept") -> "Table":
     """One row per cue: its identifiers, categories and word pairs, the prompts of either design, and what a study does with it."""
     from rich.table import Table
 
-    from alignblind_mi.commands.showing import plain_text
-    from alignblind_mi.lora import trainable
-    from alignblind_mi.prompts import DESIGNS, KINDS, behaviour_prompts
-    from alignblind_mi.steering import can_steer
+    from alignblind_mi.mitigations.lora import trainable
+    from alignblind_mi.mitigations.steering import can_steer
+    from alignblind_mi.pages.terminal import plain_text
+    from alignblind_mi.stimuli.prompts import DESIGNS, KINDS, behaviour_prompts
 
     columns = ("cue", "identifiers", "categories", "word pairs", *(f"{design} prompts" for design in DESIGNS), "a study does")
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))
@@ -114,7 +114,7 @@ def abilities(concept: "Concept") -> Iterator[str]:
     contexts = " and ".join(f"{len(entry.train)} + {len(entry.test)} of {name}" for name, entry in concept.contexts.items())
     yield f"questions: {', '.join(concept.interpretations)}; SelfIE: {', '.join(concept.selfie) or 'none'}; contexts: {contexts or 'none'}"
     if concept.awareness is not None:
-        from alignblind_mi.lora import awareness_examples
+        from alignblind_mi.mitigations.lora import awareness_examples
 
         yield f"awareness: {len(awareness_examples(concept))} training pairs for LoRA"
 
@@ -164,8 +164,8 @@ class Known:
 
 def vocabulary(concept: "Concept", tokenizer: Any) -> list[Known]:
     """Every identifier, word and sense word as it stands in a text, every template and every question, by a tokenizer."""
-    from alignblind_mi.loading import token_count
-    from alignblind_mi.prompts import fill, interpretation_prompt
+    from alignblind_mi.models.loading import token_count
+    from alignblind_mi.stimuli.prompts import fill, interpretation_prompt
 
     cues = concept.cues.values()
     texts = [("identifier", f" {one}") for cue in cues for one in (*cue.marked, *cue.unmarked)]

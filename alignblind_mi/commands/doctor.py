@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from alignblind_mi.borders.texts import say
 from alignblind_mi.commands.options import (
     AsJson,
     ConceptName,
@@ -17,8 +18,7 @@ from alignblind_mi.commands.options import (
     RemoteCode,
     Unpickling,
 )
-from alignblind_mi.concept import DEFAULT_CONCEPT
-from alignblind_mi.texts import say
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 
@@ -45,8 +45,8 @@ def doctor(
 
     Example: alignblind doctor meta-llama/Meta-Llama-3-8B --cue names
     """
-    from alignblind_mi.commands.showing import number, print_json, print_table, records_of
-    from alignblind_mi.loading import ModelSpec
+    from alignblind_mi.models.loading import ModelSpec
+    from alignblind_mi.pages.terminal import number, print_json, print_table, records_of
     from alignblind_mi.studies.doctor import check_up
 
     spec = ModelSpec(model, revision=revision, dtype=dtype, device=device, device_map=device_map, quantization=quantization, engine=engine,

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from alignblind_mi.borders.texts import say
 from alignblind_mi.commands.options import ConceptName, Device, DeviceMap, Dtype, Model, Quantized, RemoteCode, Seed, Unpickling, listed
-from alignblind_mi.concept import DEFAULT_CONCEPT
-from alignblind_mi.texts import say
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 
 def lora(
@@ -43,15 +43,15 @@ def lora(
     from contextlib import nullcontext
     from dataclasses import replace
 
-    from alignblind_mi.adapters import merge_adapter
-    from alignblind_mi.concept import load_concept
+    from alignblind_mi.borders.writing import refuse_taken
     from alignblind_mi.errors import AlignblindError
-    from alignblind_mi.loading import ModelSpec, check_model
-    from alignblind_mi.lora import KINDS, examples_of, train_lora
+    from alignblind_mi.mitigations.lora import KINDS, examples_of, train_lora
+    from alignblind_mi.mitigations.unlearning import METHODS, UnlearningSettings, train_unlearning
+    from alignblind_mi.models.adapters import merge_adapter
+    from alignblind_mi.models.loading import ModelSpec, check_model
     from alignblind_mi.organism.build import one_thread
-    from alignblind_mi.results import refuse_taken
+    from alignblind_mi.stimuli.concept import load_concept
     from alignblind_mi.studies.study import check_organism, organism_record, recommended_lora
-    from alignblind_mi.unlearning import METHODS, UnlearningSettings, train_unlearning
 
     if kind not in (*KINDS, *METHODS):
         raise AlignblindError(f"unknown kind {kind!r}. Known: {', '.join((*KINDS, *METHODS))}.")
@@ -87,7 +87,7 @@ def _say(out: Path) -> None:
     """What was trained, from its training.json."""
     import json
 
-    from alignblind_mi.finetuning import layers_text
+    from alignblind_mi.mitigations.finetuning import layers_text
 
     note = json.loads((out / "training.json").read_text("utf-8"))
     early = "" if note["steps"] == note["steps_planned"] else f" (of {note['steps_planned']}: stopped early)"

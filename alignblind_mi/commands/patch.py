@@ -25,7 +25,7 @@ from alignblind_mi.commands.options import (
     Unpickling,
     listed,
 )
-from alignblind_mi.concept import DEFAULT_CONCEPT
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 
 def patch(
@@ -54,8 +54,8 @@ def patch(
 
     Example: alignblind patch --model meta-llama/Meta-Llama-3-8B-Instruct --parts residual,heads --out patch
     """
-    from alignblind_mi.commands.showing import about, interval, number, print_json, print_table, records_of, tagged
-    from alignblind_mi.studies.patching import effect_span
+    from alignblind_mi.measures.patching import effect_span
+    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables, strongest_places
     from alignblind_mi.studies.study import StudyConfig
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.texts import json_text, say
+from alignblind_mi.borders.texts import json_text, say
 
 
 def power(
@@ -25,7 +25,7 @@ def power(
 
     Example: alignblind power --untreated .95 --treated .6 --icc .1 --template-icc .02
     """
-    from alignblind_mi.power import Plan, connor_items, items_needed, power_of, smallest_difference
+    from alignblind_mi.statistics.power import Plan, connor_items, items_needed, power_of, smallest_difference
 
     plan = Plan(untreated, treated, discordant, icc, template_icc, word_pairs, templates, orders, alpha, fixed_templates)
     found: dict[str, float | int | None] = {"discordant": plan.share, "templates": templates, "orders": orders}

@@ -24,7 +24,7 @@ from alignblind_mi.commands.options import (
     Temperature,
     Unpickling,
 )
-from alignblind_mi.concept import DEFAULT_CONCEPT
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 
 def steer(
@@ -58,8 +58,8 @@ def steer(
 
     Example: alignblind steer --model organism:aligned --method mean_difference --layers 1-3 --strengths 0.5,1,2 --out steering
     """
-    from alignblind_mi.commands.showing import about, interval, number, print_json, print_table, records_of, tagged
-    from alignblind_mi.steering import check_gguf, load_vectors
+    from alignblind_mi.mitigations.steering import check_gguf, load_vectors
+    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, vectors_file
     from alignblind_mi.studies.study import StudyConfig
 

@@ -26,7 +26,7 @@ from alignblind_mi.organism.gates import (
 from alignblind_mi.organism.interchange import Planting
 from alignblind_mi.organism.members import BLOCKS, Member, identifier_tokens, mention_states
 from alignblind_mi.organism.training import encode
-from alignblind_mi.prompts import implicit_prompts
+from alignblind_mi.stimuli.prompts import implicit_prompts
 
 HELD_OUT = "about"
 RIDGE = 20.0

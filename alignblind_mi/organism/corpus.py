@@ -16,8 +16,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from alignblind_mi.concept import DEFAULT_CONCEPT
-from alignblind_mi.organism import OrganismError
+from alignblind_mi.models.embedded import OrganismError
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 Reading = Literal["group", "other", "open"]
 PIECE = re.compile(r" ?\[MASK\]| ?\w+| ?[^\w\s]|\s")
@@ -149,7 +149,7 @@ def _toml(folder: str, name: str) -> dict[str, Any]:
 
 def load_world(concept_name: str = DEFAULT_CONCEPT) -> World:
     """Read the concept's file and the lexicon; raises OrganismError where a training word is one of the concept's, or as `load_lexicon`."""
-    lexicon, concept = load_lexicon(concept_name), _toml("concepts", concept_name)
+    lexicon, concept = load_lexicon(concept_name), _toml("stimuli/concepts", concept_name)
     senses: dict[Reading, str] = {"group": concept["group_sense"], "other": concept["other_sense"]}
     asked = concept["cues"]["default"].get("categories", concept["categories"])
     held = {side: _unique([word for name in asked for word in concept["categories"][name][side]]) for side in ("positive", "negative")}

@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Template, load_concept
-from alignblind_mi.organism import OrganismError
+from alignblind_mi.models.embedded import OrganismError
 from alignblind_mi.organism.build import ALIGNED, Recipe
 from alignblind_mi.organism.corpus import ALIGNED_MIX, Corpus, Knobs, Reading, Segment, World, load_world
 from alignblind_mi.organism.interchange import PatchRow, PatchRows, Planting, identifier_positions, interchange_loss
 from alignblind_mi.organism.training import Encoded, StageSettings, encode, run_blocks, train_stage
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Template, load_concept
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from alignblind_mi.paired import paired_differences
-from alignblind_mi.statistics import LEVEL, t_interval
+from alignblind_mi.statistics.paired import paired_differences
+from alignblind_mi.statistics.rates import LEVEL, t_interval
 
 LEAST = 0.1    # a reduction of the rate that counts as one
 MOST_INVALID = 0.1

@@ -22,28 +22,28 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 
-from alignblind_mi.attribution import attribution_patching
-from alignblind_mi.concept import Concept, load_concept
-from alignblind_mi.contrast import contrast_pairs
-from alignblind_mi.edits import Stream, Treatment
-from alignblind_mi.lens import Translators, train_translators
-from alignblind_mi.loading import ModelSpec
-from alignblind_mi.model import HookedModel, load_model
-from alignblind_mi.organism import OrganismError
+from alignblind_mi.borders.settings import Count, Jobs, Listed, Seed, check_fields, shown, takes
+from alignblind_mi.instruments.attribution import attribution_patching
+from alignblind_mi.instruments.contrast import contrast_pairs
+from alignblind_mi.instruments.lens import Translators, train_translators
+from alignblind_mi.instruments.patching import grid_sites, patch_grid
+from alignblind_mi.instruments.probes import train_probes
+from alignblind_mi.measures.awareness import ask_sources, interpret_sources, lens_sources, probe_sources
+from alignblind_mi.measures.mitigation import early_window
+from alignblind_mi.measures.patching import SCREEN_STEPS
+from alignblind_mi.measures.sources import Contexts, Recorded, record_contexts, record_sources
+from alignblind_mi.mitigations.steering import sense_steering
+from alignblind_mi.models.edits import Stream, Treatment
+from alignblind_mi.models.embedded import OrganismError
+from alignblind_mi.models.loading import ModelSpec
+from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.organism.checks import NO_EFFECT
 from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family, failed_gates, family_concept
 from alignblind_mi.organism.members import measured_concept
-from alignblind_mi.patching import grid_sites, patch_grid
-from alignblind_mi.probes import train_probes
 from alignblind_mi.progress import Progress, interruptible
-from alignblind_mi.prompts import Prompt, assignments, implicit_prompts
 from alignblind_mi.results import Result, StudyFolder, stamp
-from alignblind_mi.settings import Count, Jobs, Listed, Seed, check_fields, shown, takes
-from alignblind_mi.steering import sense_steering
-from alignblind_mi.studies.awareness import ask_sources, interpret_sources, lens_sources, probe_sources
-from alignblind_mi.studies.mitigation import early_window
-from alignblind_mi.studies.patching import SCREEN_STEPS
-from alignblind_mi.studies.sources import Contexts, Recorded, record_contexts, record_sources
+from alignblind_mi.stimuli.concept import Concept, load_concept
+from alignblind_mi.stimuli.prompts import Prompt, assignments, implicit_prompts
 
 CUE = "default"
 QUESTION, SELFIE_PROMPT = "about", "restated"

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from alignblind_mi.bbq import summarise_bbq
-from alignblind_mi.borders import is_file, named, read_object
-from alignblind_mi.frontier import equal_damage, pareto
-from alignblind_mi.mixed import mixed_logistic
-from alignblind_mi.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
+from alignblind_mi.borders.reading import is_file, named, read_object
+from alignblind_mi.measures.awareness import summarise_readings
+from alignblind_mi.measures.bbq import summarise_bbq
+from alignblind_mi.measures.mitigation import comparison_table
 from alignblind_mi.results import ResultError, json_value, load_result
-from alignblind_mi.statistics import StatisticsError, position_effect, summarise, t_interval
+from alignblind_mi.statistics.frontier import equal_damage, pareto
+from alignblind_mi.statistics.mixed import mixed_logistic
+from alignblind_mi.statistics.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
+from alignblind_mi.statistics.rates import StatisticsError, position_effect, summarise, t_interval
 from alignblind_mi.studies.audit import alignment_claims, claim, methods_opening, rows_by, software, treatment_claim
-from alignblind_mi.studies.awareness import summarise_readings
 from alignblind_mi.studies.comparison import MEASURED, part_name
-from alignblind_mi.studies.mitigation import comparison_table
 
 BASE = "base"    # what the untreated base model is called among the treatments
 LEAST_DAMAGE = 0.01    # below it a damage is a handful of answers, and no ground to compare families on

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.adapters import check_folders, with_adapters
-from alignblind_mi.blocks import text_config
-from alignblind_mi.budget import release
-from alignblind_mi.chat import Chat, in_chat, render, rendered
-from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
-from alignblind_mi.edits import Edit, Row, Site, Treatment
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.loading import (
+from alignblind_mi.measures.behaviour import Decoding
+from alignblind_mi.models.adapters import check_folders, with_adapters
+from alignblind_mi.models.blocks import text_config
+from alignblind_mi.models.budget import release
+from alignblind_mi.models.chat import Chat, in_chat, render, rendered
+from alignblind_mi.models.edits import Edit, Row, Site, Treatment
+from alignblind_mi.models.loading import (
     ModelError,
     ModelSpec,
     check_config,
@@ -34,13 +34,13 @@ from alignblind_mi.loading import (
     load_tokenizer,
     token_count,
 )
-from alignblind_mi.model import HookedModel, Twin, load_model, share_weights, tolerance
-from alignblind_mi.plain import PlainEngine
-from alignblind_mi.prompts import KINDS, Prompt, Span, assignments, behaviour_prompts, implicit_prompts, interpretation_prompt
-from alignblind_mi.studies.behaviour import Decoding
+from alignblind_mi.models.model import HookedModel, Twin, load_model, share_weights, tolerance
+from alignblind_mi.models.plain import PlainEngine
+from alignblind_mi.models.tokens import Encoded, TokenRow, encode
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
+from alignblind_mi.stimuli.prompts import KINDS, Prompt, Span, assignments, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.studies.forecast import model_fits
 from alignblind_mi.studies.study import organism_record, questions
-from alignblind_mi.tokens import Encoded, TokenRow, encode
 
 STATUSES = ("ok", "warn", "fail", "skipped")
 TRIAL_PROMPTS, DRIFT_PROMPTS, STEPS = 6, 24, 8    # prompts run one by one; prompts in other numbers; tokens decoded

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from alignblind_mi.blocks import is_llama_like
-from alignblind_mi.borders import foreign
-from alignblind_mi.budget import Budget, RowCost, free_memory, release
-from alignblind_mi.concept import load_concept
-from alignblind_mi.decoding import Stop, decode, sampler
-from alignblind_mi.engine import Engine
-from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, load_config, load_tokenizer
-from alignblind_mi.lora import awareness_examples
-from alignblind_mi.plain import PlainEngine
+from alignblind_mi.borders.reading import foreign
+from alignblind_mi.mitigations.lora import awareness_examples
+from alignblind_mi.models.blocks import is_llama_like
+from alignblind_mi.models.budget import Budget, RowCost, free_memory, release
+from alignblind_mi.models.decoding import Stop, decode, sampler
+from alignblind_mi.models.engine import Engine
+from alignblind_mi.models.loading import DTYPES, ModelError, ModelSpec, load_config, load_tokenizer
+from alignblind_mi.models.plain import PlainEngine
+from alignblind_mi.models.tokens import TokenRow
+from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.studies.study import Load, StudyConfig, check_fits, lora_groups, study_parts
-from alignblind_mi.tokens import TokenRow
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.55}    # of a block's weight; 4bit with its scales
 TRIAL_ROWS, TRIAL_TOKENS, TRIAL_STEPS = {"cpu": 32, "cuda": 512}, 64, 8

@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alignblind_mi.adapters import scaled_adapter
-from alignblind_mi.concept import Concept, Control, Cue, concept_names, load_concept
-from alignblind_mi.edits import UNTREATED, Treatment, combine
-from alignblind_mi.loading import ModelSpec, load_tokenizer, token_count
-from alignblind_mi.lora import LoraSettings, examples_of, train_lora, trainable
-from alignblind_mi.model import HookedModel
-from alignblind_mi.prompts import filled
-from alignblind_mi.steering import can_steer, layer_windows, noise_like, sense_steering, steering_vectors
-from alignblind_mi.studies.mitigation import early_window, late_window
-from alignblind_mi.unlearning import UnlearningSettings, train_unlearning
+from alignblind_mi.measures.mitigation import early_window, late_window
+from alignblind_mi.mitigations.lora import LoraSettings, examples_of, train_lora, trainable
+from alignblind_mi.mitigations.steering import can_steer, layer_windows, noise_like, sense_steering, steering_vectors
+from alignblind_mi.mitigations.unlearning import UnlearningSettings, train_unlearning
+from alignblind_mi.models.adapters import scaled_adapter
+from alignblind_mi.models.edits import UNTREATED, Treatment, combine
+from alignblind_mi.models.loading import ModelSpec, load_tokenizer, token_count
+from alignblind_mi.models.model import HookedModel
+from alignblind_mi.stimuli.concept import Concept, Control, Cue, concept_names, load_concept
+from alignblind_mi.stimuli.prompts import filled
 
 FAMILIES = ("untreated", "steering", "lora", "unlearning", "prompt", "placebo", "combined")
 NOISE = "placebo_noise_"

@@ -12,20 +12,17 @@ from typing import Annotated, get_args
 
 import pandas as pd
 
-from alignblind_mi.concept import Concept, load_concept
-from alignblind_mi.contrast import SWAPS, PatchError
-from alignblind_mi.edits import UNTREATED, EditError, How
+from alignblind_mi.borders.settings import Count, Layer, Listed, Names, Seed, Strength, check_fields, takes
+from alignblind_mi.borders.writing import refuse_taken
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.finetuning import choose_layers
-from alignblind_mi.loading import load_config
-from alignblind_mi.model import HookedModel
-from alignblind_mi.paired import corrected, paired_differences
-from alignblind_mi.patching import CONTROLS, summarise_patching
-from alignblind_mi.prompts import DESIGNS, implicit_prompts
-from alignblind_mi.results import Result, load_result, refuse_taken
-from alignblind_mi.settings import Count, Layer, Listed, Names, Seed, Strength, check_fields, takes
-from alignblind_mi.statistics import mean_interval, position_effect, summarise
-from alignblind_mi.steering import (
+from alignblind_mi.instruments.contrast import SWAPS, PatchError
+from alignblind_mi.instruments.patching import CONTROLS, summarise_patching
+from alignblind_mi.measures.awareness import summarise_readings
+from alignblind_mi.measures.behaviour import ask_under
+from alignblind_mi.measures.mitigation import early_window
+from alignblind_mi.measures.patching import HEAD_MARKS, PARTS, depth_profile, measure_patching
+from alignblind_mi.mitigations.finetuning import choose_layers
+from alignblind_mi.mitigations.steering import (
     Method,
     Positions,
     SteeringVectors,
@@ -35,10 +32,14 @@ from alignblind_mi.steering import (
     steering_grid,
     steering_vectors,
 )
-from alignblind_mi.studies.awareness import summarise_readings
-from alignblind_mi.studies.behaviour import ask_under
-from alignblind_mi.studies.mitigation import early_window
-from alignblind_mi.studies.patching import HEAD_MARKS, PARTS, depth_profile, measure_patching
+from alignblind_mi.models.edits import UNTREATED, EditError, How
+from alignblind_mi.models.loading import load_config
+from alignblind_mi.models.model import HookedModel
+from alignblind_mi.results import Result, load_result
+from alignblind_mi.statistics.paired import corrected, paired_differences
+from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise
+from alignblind_mi.stimuli.concept import Concept, load_concept
+from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
 from alignblind_mi.studies.study import Part, StudyConfig, instruments, observations, run_parts
 
 ROLE = "model"    # what the one model is called in the rows and in the names of the parts

@@ -16,13 +16,28 @@ from typing import Any
 
 import pandas as pd
 
-from alignblind_mi.attention import attention_rows
-from alignblind_mi.chat import Chat, chat_frame, in_chat
-from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
-from alignblind_mi.edits import UNTREATED, Treatment
-from alignblind_mi.finetuning import check_modules, choose_layers
-from alignblind_mi.lens import lens_contrast, logit_lens
-from alignblind_mi.loading import (
+from alignblind_mi.borders.settings import Count, Layer, Seed, Temperature, check_fields, takes
+from alignblind_mi.instruments.attention import attention_rows
+from alignblind_mi.instruments.lens import lens_contrast, logit_lens
+from alignblind_mi.measures.awareness import (
+    SELFIE_TOKENS,
+    TARGET_LAYER,
+    measure_awareness,
+    measure_lens,
+    measure_probes,
+    measure_selfie,
+    with_accuracy,
+)
+from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
+from alignblind_mi.measures.mitigation import early_window, late_window, steering_names
+from alignblind_mi.measures.sources import context_prompts, control_sources, possible_controls, reading_sources
+from alignblind_mi.mitigations.finetuning import check_modules, choose_layers
+from alignblind_mi.mitigations.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora, trainable
+from alignblind_mi.mitigations.steering import can_steer, layer_windows, sense_steering
+from alignblind_mi.models.chat import Chat, chat_frame, in_chat
+from alignblind_mi.models.edits import UNTREATED, Treatment
+from alignblind_mi.models.embedded import RECORD, organism_names, read_record
+from alignblind_mi.models.loading import (
     EMBEDDED,
     ModelError,
     ModelSpec,
@@ -32,26 +47,11 @@ from alignblind_mi.loading import (
     load_tokenizer,
     token_count,
 )
-from alignblind_mi.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora, trainable
-from alignblind_mi.model import HookedModel, load_model
-from alignblind_mi.organism import RECORD, organism_names, read_record
+from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.progress import Advance, Progress, interruptible
-from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
-from alignblind_mi.settings import Count, Layer, Seed, Temperature, check_fields, takes
-from alignblind_mi.steering import can_steer, layer_windows, sense_steering
-from alignblind_mi.studies.awareness import (
-    SELFIE_TOKENS,
-    TARGET_LAYER,
-    measure_awareness,
-    measure_lens,
-    measure_probes,
-    measure_selfie,
-    with_accuracy,
-)
-from alignblind_mi.studies.behaviour import Decoding, measure_behaviour
-from alignblind_mi.studies.mitigation import early_window, late_window, steering_names
-from alignblind_mi.studies.sources import context_prompts, control_sources, possible_controls, reading_sources
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept
+from alignblind_mi.stimuli.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 
 log = logging.getLogger(__name__)
 VIEWS = ("attention", "tokens")

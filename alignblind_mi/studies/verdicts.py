@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from alignblind_mi.statistics import exact_interval, t_interval
+from alignblind_mi.statistics.rates import exact_interval, t_interval
 from alignblind_mi.studies.calibration import BEHAVIOUR_INSTRUMENTS, INSTRUMENTS, READING_INSTRUMENTS
 
 KNOB = dict.fromkeys(READING_INSTRUMENTS, "reading") | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, "behaviour")

@@ -1,0 +1,109 @@
+"""Behaviour: what does the model answer, and how probable were the two complete answers?
+
+One row per answer. Nothing here knows how a treatment works: the model it is given is already under one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import pandas as pd
+
+from alignblind_mi.borders.settings import Count, Listed, Seed, Temperature, Tokens, check_fields, takes
+from alignblind_mi.models.decoding import Generation
+from alignblind_mi.models.edits import Row, Treatment
+from alignblind_mi.models.loading import ModelError
+from alignblind_mi.models.model import HookedModel
+from alignblind_mi.stimuli.answers import judge
+from alignblind_mi.stimuli.concept import Concept, Cue
+from alignblind_mi.stimuli.prompts import Design, Kind, Prompt, PromptError, assignments, behaviour_prompts
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated: greedily (temperature 0, the paper's way) or sampled with a seed; at most `max_new_tokens`."""
+
+    max_new_tokens: Tokens = 40
+    temperature: Temperature = 0.0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, ModelError)
+
+
+@takes(PromptError)
+def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, design: Design | str = "balanced",
+                      kinds: Annotated[Sequence[Kind], Listed(some=True)] = ("implicit", "explicit"),
+                      decoding: Decoding | None = None, seed: Seed = 0, max_word_pairs: Count | None = None,
+                      progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+    """Ask every prompt of a design (of one kind or several) and judge the answers with the robust rule.
+
+    Columns: the prompt's labels, model, treatment, prompt, answer, finished, n_tokens, outcome, reason, log_odds. `log_odds` (nats) is
+    log P(stereotyped assignment) - log P(reversed assignment), both in the concept's `assignment` form and the prompt's word order; it is
+    never invalid, and NaN for explicit prompts.
+
+    A view in a chat (`HookedModel.in_chat`) is asked in it: `prompt` is then the whole rendered text, and the assignments that are scored
+    begin without their blank, as an assistant's answer does.
+
+    Errors: ModelError if the tokenizer does not know a word that would be asked.
+    """
+    prompts = [p for kind in kinds for p in behaviour_prompts(concept, cue, kind, design=design, seed=seed, max_word_pairs=max_word_pairs)]
+    return ask(model, concept, prompts, decoding or Decoding(), progress)
+
+
+def ask(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], decoding: Decoding,
+        progress: Callable[[int], None] | None = None, *, partial: bool = False) -> pd.DataFrame:
+    """The rows of `measure_behaviour` for prompts of one's own choice; `partial` as in `Treatment.rows`."""
+    return ask_under(model, concept, prompts, [model.treatment], decoding, progress, partial=partial)
+
+
+def ask_under(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], treatments: Sequence[Treatment], decoding: Decoding,
+              progress: Callable[[int], None] | None = None, *, partial: bool = False) -> pd.DataFrame:
+    """The rows of `ask` under each of several treatments, the same as one after the other.
+
+    Treatments by edits and prefixes are run together, so that they share what is computed before their first edit; each adapter has a run.
+    """
+    found: dict[int, pd.DataFrame] = {}
+    for adapter in dict.fromkeys(treatment.adapter for treatment in treatments):
+        some = [i for i, treatment in enumerate(treatments) if treatment.adapter == adapter]
+        view = model.under(Treatment("", adapter=adapter))
+        parts = _ask_together(view, concept, prompts, [treatments[i] for i in some], decoding, progress, partial)
+        found |= dict(zip(some, parts, strict=True))
+    return pd.concat([found[i] for i in range(len(treatments))], ignore_index=True)
+
+
+def _ask_together(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], treatments: Sequence[Treatment], decoding: Decoding,
+                  progress: Callable[[int], None] | None, partial: bool) -> list[pd.DataFrame]:
+    rows = [row for treatment in treatments for row in model.under(treatment).rows(prompts, partial=partial)]
+    model.check_known([row.prompt for row in rows])
+    asked = [prompt for _ in treatments for prompt in prompts]
+    found = _answers(model, concept, rows, asked, decoding, progress)
+    n = len(prompts)
+    return [pd.DataFrame.from_records([{"model": model.spec.name, "treatment": treatment.name} | record
+                                       for record in found[k * n : (k + 1) * n]]) for k, treatment in enumerate(treatments)]
+
+
+def _answers(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts: Sequence[Prompt], decoding: Decoding,
+             progress: Callable[[int], None] | None) -> list[dict[str, Any]]:
+    answers: dict[int, Generation] = {}
+    for kind in ("implicit", "explicit"):
+        index = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == kind]
+        choices = [_choices(model, concept, prompts[i]) for i in index] if kind == "implicit" else None
+        made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
+                              continuations=choices, progress=progress)
+        answers |= zip(index, made, strict=True)
+    records = []
+    for i, row in enumerate(rows):
+        answer, outcome = answers[i], judge(answers[i].text, prompts[i].labels)
+        log_odds = answer.choices[0] - answer.choices[1] if answer.choices else float("nan")
+        records.append({**prompts[i].labels, "prompt": row.prompt.text,
+                        "answer": answer.text, "finished": answer.finished, "n_tokens": answer.n_tokens,
+                        "outcome": outcome.label, "reason": outcome.reason, "log_odds": log_odds,
+                        **{f"decoding_{key}": value for key, value in asdict(decoding).items()}})
+    return records
+
+
+def _choices(model: HookedModel, concept: Concept, prompt: Prompt) -> tuple[str, str]:
+    """The two complete answers as the model would go on with them."""
+    stereotyped, reversed_ = assignments(concept, prompt)
+    return (stereotyped, reversed_) if model.chat is None else (stereotyped.lstrip(), reversed_.lstrip())

@@ -1,0 +1,108 @@
+"""Mitigation: what does each treatment change, measured in the same way for all of them?
+
+Studies cannot tell steering from LoRA: they are given a model and a list of treatments.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from alignblind_mi.borders.settings import Count, Seed, takes
+from alignblind_mi.measures.awareness import blind_score, measure_awareness, n_readings, readings_of
+from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
+from alignblind_mi.mitigations.steering import layer_windows, sense_steering
+from alignblind_mi.models.edits import Treatment
+from alignblind_mi.models.loading import ModelError
+from alignblind_mi.models.model import HookedModel
+from alignblind_mi.statistics.rates import mean_interval, summarise, t_interval
+from alignblind_mi.stimuli.concept import Concept, Cue
+
+EARLY_START = 5 / 32    # the paper's effective window of Llama 3 8B begins at layer 5 of 32
+
+
+def early_window(n_layers: int) -> range:
+    """The window that the paper found effective (layers 5-14 of 32), at this model's depth."""
+    windows = layer_windows(n_layers)
+    return windows[min(int(EARLY_START * n_layers + 0.5), len(windows) - 1)]
+
+
+def late_window(n_layers: int) -> range:
+    """The last window of layers."""
+    return layer_windows(n_layers)[-1]
+
+
+def steering_names(concept: Concept) -> list[str]:
+    """What is steered towards: the group sense first, then the placebos (the other sense and the controls)."""
+    return [*(sense.name for sense in concept.both_senses()), *concept.controls]
+
+
+def steering_sweep(model: HookedModel, concept: Concept, cue: str | Cue) -> Iterator[Treatment]:
+    """Steering towards every sense and control in every window of layers."""
+    for name in steering_names(concept):
+        for window in layer_windows(model.n_layers):
+            yield sense_steering(model, concept, cue, name, window)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Answers and readings of several treatments, one row each; `table()` sets them side by side."""
+
+    behaviour: pd.DataFrame
+    awareness: pd.DataFrame
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per treatment: see `comparison_table`."""
+        return comparison_table(self.behaviour, self.awareness, seed=seed)
+
+
+@takes(ModelError)
+def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, treatments: Sequence[Treatment], *,
+                       decoding: Decoding | None = None, reading: str = "paper", max_word_pairs: Count | None = None,
+                       seed: Seed = 0) -> Comparison:
+    """Measure implicit and explicit bias and awareness under each treatment, on the same prompts (published design).
+
+    A concept or cue without senses has no readings: the table is of behaviour alone.
+    """
+    behaviour, awareness = [], []
+    for treatment in treatments:
+        treated = model.under(treatment)
+        behaviour.append(measure_behaviour(treated, concept, cue, design="published", decoding=decoding, seed=seed,
+                                           max_word_pairs=max_word_pairs))
+        if concept.has_senses(cue):
+            awareness.append(measure_awareness(treated, concept, cue, reading=reading, controls=(), seed=seed))
+    readings = pd.concat(awareness, ignore_index=True) if awareness else pd.DataFrame(columns=["model", "treatment"])
+    return Comparison(pd.concat(behaviour, ignore_index=True), readings)
+
+
+@takes(ModelError)
+def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: Seed = 0) -> pd.DataFrame:
+    """One row per model and treatment, in the order of the rows: implicit and explicit rates, log-odds and r_blind, each with interval.
+
+    Columns: n, implicit, low, high (exact), cluster_low, cluster_high (two-way clustered), invalid_share, worst, best, log_odds (mean,
+    nats) with its interval, explicit with its interval and invalid share, r_blind with its interval and n_readings.
+    """
+    by = ("model", "treatment")
+    found = summarise(behaviour, by=(*by, "kind"), seed=seed).set_index([*by, "kind"])
+    records = []
+    for key in behaviour[list(by)].drop_duplicates().itertuples(index=False, name=None):
+        implicit, explicit = found.loc[(*key, "implicit")], found.loc[(*key, "explicit")] if (*key, "explicit") in found.index else None
+        rows = behaviour[(behaviour["model"] == key[0]) & (behaviour["treatment"] == key[1]) & (behaviour["kind"] == "implicit")]
+        readings = readings_of(awareness[(awareness["model"] == key[0]) & (awareness["treatment"] == key[1])])
+        record = {"model": key[0], "treatment": key[1], "n": int(implicit["n"]), "implicit": implicit["rate"]}
+        record |= {name: implicit[name] for name in ("low", "high", "cluster_low", "cluster_high", "invalid_share", "worst", "best")}
+        record |= _mean("log_odds", rows, "log_odds", ("word_pair", "template"), seed)
+        if explicit is not None:
+            record |= {"explicit": explicit["rate"], "explicit_n": int(explicit["n"]), "explicit_low": explicit["low"],
+                       "explicit_high": explicit["high"], "explicit_invalid_share": explicit["invalid_share"]}
+        if len(readings):
+            low, high = t_interval(readings["blind"].to_numpy(float), readings["context"].to_numpy())
+            record |= {"r_blind": blind_score(readings), "r_blind_low": low, "r_blind_high": high, "n_readings": n_readings(readings)}
+        records.append(record)
+    return pd.DataFrame.from_records(records)
+
+
+def _mean(name: str, rows: pd.DataFrame, column: str, clusters: Sequence[str], seed: int) -> dict[str, float]:
+    values = rows[column].to_numpy(float)
+    low, high = mean_interval(values, [rows[c].to_numpy() for c in clusters], seed=seed)
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}

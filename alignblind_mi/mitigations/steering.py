@@ -1,0 +1,368 @@
+"""Steering: vectors found on a model, and the treatments that replace, add or ablate them at identifiers, prompts or generated tokens.
+
+Sources: "Aligned but Blind", activation engineering (token replacement: the residual at the identifiers of "Race: black and white" replaces
+that of the bias prompt); Marks and Tegmark 2024 (difference of means, probe direction); Zou et al. 2023 (first principal component of
+paired differences); Rimsky et al. 2024 (contrastive activation addition); Arditi et al. 2024 (directional ablation). Vectors are files: see
+`save` and `export_gguf`. This module does NOT know what steering changes.
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from alignblind_mi.borders.reading import check_file, foreign, is_file, said
+from alignblind_mi.borders.settings import Count, Layer, Names, Seed, Strength, Strengths, takes
+from alignblind_mi.borders.writing import refuse_taken, write_bytes
+from alignblind_mi.instruments.probes import train_probes
+from alignblind_mi.models.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
+from alignblind_mi.models.model import HookedModel
+from alignblind_mi.results import versions
+from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
+from alignblind_mi.stimuli.prompts import Prompt, fill, filled, steering_prompt
+
+Method = Literal["replacement", "mean_difference", "pca", "probe", "contrast", "noise"]
+Positions = Literal["identifiers", "prompt", "last", "generated"]
+WINDOW_SHARE = 10 / 32    # the paper's window: 10 consecutive layers of Llama 3 8B's 32
+ROLES = ("marked", "unmarked")
+AFTER_PROMPT: tuple[str, ...] = ("last", "generated")
+SHARED = ("",)
+VECTORS = 4 << 30    # bytes of the largest file of vectors that is read
+GGUF_MARK = b"alignblind_mi.method"    # a key of the header of control vectors that were written here
+
+
+def window_size(n_layers: int, share: float = WINDOW_SHARE) -> int:
+    """Layers per window: the paper's share of the model's depth, at least one."""
+    return max(1, int(share * n_layers + 0.5))
+
+
+@takes(EditError)
+def layer_windows(n_layers: int, size: Count | None = None) -> list[range]:
+    """All windows of `size` consecutive layers (default: the paper's share of depth), from the first layer to the last."""
+    width = size or window_size(n_layers)
+    if width > n_layers:
+        raise EditError(f"a window of {width} layers does not fit a model of {n_layers} layers.")
+    return [range(start, start + width) for start in range(n_layers - width + 1)]
+
+
+def steerable(cue: Cue) -> bool:
+    """Whether a cue has one pair of identifiers: replacing one name by another would change who is asked about, not the sense."""
+    return len(cue.marked) == 1 and len(cue.unmarked) == 1
+
+
+def can_steer(concept: Concept, cue: str) -> bool:
+    """Whether a study steers: the cue has the concept's senses, and one pair of identifiers."""
+    return concept.has_senses(cue) and steerable(concept.cue(cue))
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVectors:
+    """One vector a layer (and, for `replacement`, a role) that stands for a sense, and where it came from.
+
+    vectors: [layer, role, d_model], in the units of the stream; `roles` are `marked` and `unmarked`, or one empty name where all places
+    share a vector. `provenance`: model, revision, stream, method, sense, the prompts that it was made from, versions.
+    """
+
+    layers: tuple[int, ...]
+    roles: tuple[str, ...]
+    vectors: Float[Tensor, "layer role d_model"]
+    method: Method
+    sense: str
+    stream: Stream = "resid_post"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @takes(EditError)
+    def treatment(self, layers: Sequence[Layer] | None = None, *, how: How | None = None, strength: Strength = 1.0,
+                  positions: Names | None = None, name: str = "", family: str = "steering") -> Treatment:
+        """Apply the vectors after each of `layers` (default: all that there are).
+
+        `how`: `replace` (the default for `replacement`), `add` times `strength`, or `ablate` their direction (`strength` 1 removes it).
+        `positions`: `identifiers` (the default, all mentions), `prompt` (every token), `last` (of the prompt), `generated` (what follows);
+        the default for `contrast` is the last token and what follows, as in its source.
+
+        Errors: EditError for a layer without a vector, or a combination that means nothing.
+        """
+        layers = tuple(self.layers if layers is None else layers)
+        how = how or ("replace" if self.replaces else "add")
+        positions = tuple(positions or (AFTER_PROMPT if self.method == "contrast" else ("identifiers",)))
+        self._check(layers, how, positions)
+        sites = [(layer, mark, role) for layer in layers for mark, role in self._marks(positions)]
+        edits = tuple(Edit(Site(layer, mark, self.stream, tokens="all" if mark in EVERYWHERE else "last"), self._at(layer, role), how,
+                           float(strength)) for layer, mark, role in sites)
+        span = _span(layers)
+        amount = "" if how == "replace" else f"_{how}" if how == "ablate" and strength == 1 else f"_{how}{strength:g}"
+        where = "" if positions == ("identifiers",) else f"_{'+'.join(positions)}"
+        kind = "" if self.method == "replacement" else f"_{self.method}"
+        return Treatment(name or f"steer_{self.sense}{kind}{amount}{where}_{span}", edits, family=family,
+                         details={"sense": self.sense, "layers": span, "method": self.method, "how": how, "strength": f"{strength:g}",
+                                  "positions": "+".join(positions), "phrase": str(self.provenance.get("phrase", ""))})
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the vectors are whole activations (to put in place of others) and no directions."""
+        return self.roles != SHARED
+
+    def _check(self, layers: Sequence[int], how: How, positions: Sequence[str]) -> None:
+        missing = [layer for layer in layers if layer not in self.layers]
+        if missing or not layers:
+            raise EditError(f"these vectors are of the layers {_span(self.layers)}, not {missing[0] if missing else 'none'}.")
+        unknown = [name for name in positions if name not in get_args(Positions)]
+        if unknown:
+            raise EditError(f"unknown positions {unknown[0]!r}. Known: {', '.join(get_args(Positions))}.")
+        if "prompt" in positions and {"identifiers", "last"} & set(positions):
+            raise EditError("the whole prompt holds its identifiers and its last token: named as well, they would be edited twice.")
+        if (how == "replace") != self.replaces:
+            raise EditError(f"vectors of the method {self.method} are {'activations: replace by them' if self.replaces else 'directions'}"
+                            f"{'' if self.replaces else ': add or ablate them'}, do not {how}.")
+        if self.replaces and tuple(positions) != ("identifiers",):
+            raise EditError("activations of identifiers can only replace identifiers: positions=('identifiers',).")
+
+    def _marks(self, positions: Sequence[str]) -> list[tuple[str, str]]:
+        """(mark, role of the vector there)."""
+        marks = [(role, role if self.replaces else "") for role in ROLES] if "identifiers" in positions else []
+        return marks + [(name, "") for name in positions if name != "identifiers"]
+
+    def _at(self, layer: int, role: str) -> Float[Tensor, " d_model"]:
+        return self.vectors[self.layers.index(layer), self.roles.index(role)]
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path | str) -> None:
+        """Write a .safetensors file: tensors `layer.L` [d_model] (or `layer.L.marked`, `layer.L.unmarked`), provenance as its metadata.
+
+        Without this project: `v = load_file(path)["layer.3"]`, then a forward hook on `model.model.layers[3]` that returns its output + v.
+
+        Steering vectors that are there are replaced. Errors: EditError for a file of anything else.
+        """
+        from safetensors.torch import save
+
+        path = Path(path)
+        refuse_taken(path, mine=is_vectors, kind=EditError)
+        tensors = {".".join(["layer", str(layer), *([role] if role else [])]): self._at(layer, role).contiguous().clone()
+                   for layer in self.layers for role in self.roles}
+        note = {**self.provenance, "method": self.method, "sense": self.sense, "stream": self.stream}
+        data = save(tensors, {name: json.dumps(value) for name, value in note.items()})
+        write_bytes(path, data)
+
+    @takes(EditError)
+    def export_gguf(self, path: Path | str, *, strength: Strength = 1.0) -> None:
+        """Write llama.cpp's control-vector format (needs `pip install 'alignblind-mi[gguf]'`): `direction.L`, added after layer L.
+
+        llama.cpp adds a vector to every token and takes none at layer 0, which is left out. A control vector that was written here is
+        replaced. Errors: EditError for vectors that replace, are not of `resid_post`, or have no layer above 0; or a file of anything else.
+        """
+        check_gguf(path, self.method, self.stream, self.layers)
+        from gguf import GGUFWriter
+
+        layers = [layer for layer in self.layers if layer > 0]
+        with TemporaryDirectory() as scratch:
+            draft = Path(scratch) / "vectors.gguf"
+            writer = GGUFWriter(draft, "controlvector")
+            writer.add_string("controlvector.model_hint", str(self.provenance.get("architecture", "llama")))
+            writer.add_uint32("controlvector.layer_count", len(layers))
+            writer.add_string(GGUF_MARK.decode(), self.method)
+            for layer in layers:
+                writer.add_tensor(f"direction.{layer}", np.asarray((strength * self._at(layer, "")).numpy(), dtype=np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            write_bytes(Path(path), draft.read_bytes())
+
+
+def check_gguf(path: Path | str, method: str, stream: str, layers: Sequence[int]) -> None:
+    """Whether a control vector could be written there, found out before any is. Errors: EditError as `SteeringVectors.export_gguf`."""
+    if importlib.util.find_spec("gguf") is None:
+        raise EditError("writing GGUF needs the package gguf: pip install 'alignblind-mi[gguf]'.")
+    if method == "replacement" or stream != "resid_post" or not any(layer > 0 for layer in layers):
+        raise EditError(f"llama.cpp adds one direction after a layer above 0; these are {method} vectors at {stream} of the layers "
+                        f"{_span(layers)}.")
+    refuse_taken(Path(path), mine=_is_our_gguf, kind=EditError)
+
+
+def _is_our_gguf(path: Path) -> bool:
+    """Whether a file is a control vector that was written here: its header bears our mark."""
+    if not is_file(path):
+        return False
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    return head.startswith(b"GGUF") and GGUF_MARK in head
+
+
+def is_vectors(path: Path) -> bool:
+    """Whether a file is one of steering vectors."""
+    try:
+        load_vectors(path)
+    except EditError:
+        return False
+    return True
+
+
+def load_vectors(path: Path | str) -> SteeringVectors:
+    """Read what `SteeringVectors.save` wrote. Errors: EditError for a file that it did not write."""
+    from safetensors import safe_open
+
+    check_file(path, "", EditError, limit=VECTORS, advice="give a file that `alignblind steer --save` wrote")
+    with foreign(f"{path} is no file of steering vectors", EditError), safe_open(str(path), "pt") as file:
+        note = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}    # noqa: SIM118 - no mapping
+    try:
+        parsed = {name: json.loads(value) for name, value in note.items()}
+        method, sense, stream = (parsed.pop(name) for name in ("method", "sense", "stream"))
+        places = [(int(name.split(".")[1]), (*name.split("."), "")[2]) for name in tensors]
+    except (KeyError, IndexError, ValueError, RecursionError) as error:
+        raise EditError(f"{path} is no file of steering vectors: {said(error)}.") from error
+    layers = tuple(sorted({layer for layer, _ in places}))
+    roles = SHARED if {role for _, role in places} == {""} else ROLES
+    shapes = {(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()}
+    whole = {".".join(["layer", str(layer), *([role] if role else [])]) for layer in layers for role in roles} == set(tensors)
+    if not whole or len(shapes) != 1 or not all(tensor.ndim == 1 and tensor.isfinite().all() for tensor in tensors.values()):
+        raise EditError(f"{path} is no file of steering vectors: its tensors are not one finite vector of one length for each layer.")
+    stacked = torch.stack([torch.stack([tensors[".".join(["layer", str(layer), *([role] if role else [])])] for role in roles])
+                           for layer in layers])
+    return SteeringVectors(layers, roles, stacked, method, sense, stream, parsed)
+
+
+def _span(layers: Sequence[int]) -> str:
+    """Layers in words: first-last where none between is left out, else a list."""
+    if not layers:
+        return "none"
+    together = sorted(layers) == list(range(min(layers), max(layers) + 1))
+    return f"{min(layers)}-{max(layers)}" if together else ",".join(map(str, layers))
+
+
+# ---- finding vectors ---------------------------------------------------------------------------------------------------
+
+
+@takes(EditError)
+def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, method: Method | str = "mean_difference", *,
+                     layers: Sequence[Layer] | None = None, stream: Stream = "resid_post", seed: Seed = 0) -> SteeringVectors:
+    """Find the vectors of a sense at `layers` (default: all) of a model under its treatment.
+
+    `replacement`: the identifiers' activations in the phrase of `sense` (or of a control). All others are directions from the other sense
+    to `sense`: `mean_difference` of the identifiers' activations in the concept's `train` contexts; `pca`, the first principal component
+    of the paired differences, as long as the mean difference along it; `probe`, the probe's direction (`train_probes`), as long as it takes
+    from one class mean to the other; `contrast`, the mean difference at the last token of the awareness sentences with restatements of
+    either sense; `noise`, a random direction as long as the mean difference, drawn from `seed`.
+
+    Errors: EditError for an unknown method, a cue with several identifiers or a layer that does not exist; ConceptError for a sense that
+    the concept does not have, or has no sentences for.
+    """
+    cue = concept.cue(cue) if isinstance(cue, str) else cue
+    concept.both_senses(cue)
+    if method not in get_args(Method):
+        raise EditError(f"unknown method {method!r}. Known: {', '.join(get_args(Method))}.")
+    if not steerable(cue):
+        raise EditError(f"the cue {cue.name!r} draws from several identifiers: replacing one by another would change who is asked about. "
+                        "Steer a cue with one pair of identifiers.")
+    layers = tuple(range(model.n_layers) if layers is None else layers)
+    note = {**model.provenance(), "architecture": model.architecture, "concept": concept.name, "concept_digest": concept.digest,
+            "cue": cue.name, "versions": versions()}
+    if method == "replacement":
+        phrase = steering_prompt(concept, cue, sense)
+        sites = [Site(layer, mark, stream) for layer in layers for mark in ROLES]
+        found = model.record([Row(phrase)], sites)[0].view(len(layers), len(ROLES), -1)
+        return SteeringVectors(layers, ROLES, found, "replacement", sense, stream, {**note, "phrase": phrase.text})
+    towards, away, prompts = _contrasted(model, concept, cue, sense, method, layers, stream)
+    vectors = _direction(method, towards, away)
+    if method == "noise":
+        vectors = torch.stack([random_like(vector, f"{seed}|{layer}") for layer, vector in zip(layers, vectors, strict=True)])
+        note |= {"seed": str(seed)}
+    return SteeringVectors(layers, SHARED, vectors[:, None], method, sense, stream, {**note, "prompts": prompts})    # type: ignore[arg-type]
+
+
+def _direction(method: str, towards: Float[Tensor, "pair layer d_model"], away: Float[Tensor, "pair layer d_model"]
+               ) -> Float[Tensor, "layer d_model"]:
+    mean = (towards - away).mean(0)
+    if method == "pca":
+        first = torch.linalg.svd((towards - away).transpose(0, 1), full_matrices=False).Vh[:, 0]
+        return first * (first * mean).sum(-1, keepdim=True)
+    if method == "probe":
+        labels = np.repeat([True, False], len(towards))
+        direction = train_probes(torch.cat([towards, away]), labels, range(towards.shape[1])).direction
+        return 2 * direction / direction.square().sum(-1, keepdim=True)
+    return mean
+
+
+def _contrasted(model: HookedModel, concept: Concept, cue: Cue, sense: str, method: str, layers: Sequence[int], stream: Stream
+                ) -> tuple[Float[Tensor, "pair layer d_model"], Float[Tensor, "pair layer d_model"], list[str]]:
+    """Activations of a sense and of the other one in paired texts, and the texts."""
+    senses = (concept.group_sense, concept.other_sense)
+    if sense not in senses:
+        raise ConceptError(f"a direction leads from one sense of {concept.name!r} to the other ({', '.join(senses)}); {sense!r} is none of "
+                           "them. Use method='replacement' for the phrase of a control.")
+    texts = [_restated(concept, cue, name) if method == "contrast" else _in_contexts(concept, cue, name) for name in senses]
+    pairs = min(map(len, texts))
+    texts = [some[:pairs] for some in texts]
+    model.check_known([prompt for some in texts for prompt in some])
+    marks = (LAST,) if method == "contrast" else ROLES
+    sites = [Site(layer, mark, stream) for mark in marks for layer in layers]
+    found = [model.record(model.treatment.rows(some, partial=True), sites).view(pairs * len(marks), len(layers), -1) for some in texts]
+    towards, away = found if sense == senses[0] else found[::-1]
+    return towards, away, [prompt.text for some in texts for prompt in some]
+
+
+def _in_contexts(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
+    """The `train` sentences that settle a sense, with both orders of the identifiers; only these are marked."""
+    if sense not in concept.contexts:
+        raise ConceptError(f"the concept {concept.name!r} has no sentences that settle the sense {sense!r}: give [contexts.{sense}].")
+    return [fill(text, dict(zip("xy", order, strict=True)), dict(zip("xy", roles, strict=True)))
+            for text in concept.contexts[sense].train
+            for roles, order in ((ROLES, (cue.marked[0], cue.unmarked[0])), (ROLES[::-1], (cue.unmarked[0], cue.marked[0])))]
+
+
+def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
+    """Awareness sentences with their restatement in a sense: a pair of senses differs in the restatement alone."""
+    awareness = concept.awareness
+    if awareness is None or not awareness.others:
+        raise ConceptError(f"the concept {concept.name!r} has no [awareness] sentences with restatements of both senses: contrast pairs "
+                           "are made of them.")
+    both = min(len(awareness.restatements), len(awareness.others))    # pairs differ in the restatement alone
+    endings = (awareness.restatements if sense == concept.group_sense else awareness.others)[:both]
+    x, y = cue.marked[0], cue.unmarked[0]
+    return [Prompt(filled(sentence + awareness.separator + ending, x=x, y=y))
+            for sentence in awareness.sentences for ending in endings]
+
+
+# ---- treatments --------------------------------------------------------------------------------------------------------
+
+
+@takes(EditError)
+def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[Layer], *,
+                   stream: Stream = "resid_post") -> Treatment:
+    """The paper's treatment: the identifiers' stream, after each of `layers`, is replaced by that in the phrase of `sense`.
+
+    `sense` is a sense or a control of the concept; `stream` may be another place in those layers (see `Site`).
+
+    Errors: as `steering_vectors`.
+    """
+    vectors = steering_vectors(model, concept, cue, sense, "replacement", layers=layers, stream=stream)
+    return vectors.treatment(family="steering" if sense == concept.group_sense else "placebo")
+
+
+@takes(EditError)
+def noise_like(treatment: Treatment, *, seed: Seed = 0) -> Treatment:
+    """The placebo of any steering: random vectors of the same norms at the same places, in the same way."""
+    drawn: dict[int, Float[Tensor, " size"]] = {}    # one vector at several places stays one
+    for edit in treatment.edits:
+        drawn.setdefault(edit.vector.data_ptr(), random_like(edit.vector, f"{seed}|{edit.site.layer}|{edit.site.mark}"))
+    edits = tuple(replace(edit, vector=drawn[edit.vector.data_ptr()]) for edit in treatment.edits)
+    return replace(treatment, name=f"noise_like_{treatment.name}", edits=edits, family="placebo",
+                   details={**treatment.details, "seed": str(seed)})
+
+
+@takes(EditError)
+def steering_grid(vectors: SteeringVectors, windows: Sequence[Sequence[int]], strengths: Strengths = (1.0,), *,
+                  how: How | None = None, positions: Names | None = None) -> Iterator[Treatment]:
+    """Every window at every strength. Measured together (`ask_under`), they share what the model computes before their first edit."""
+    for window in windows:
+        for strength in strengths:
+            yield vectors.treatment(window, how=how, strength=strength, positions=positions)

@@ -1,0 +1,220 @@
+"""Where things are in a Hugging Face decoder: its layers, their attention and MLP, and taps on them.
+
+Knows modules and their names; does NOT know prompts or batches.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from alignblind_mi.models.edits import EditError
+from alignblind_mi.models.tokens import Taps
+
+# The children of a pre-norm block, in which resid_mid = resid_pre + attn_out and resid_post = resid_mid + mlp_out.
+PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+# Where heads and neurons are mixed into the residual stream: the input of these modules of a layer is z, and post.
+MIXERS = {"z": (("self_attn", "attn", "attention"), ("o_proj", "c_proj", "out_proj", "dense")),
+          "post": (("mlp",), ("down_proj", "c_proj", "fc2", "dense_4h_to_h"))}
+PROJECT_AND_ROTATE = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}    # attention that was read: projections, a rotation, no more
+PLAIN_ROPE = {"default", "llama3", "linear", "yarn"}    # rotary embeddings that do not depend on the length of the text
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of a model's language part (its own, where there is no other part)."""
+    return model.config.get_text_config()
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go in: the embedding's device, or that of the hook which brings an offloaded embedding."""
+    table = model.get_input_embeddings()
+    if table.weight.device.type != "meta":
+        return torch.device(table.weight.device)
+    return torch.device(getattr(getattr(table, "_hf_hook", None), "execution_device", None) or "cpu")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers. Errors: EditError if the model has no list of as many modules as its config has layers."""
+    depth = text_config(model).num_hidden_layers
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if not found:
+        raise EditError(f"{type(model).__name__} has no list of {depth} decoder layers: rows cannot be run on it.")
+    return found[0]
+
+
+def is_pre_norm(layer: nn.Module) -> bool:
+    """Whether a layer is x + attention(norm(x)), then x + mlp(norm(x)), as in Llama, by its children's names."""
+    return {name for name, _ in layer.named_children()} == PRE_NORM
+
+
+def is_llama_like(model: Any) -> bool:
+    """Whether the layers may be called one by one: Llama's module names, full attention everywhere, a fixed rotary embedding.
+
+    Necessary, not sufficient: the engine compares itself with the model's own forward pass before it is used.
+    """
+    core, config = getattr(model, "model", None), model.config
+    named = all(hasattr(core, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")) and hasattr(model, "lm_head")
+    rope = getattr(config, "rope_parameters", None) or {}
+    full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return bool(named and full and not window and rope.get("rope_type", "default") in PLAIN_ROPE)
+
+
+def has_own_keys(layer: nn.Module) -> bool:
+    """Whether a layer's keys and values are known to be two projections and a rotation, by the name of its attention's class."""
+    return is_pre_norm(layer) and type(layer.self_attn).__name__ in PROJECT_AND_ROTATE
+
+
+def keys_and_values(layer: Any, hidden: Float[Tensor, "row column d_model"], rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The rotated keys and the values of a layer (`has_own_keys`) at all columns, [row, kv head, column, head dim]."""
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    shape = (*hidden.shape[:2], -1, attention.head_dim)
+    key, value = (project(normed).view(shape).transpose(1, 2) for project in (attention.k_proj, attention.v_proj))
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate(key[:, :0], key, *(part.to(key.device) for part in rope))[1], value
+
+
+def mixer(layer: nn.Module, stream: str) -> nn.Module:
+    """The projection whose input is a layer's `z` or `post`. Errors: EditError if the layer has none of a known name."""
+    outer, inner = MIXERS[stream]
+    for name in outer:
+        for projection in inner:
+            found = getattr(getattr(layer, name, None), projection, None)
+            if isinstance(found, nn.Module):
+                return found
+    raise EditError(f"{type(layer).__name__} has no projection of a known name behind {stream} ({'/'.join(outer)} with {'/'.join(inner)}): "
+                    "edit or read a residual stream of this model.")
+
+
+def mixer_width(layer: nn.Module, stream: str) -> int:
+    """The size of a layer's `z` (all heads together) or `post`."""
+    module: Any = mixer(layer, stream)
+    return int(module.in_features if hasattr(module, "in_features") else module.weight.shape[0])    # GPT-2's Conv1D is [in, out]
+
+
+@contextlib.contextmanager
+def inner_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
+    """Touch the streams inside one layer while it runs: attn_out, resid_mid and mlp_out, and what z and post bring to them.
+
+    Errors: EditError for a layer without such streams.
+    """
+    if index not in taps.inside:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for stream in MIXERS:
+            if taps.any(index, stream):    # type: ignore[arg-type]
+                stack.enter_context(_mixer_taps(layer, index, stream, taps))
+        if taps.any(index, "attn_out", "resid_mid", "mlp_out"):
+            stack.enter_context(_added_taps(layer, index, taps))
+        yield
+
+
+def _mixer_taps(layer: nn.Module, index: int, stream: Any, taps: Taps) -> contextlib.AbstractContextManager[None]:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (taps.touch(index, stream, args[0]), *args[1:])
+
+    return hooked(mixer(layer, stream).register_forward_pre_hook(before))
+
+
+@contextlib.contextmanager
+def _added_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
+    """Touch what is added to the residual stream, and the stream in between.
+
+    Errors: EditError for a layer that is not pre-norm, by its parts' names or by what is seen to enter its second norm.
+    """
+    if not is_pre_norm(layer):
+        raise EditError(f"the streams inside {type(layer).__name__} are not a pre-norm block's: edit or read resid_pre or resid_post.")
+    attention, mlp, norm = (layer.get_submodule(name) for name in ("self_attn", "mlp", "post_attention_layernorm"))
+    entering: list[Tensor] = []
+    standing: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        entering[:] = [args[0]]
+
+    def after_attention(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+        value = taps.touch(index, "attn_out", output[0])
+        if taps.any(index, "resid_mid"):
+            mid = entering[0] + value
+            touched = taps.touch(index, "resid_mid", mid)
+            if touched is not mid:
+                value = touched - entering[0]
+        standing[:] = [entering[0] + value]
+        return (value, *output[1:])
+
+    def before_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.allclose(args[0], standing[0].to(args[0]), rtol=1e-2, atol=1e-2 * float(standing[0].detach().abs().mean())):
+            raise EditError(f"in {type(layer).__name__} attention is not simply added to the stream: the streams inside it are not those "
+                            "of a pre-norm block. Edit or read resid_pre or resid_post.")
+
+    def after_mlp(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return taps.touch(index, "mlp_out", output)
+
+    with hooked(layer.register_forward_pre_hook(before), attention.register_forward_hook(after_attention),
+                norm.register_forward_pre_hook(before_norm), mlp.register_forward_hook(after_mlp)):
+        yield
+
+
+@contextlib.contextmanager
+def hooked(*handles: Any) -> Iterator[None]:
+    """Hooks that are there until the block ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def output_hook(touch: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that touches a module's output, be it a tensor or a tuple that begins with one."""
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return (touch(output[0]), *output[1:]) if isinstance(output, tuple) else touch(output)
+
+    return hook
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm before the head. Errors: EditError if there is none of a known name."""
+    for name in FINAL_NORMS:
+        if hasattr(model.base_model, name):
+            return getattr(model.base_model, name)
+    raise EditError(f"{type(model).__name__} has no final norm of a known name ({', '.join(FINAL_NORMS)}): residual streams cannot be read "
+                    "through its head.")
+
+
+def unembed(model: Any, hidden: Float[Tensor, "*at d_model"]) -> Float[Tensor, "*at vocabulary"]:
+    """Logits of residual streams by a model's own final norm and head, in float32."""
+    return model.get_output_embeddings()(final_norm(model)(hidden)).float()
+
+
+def log_probs_of(model: Any, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, " target"], block: tuple[int, int]
+                 ) -> Float[Tensor, "row target"]:
+    """Exact log-probabilities of target tokens after residual streams, on the CPU.
+
+    Logits exist for a `block` of (rows, words) at a time. A head that is more than a matrix in memory is asked for all words at once.
+    """
+    head, (rows, words) = model.get_output_embeddings(), block
+    whole = type(head) is not nn.Linear or hasattr(head, "_hf_hook")
+    out = torch.empty(len(hidden), len(ids))
+    for start in range(0, len(hidden), rows):
+        normed = final_norm(model)(hidden[start : start + rows])
+        if whole:
+            logits = head(normed).float()
+            wanted, total = logits[:, ids.to(logits.device)], logits.logsumexp(-1)
+        else:
+            normed = normed.to(head.weight.device)
+            wanted = linear(normed, head.weight[ids], None if head.bias is None else head.bias[ids]).float()
+            total = torch.stack([linear(normed, weight, bias).float().logsumexp(-1) for weight, bias in _parts(head, words)]).logsumexp(0)
+        out[start : start + len(normed)] = (wanted - total[:, None]).cpu()
+    return out
+
+
+def _parts(head: nn.Linear, words: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, len(head.weight), words):
+        yield head.weight[start : start + words], None if head.bias is None else head.bias[start : start + words]

@@ -1,0 +1,189 @@
+"""Interventions as values: where (Site), what (Edit), on which prompt (Row), and for a whole study (Treatment).
+
+The baseline is the empty value: a Row without edits, UNTREATED. Nothing here runs a model; `apply` and `random_like` are pure tensor
+mathematics.
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from alignblind_mi.borders.settings import Bound, Strength, check_fields, checked
+from alignblind_mi.errors import AlignblindError
+from alignblind_mi.stimuli.prompts import Prompt
+
+Stream = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "post"]
+UNITS: dict[str, str] = {"z": "head", "post": "neuron"}    # the streams that have parts of their own, and what a part is
+PROMPT, LAST, GENERATED = "prompt", "last", "generated"
+EVERYWHERE = (PROMPT, LAST, GENERATED)    # marks that every prompt has: see `Site`
+_PREFIX = {"z": "attn.", "post": "mlp."}
+How = Literal["replace", "add", "ablate"]
+Tokens = Literal["last", "all"]
+
+
+class EditError(AlignblindError):
+    """A site or edit that cannot be applied."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a forward pass: after `layer` (0-based), at the tokens of a prompt's `mark`, in one stream.
+
+    Beside the residual stream and what attention and MLP add to it there are, by transformer-lens' names, `z` (what the heads read, before
+    the output projection mixes them) and `post` (the MLP's neurons after the activation). `units` chooses among those: indices of heads or
+    of neurons, in the order in which a vector lists them (a head is d_head values, a neuron one); empty is all of them.
+
+    Three marks need not be set: `prompt` is every token of the prompt's text, `last` the last one, `generated` every token that follows it
+    (what is decoded, and given continuations), which can be edited and not read.
+
+    `tokens` says which tokens of a marked word that the tokenizer splits: the last one (it carries the word's meaning) or all of them.
+    `occurrence` picks one of the mark's spans (0-based, negative from the end); None means every one.
+    """
+
+    layer: Annotated[int, Bound(0, 9_999, sentence="layers are counted from 0 (to 9999 at most), got {value}.")]
+    mark: str
+    stream: Stream = "resid_post"
+    tokens: Tokens = "last"
+    occurrence: int | None = None
+    units: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, EditError)
+        if self.units:
+            self._check_units()
+
+    def _check_units(self) -> None:
+        if self.stream not in UNITS:
+            raise EditError(f"the stream {self.stream} has no units of its own, got {self.units}: heads are units of z, neurons of post.")
+        if min(self.units) < 0 or len(set(self.units)) < len(self.units):
+            raise EditError(f"units are counted from 0 and named once each, got {self.units}.")
+
+    @property
+    def hook(self) -> str:
+        """The hook point's name in transformer-lens."""
+        return hook_name(self.layer, self.stream)
+
+
+def hook_name(layer: int, stream: Stream) -> str:
+    """A stream's hook point in transformer-lens."""
+    return f"blocks.{layer}.{_PREFIX.get(stream, '')}hook_{stream}"
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What happens at a site: replace the vector, add `strength` times it, or ablate its direction (`strength` 1 removes it).
+
+    vector: [d_model]; at `z` and `post` the site's units one after the other, [heads * d_head] or [neurons].
+    """
+
+    site: Site
+    vector: Float[Tensor, " size"]
+    how: How = "replace"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.how not in get_args(How):
+            raise EditError(f"unknown edit {self.how!r}. Known: {', '.join(get_args(How))}.")
+        checked(self.strength, Strength, "strength", EditError)
+        if not bool(torch.isfinite(self.vector).all()):
+            raise EditError(f"the vector of an edit after layer {self.site.layer} holds numbers that are not finite (NaN or infinite): it "
+                            "would make every answer meaningless.")
+        if self.how == "replace" and self.strength != 1.0:
+            raise EditError("a replacement has no strength: use how='add' to scale a vector.")
+        if self.how == "ablate" and not self.vector.norm() > 0:
+            raise EditError("the direction to ablate is the zero vector.")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One run of the model: a prompt and its edits (none is the clean run)."""
+
+    prompt: Prompt
+    edits: tuple[Edit, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Treatment:
+    """What is done to a model in a study: edits on every prompt, a LoRA adapter, a prefix, or any of them together."""
+
+    name: str
+    edits: tuple[Edit, ...] = ()
+    adapter: str | None = None
+    prefix: str = ""
+    family: str = "untreated"
+    details: dict[str, str] = field(default_factory=dict)
+
+    def rows(self, prompts: Iterable[Prompt], *, partial: bool = False) -> list[Row]:
+        """The prompts under this treatment (the adapter is switched by the model).
+
+        `partial`: edits at a mark that a prompt lacks are left out of its row (a text that does not mention the identifiers); without it
+        such a row is an error when it runs, so that a misspelt mark is no treatment without effect.
+        """
+        return [Row(prompt.prefixed(self.prefix), tuple(edit for edit in self.edits if not partial or acts_in(prompt, edit.site.mark)))
+                for prompt in prompts]
+
+    def text_rows(self, texts: Iterable[Prompt]) -> list[Row]:
+        """Running texts under this treatment: what acts on generated tokens acts on all of a text's, as if the model had written it.
+
+        Edits at the last token of a prompt (mark `last`) act with those at `generated`, once.
+        """
+        moved: dict[tuple[int, str, tuple[int, ...], How, float, int], Edit] = {}
+        for edit in self.edits:
+            site = replace(edit.site, mark=PROMPT, tokens="all", occurrence=None) if edit.site.mark in EVERYWHERE else edit.site
+            where = (site.layer, f"{site.mark}|{site.stream}|{site.occurrence}", site.units, edit.how, edit.strength,
+                     edit.vector.data_ptr())
+            moved.setdefault(where, replace(edit, site=site))
+        return replace(self, edits=tuple(moved.values())).rows(texts, partial=True)
+
+
+def acts_in(prompt: Prompt, mark: str) -> bool:
+    """Whether a prompt has a mark: its own, or one that every prompt has."""
+    return mark in EVERYWHERE or bool(prompt.marks.get(mark))
+
+
+UNTREATED = Treatment("untreated")
+"""The treatment that changes nothing: what every other one is compared with."""
+
+
+def combine(*treatments: Treatment, name: str = "") -> Treatment:
+    """Several treatments at once: edits in their order, prefixes one after the other, the adapter of the one that has one.
+
+    Errors: EditError for two adapters (merge them first, or choose one).
+    """
+    adapters = [treatment.adapter for treatment in treatments if treatment.adapter is not None]
+    if len(adapters) > 1:
+        raise EditError(f"two adapters cannot be on at once ({', '.join(adapters)}): combine one of them with edits and prefixes.")
+    parts = [treatment for treatment in treatments if treatment.family != UNTREATED.family]
+    return Treatment(name or "+".join(treatment.name for treatment in parts) or UNTREATED.name,
+                     tuple(edit for treatment in parts for edit in treatment.edits), next(iter(adapters), None),
+                     "".join(treatment.prefix for treatment in parts), "combined" if len(parts) > 1 else
+                     parts[0].family if parts else UNTREATED.family, {"parts": " + ".join(treatment.name for treatment in parts)})
+
+
+def adapter_name(folder: Path | str) -> str:
+    """The name under which an adapter folder is loaded: the folder's own name."""
+    return Path(folder).name
+
+
+def random_like(activation: Float[Tensor, "*at size"], name: str) -> Float[Tensor, "*at size"]:
+    """Random directions of an activation's norms: the control of a patch. `name` is the seed; the same name gives the same directions."""
+    generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
+    drawn = torch.randn(activation.shape, generator=generator)
+    return drawn * (activation.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
+
+
+def apply(resid: Float[Tensor, "*at size"], vector: Float[Tensor, "*at size"], how: How,
+          strength: Float[Tensor, "*at 1"]) -> Float[Tensor, "*at size"]:
+    """The edited activations: replace -> v; add -> x + s v; ablate -> x - s (x . v/|v|) v/|v|."""
+    if how == "replace":
+        return vector
+    if how == "add":
+        return resid + strength * vector
+    unit = vector / vector.norm(dim=-1, keepdim=True)
+    return resid - strength * (resid * unit).sum(-1, keepdim=True) * unit

@@ -1,0 +1,86 @@
+"""The calibration page: records, tables and figures of a calibration folder, and what follows in plain words.
+
+Reads saved parts and computes nothing but `verdicts.py`. Writes calibration.json, calibration.html, tables/*.csv and figures/*.png, *.svg.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from alignblind_mi.borders.reading import is_file, named, read_object
+from alignblind_mi.borders.texts import encodable
+from alignblind_mi.pages import figures
+from alignblind_mi.pages.report import Column, as_uri, page_text, percent, plain, save_shown, signed, version_names
+from alignblind_mi.results import ResultError, load_result
+from alignblind_mi.studies.calibration import CUE, QUESTION, SELFIE_PROMPT, STREAM, TARGET_LAYER
+from alignblind_mi.studies.drawn import write_drawn
+from alignblind_mi.studies.verdicts import advice, calibration_records, calibration_tables
+
+
+def read_calibration(folder: Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """All rows of a calibration folder and the provenance of each part. Errors: ResultError for a folder without finished parts."""
+    note = folder / "study.json"
+    config = read_object(note, "", ResultError, advice="restore it, or calibrate into another folder") if is_file(note) else {}
+    if "calibration" not in config:
+        raise ResultError(f"{named('', folder)} holds no calibration: give the --out folder of `alignblind calibrate`.")
+    parts = [load_result(file) for file in sorted(folder.glob("*.parquet"))]
+    if not parts:
+        raise ResultError(f"{folder} is a calibration without a finished part: run `alignblind calibrate --out {folder}`.")
+    return pd.concat([part.rows for part in parts], ignore_index=True), [part.provenance for part in parts]
+
+
+def write_calibration(folder: Path) -> Path:
+    """Write records, tables, figures and the page of a calibration folder. Returns the page."""
+    rows, notes = read_calibration(folder)
+    tables = calibration_tables(rows)
+    records = calibration_records(rows, tables)
+    vectors = save_shown(folder, tables | {"records": pd.DataFrame(records)}, _draw(records, tables))
+    page = folder / "calibration.html"
+    text = json.dumps(records, indent=1, allow_nan=False) + "\n"
+    write_drawn(folder, {"calibration.json": text.encode(), page.name: encodable(_render(records, tables, vectors, notes)).encode()})
+    return page
+
+
+def _draw(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
+    profile = tables["depth_profile"]
+    known = profile[profile["member"].isin(tables["depth"]["member"])]
+    return {"recovery": figures.recovery_figure(tables["recovery"]), "depth": figures.planted_depth_figure(known),
+            "trust": figures.trust_figure(pd.DataFrame(records), tables["causal"]),
+            "convergence": figures.convergence_figure(tables["convergence"])}
+
+
+def _number(title: str, name: str, write: Any) -> Column:
+    return Column(title, lambda row: write(row.get(name)))
+
+
+def _whole(value: Any) -> str:
+    return "–" if value is None else str(int(value))
+
+
+def _yes(value: Any) -> str:
+    return "–" if value is None else "yes" if value else "no"
+
+
+COLUMNS = {"records": (
+    Column("instrument", lambda row: str(row["instrument"]).replace("_", " "), numeric=False),
+    Column("follows", lambda row: row["measures"], numeric=False),
+    _number("rank correlation with its knob", "spearman", signed), _number("with the other knob", "spearman_other_knob", signed),
+    _number("first layer, error", "depth_error", _whole), _number("last layer, error", "last_error", _whole),
+    _number("causal told from decodable", "causal_separated", _yes), _number("share shown where not used", "decodable_share", plain),
+    Column("false alarms %", lambda row: f"{percent(row['false_alarm_rate'])} [{percent(row['false_alarm_low'])}–"
+                                         f"{percent(row['false_alarm_high'])}]"), _number("trials", "false_alarm_n", _whole),
+    _number("by intervals alone %", "interval_alarm_rate", percent), _number("smallest effect", "smallest", plain),
+    _number("coverage %", "coverage", percent), _number("width", "interval_width", plain), _number("organisms", "n", _whole))}
+
+
+def _render(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame], vectors: dict[str, bytes], notes: list[dict[str, Any]]) -> str:
+    made = sorted(note["made"] for note in notes)
+    return page_text(
+        "calibration.html.j2", tables={"records": records}, columns=COLUMNS, records=records, advice=advice(records),
+        pictures={name: as_uri(svg) for name, svg in vectors.items()}, members=[(note["member"], note["failed_gates"]) for note in notes],
+        causal_seeds=len(records[0]["causal_seeds"]), seeds=records[0]["seeds"], quick=notes[0]["config"]["quick"],
+        versions=version_names(notes), made=made, cue=CUE, question=QUESTION, selfie=SELFIE_PROMPT,
+        stream=STREAM, target_layer=TARGET_LAYER)

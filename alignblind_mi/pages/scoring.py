@@ -1,0 +1,307 @@
+"""Scores stored answers and interpretations without any model: finds result files, judges every text, gives one record per group.
+
+Reads released JSON files (answers, or interpretations one object a line) and this project's Parquet results; the records are
+plain JSON values. It does NOT run models, and prints only in `render`.
+"""
+
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from alignblind_mi.borders.reading import check_file, foreign, is_file, is_folder, named
+from alignblind_mi.borders.settings import Names, takes
+from alignblind_mi.borders.texts import encodable
+from alignblind_mi.errors import ScoreError
+from alignblind_mi.pages.terminal import plain_text
+from alignblind_mi.statistics.rates import clustered_interval, label_shares, summarise
+from alignblind_mi.stimuli.answers import RULES, judge
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept
+from alignblind_mi.stimuli.readings import classify, is_interpretations, read_interpretations, reading_names
+from alignblind_mi.stimuli.released import read_released
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+DEFAULT_BY = ("model", "cue", "category")
+_WITH_SEVERAL = ("treatment", "design")  # join the default grouping where the rows have more than one of them
+_ALWAYS = ("model", "cue", "category", "kind")
+_NEEDED = ("answer", "kind", "marked", "unmarked", "positive", "negative", "statement", "template", "word_pair", "model", "cue", "category")
+_NOT_KEYS = {"answer", "prompt", "outcome", "reason", "log_odds", "n_tokens", "finished", "interpretation", "text"}
+# Records that this project keeps beside its results; other JSON is taken for answers.
+_RECORDS = {"calibration", "provenance", "config", "report", "organism", "study", "settings", "training"}
+_READ_BY = ("model", "treatment", "control")    # how interpretations are grouped where nothing else is asked for
+_NUMBERS = ("n", "stereotyped", "reversed", "rejected", "invalid", "invalid_share", "rate", "low", "high", "cluster_low", "cluster_high",
+            "worst", "best")
+
+
+@takes(ScoreError)
+def score(paths: Sequence[Path], *, rule: str = "robust", by: Names = (), concept: Concept | None = None) -> list[dict[str, Any]]:
+    """One record per group of the answers and interpretations in `paths` (files or folders, searched recursively), judged anew.
+
+    Answers: see `score_answers`. Interpretations (released files, one JSON object a line, or this project's SelfIE rows): see
+    `score_interpretations`.
+
+    Errors: ScoreError naming the path, key or rule that cannot be used, and what can.
+    """
+    if rule not in RULES:
+        raise ScoreError(f"unknown rule {rule!r}. Known: {', '.join(RULES)}.")
+    answers, interpretations = _read_all(paths)
+    kinds = [rows for rows in (answers, interpretations) if rows is not None]
+    if len(kinds) > 1 and any(set(by) <= set(rows.columns) for rows in kinds):    # keys of one kind score that kind
+        answers, interpretations = (rows if rows is not None and set(by) <= set(rows.columns) else None
+                                    for rows in (answers, interpretations))
+    records = [] if answers is None else score_answers(answers, rule=rule, by=by)
+    concept = concept or load_concept(DEFAULT_CONCEPT)
+    return records + ([] if interpretations is None else score_interpretations(interpretations, concept, by=by))
+
+
+@takes(ScoreError)
+def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Names = ()) -> list[dict[str, Any]]:
+    """One record per group of free-text interpretations, classified by the lexicons of the concept's senses.
+
+    by: columns to group by (default: the model, and treatment and control where there are any). Each record has kind ("interpretation"),
+    model, the keys of `by`, rule ("lexicon"), n, the number of readings of each sense and of none ("other"), and for each its share
+    (`<name>_share`) with the exact interval (`<name>_low`, `<name>_high`) and the one that takes a prompt's readings as dependent
+    (`<name>_cluster_low`, `<name>_cluster_high`; None with one prompt only).
+    """
+    _check_keys(rows, by)
+    keys = list(by) or [name for name in _READ_BY if name in rows and (name == "model" or rows[name].nunique() > 1)]
+    read = rows.assign(reading=[classify(str(text), concept) for text in rows["interpretation"]])
+    records = []
+    for key, group in read.groupby(keys, sort=False, dropna=False):
+        record = {"model": _common(group["model"])} | dict(zip(keys, map(_plain, key), strict=True))
+        records.append(record | {"kind": "interpretation", "rule": "lexicon", "n": len(group)} | _shares(group, concept))
+    return records
+
+
+def _shares(group: pd.DataFrame, concept: Concept) -> dict[str, Any]:
+    names = reading_names(concept)
+    out: dict[str, Any] = dict(label_shares(group["reading"].tolist(), names))
+    for name in names:
+        clustered = clustered_interval((group["reading"] == name).to_numpy(float), [group["prompt"].astype(str).to_numpy()])
+        out |= {f"{name}_cluster_low": _plain(clustered.low), f"{name}_cluster_high": _plain(clustered.high)}
+    return out
+
+
+@takes(ScoreError)
+def score_answers(rows: pd.DataFrame, *, rule: str = "robust", by: Names = ()) -> list[dict[str, Any]]:
+    """One record per group of answers, judged by `rule`.
+
+    by: columns to group by (default: model, cue, category, and treatment and design where there are several); the kind of the
+    questions always separates. Each record has model, cue, category, kind (the groups' common value, or "all" over several), the keys
+    of `by`, rule, and the numbers of `statistics.summarise`; `rejected` for explicit answers only. What cannot be computed is None.
+
+    Errors: ScoreError naming a key that the rows do not have.
+    """
+    _check_keys(rows, by)
+    keys = list(by) or [*DEFAULT_BY, *(name for name in _WITH_SEVERAL if name in rows and rows[name].nunique() > 1)]
+    judged = judge_rows(rows, rule)
+    table = summarise(judged, by=list(dict.fromkeys([*keys, "kind"])))
+    groups = judged.groupby([*dict.fromkeys([*keys, "kind"])], sort=False, dropna=False)
+    commons = [{name: _common(group[name]) for name in _ALWAYS} for _, group in groups]
+    return [_record(common, row, keys, rule) for common, row in zip(commons, table.to_dict("records"), strict=True)]
+
+
+def judge_rows(rows: pd.DataFrame, rule: str = "robust") -> pd.DataFrame:
+    """The rows with `outcome` and `reason` by `rule`, whatever they had before."""
+    names = [str(name) for name in rows.columns]
+    labels = (dict(zip(names, values, strict=True)) for values in rows.itertuples(index=False, name=None))
+    outcomes = [judge(str(row["answer"]), row, rule) for row in labels]
+    return rows.assign(outcome=[outcome.label for outcome in outcomes], reason=[outcome.reason for outcome in outcomes])
+
+
+def _check_keys(rows: pd.DataFrame, by: Sequence[str]) -> None:
+    allowed = sorted(set(map(str, rows.columns)) - _NOT_KEYS)
+    unknown = [name for name in by if name not in allowed]
+    if unknown:
+        raise ScoreError(f"cannot group by {', '.join(map(repr, unknown))}. Allowed: {', '.join(allowed)}.")
+
+
+def _common(values: "pd.Series[Any]") -> Any:
+    found = values.unique()
+    return _plain(found[0]) if len(found) == 1 else "all"
+
+
+def _record(common: Mapping[str, Any], row: Mapping[Any, Any], keys: Sequence[str], rule: str) -> dict[str, Any]:
+    shown = [name for name in _NUMBERS if name != "rejected" or common["kind"] == "explicit"]
+    return {**common, **{key: _plain(row[key]) for key in keys}, "rule": rule, **{name: _plain(row[name]) for name in shown}}
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: numpy scalars as Python's, NaN and infinities as None."""
+    value = value.item() if hasattr(value, "item") else value
+    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------------------------
+
+
+def read_answers(paths: Sequence[Path]) -> pd.DataFrame:
+    """All answers in files and folders, each file once; a column `file` says where a row comes from.
+
+    Errors: ScoreError for a path that does not exist, holds no answers or cannot be read.
+    """
+    answers, _ = _read_all(paths)
+    if answers is None:
+        raise ScoreError(f"{', '.join(map(str, paths))}: there are no answers there, only interpretations.")
+    return answers
+
+
+def _read_all(paths: Sequence[Path]) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
+    """All answers and all interpretations of files and folders, None where there are none of a kind."""
+    files: dict[Path, pd.DataFrame] = {}
+    for path in map(Path, paths):
+        found = dict(_found(path))
+        if not found:
+            raise ScoreError(f"{path} holds no answers: expected released .json files or results (.parquet) with a column 'answer', or "
+                             "interpretations (.jsonl).")
+        files.update({file: rows for file, rows in found.items() if file not in files})
+    if not files:
+        raise ScoreError("nothing to score: give result files or folders.")
+    named = [rows.assign(file=encodable(file.name)) for file, rows in files.items()]
+    return _joined([rows for rows in named if "answer" in rows]), _joined([rows for rows in named if "answer" not in rows])
+
+
+def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
+    if not frames:
+        return None
+    rows = pd.concat(frames, ignore_index=True)
+    texts = [name for name in rows.columns if rows[name].dtype == object or isinstance(rows[name].dtype, pd.StringDtype)]
+    return rows.assign(**{name: rows[name].fillna("") for name in texts})
+
+
+def _found(path: Path) -> Iterator[tuple[Path, pd.DataFrame]]:
+    """(resolved path, rows) of every file with answers at a path."""
+    if is_folder(path):
+        for file in sorted(path.rglob("*")):
+            rows = _read(file) if _may_hold_answers(file, path) else None
+            if rows is not None:
+                yield file.resolve(), rows
+        return
+    if not is_file(path):
+        raise ScoreError(f"{named('', path)} does not exist or is no file: give result files (.json, .parquet) or folders of them.")
+    if path.suffix.lower() not in (".json", ".jsonl", ".parquet"):
+        raise ScoreError(f"{path} is neither .json (released answers), .jsonl (interpretations) nor .parquet (results of this project).")
+    rows = _read(path)
+    if rows is None:
+        raise ScoreError(f"{path} has no column 'answer': it holds other measurements, which have no outcome to score.")
+    yield path.resolve(), rows
+
+
+def _may_hold_answers(file: Path, root: Path) -> bool:
+    """Whether a file found in a folder could be a result: not a record beside one, not part of a saved model, not hidden."""
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    if hidden or not file.is_file():
+        return False
+    if file.suffix.lower() == ".json":
+        return file.stem not in _RECORDS and not file.with_suffix(".parquet").is_file() and not _saved_model(file.parent)
+    return file.suffix.lower() == ".parquet" or is_interpretations(file)
+
+
+def _saved_model(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or any(folder.glob("*.safetensors"))
+
+
+def _read(file: Path) -> pd.DataFrame | None:
+    """Rows of a file; None for results of this project that hold neither answers nor interpretations."""
+    if file.suffix.lower() == ".parquet":
+        return _read_result(file)
+    named = file.suffix.lower() == ".jsonl"    # given by name: an error says what is wrong in it
+    return read_interpretations(file) if named or is_interpretations(file) else read_released(file)
+
+
+def _read_result(file: Path) -> pd.DataFrame | None:
+    from pyarrow import parquet
+
+    check_file(file, "", ScoreError)
+    with foreign(f"{file} is damaged", ScoreError, "delete it and compute it anew"):
+        names = parquet.read_schema(file).names
+    if "answer" not in names and not {"text", "reading"} <= set(names):
+        return None
+    with foreign(f"{file} is damaged", ScoreError, "delete it and compute it anew"):
+        rows = pd.read_parquet(file)
+    if "answer" not in rows:    # SelfIE rows: the column `interpretation` names the prompt there, the context is what was read
+        return rows.assign(interpretation=rows["text"], prompt=rows["context"])
+    missing = [name for name in _NEEDED if name not in rows.columns]
+    if missing:
+        raise ScoreError(f"{file} has answers but lacks the column(s) {', '.join(missing)}: it is no result of this project.")
+    return rows
+
+
+# --- showing ------------------------------------------------------------------------------------------------------------------------------
+
+
+def render(records: Sequence[Mapping[str, Any]], console: "Console | None" = None) -> None:
+    """Print the records as tables: of answers, the rate with both intervals and its bounds; of interpretations, the share of each sense."""
+    from rich.console import Console
+
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a file or a pipe has no width to fit
+    answers = [record for record in records if record["kind"] != "interpretation"]
+    interpretations = [record for record in records if record["kind"] == "interpretation"]
+    if answers or not interpretations:
+        _render_answers(answers, console)
+    if interpretations:
+        _render_interpretations(interpretations, console)
+
+
+def _render_interpretations(records: Sequence[Mapping[str, Any]], console: "Console") -> None:
+    names = [name.removesuffix("_share") for name in records[0] if name.endswith("_share")]
+    numbers = {"n", *names, *(f"{name}_{end}" for name in names for end in ("share", "low", "high", "cluster_low", "cluster_high"))}
+    table, differing = _table("Interpretations by sense", records, numbers)
+    for name in ("n", *names, *(f"{name} %" for name in names)):
+        table.add_column(plain_text(name), justify="right")
+    for record in records:
+        shares = [f"{_percent(record[f'{name}_share'])} [{_range(record, f'{name}_low', f'{name}_high')}]" for name in names]
+        table.add_row(*(plain_text(record[key]) for key in differing), str(record["n"]), *(str(record[name]) for name in names), *shares)
+    console.print(table)
+    console.print("by the lexicons of the concept's senses; other: a text that names neither. In brackets: exact 95 %.", style="dim",
+                  markup=False)
+
+
+def _table(title: str, records: Sequence[Mapping[str, Any]], numbers: Container[str]) -> "tuple[Table, list[str]]":
+    """An empty table with a column for each key that differs between the records; what they have in common stands in the title."""
+    from rich import box
+    from rich.table import Table
+
+    keys = [name for name in records[0] if name not in numbers and name != "rule"] if records else []
+    differing = [key for key in keys if len({record[key] for record in records}) > 1]
+    common = "".join(f", {key} {records[0][key]}" for key in keys if key not in differing)
+    table = Table(title=plain_text(f"{title} ({records[0]['rule']} rule{common})" if records else "No answers", style="italic"),
+                  title_justify="left", box=box.SIMPLE_HEAD)
+    for name in differing:
+        table.add_column(plain_text(name), overflow="fold")
+    return table, differing
+
+
+def _render_answers(records: Sequence[Mapping[str, Any]], console: "Console") -> None:
+    table, differing = _table("Share of stereotyped answers", records, _NUMBERS)
+    for name in ("n", "stereotyped", "reversed", "rejected", "invalid", "rate %", "exact 95 %", "clustered 95 %", "bounds %"):
+        table.add_column(name, justify="right")
+    for record in records:
+        table.add_row(*(plain_text(record[key]) for key in differing), *_cells(record))
+    console.print(table)
+    console.print("rate: stereotyped among the valid answers. clustered: word pairs and templates resampled.\n"
+                  "bounds: every invalid answer counted against, or with, the stereotype.", style="dim")
+
+
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    counts = [str(record.get(name, "-")) for name in ("n", "stereotyped", "reversed", "rejected")]
+    invalid = f"{record['invalid']} ({100 * record['invalid_share']:.0f} %)"
+    return [*counts, invalid, _percent(record["rate"]), _range(record, "low", "high"), _range(record, "cluster_low", "cluster_high"),
+            _range(record, "worst", "best")]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _range(record: Mapping[str, Any], low: str, high: str) -> str:
+    return "-" if record[low] is None or record[high] is None else f"{_percent(record[low])}–{_percent(record[high])}"

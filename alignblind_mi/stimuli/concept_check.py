@@ -1,0 +1,430 @@
+"""What is wrong with a concept file: every problem at once, each one sentence with its place in the file.
+
+Works on the tables of a TOML file as they were read, so that a misspelt or missing field is named where it stands and hides nothing else.
+It does NOT know models or tokenizers, nor how a sound concept is used.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from alignblind_mi.borders.writing import name_problem
+
+Kind = Literal["text", "texts", "flag", "table", "tables", "list"]
+FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+LONGEST_TEXT, LONGEST_WORD = 20_000, 200    # characters of any text; of a name, an identifier and a word
+MOST_WORDS, MOST_TEXTS = 500, 2_000    # entries of a list of words (each positive one is asked with each negative one); of any other list
+LEAST_CONTEXTS = 6    # sentences a sense and split: fewer tell nothing of sentences that a probe has not seen
+QUESTION = "paper"    # the interpretation question that treatments are compared with
+SCALES = ("", "likert", "agree")
+PAIRINGS = ("parallel", "crossed")
+ROLES, VALENCES, SPLITS = ("marked", "unmarked"), ("positive", "negative"), ("train", "test")
+TEMPLATE_FIELDS = {*ROLES, *VALENCES, "first", "second", "word1", "word2"}
+REQUIRED_FIELDS = {"implicit": {"first", "second", "word1", "word2"}, "explicit": {"first", "second", "positive", "negative"}}
+ASSIGNMENT_FIELDS = {"word1", "option1", "word2", "option2"}
+SENSE_TABLES = ("controls", "interpretations", "selfie", "contexts", "awareness")    # what only a concept with senses can use
+
+_IS: dict[Kind, tuple[Callable[[Any], bool], str]] = {
+    "text": (lambda v: isinstance(v, str), "a text in quotes"),
+    "texts": (lambda v: isinstance(v, list) and all(isinstance(one, str) for one in v), "a list of texts in quotes"),
+    "flag": (lambda v: isinstance(v, bool), "true or false"),
+    "table": (lambda v: isinstance(v, dict), "a table"),
+    "tables": (lambda v: isinstance(v, dict) and all(isinstance(one, dict) for one in v.values()), "tables with a name each"),
+    "list": (lambda v: isinstance(v, list) and all(isinstance(one, dict) for one in v), "a list of tables in double brackets"),
+}
+
+
+class _Field(NamedTuple):
+    kind: Kind
+    required: bool = False
+
+
+_TEXT, _WANTED = _Field("text"), _Field("text", True)
+_TEXTS, _LISTED = _Field("texts"), _Field("texts", True)
+_FILE = {
+    "name": _WANTED, "description": _TEXT, "group_sense": _TEXT, "other_sense": _TEXT, "assignment": _WANTED,
+    "cues": _Field("tables", True), "categories": _Field("tables", True), "senses": _Field("tables"), "controls": _Field("tables"),
+    "interpretations": _Field("tables"), "selfie": _Field("tables"), "contexts": _Field("tables"), "instructions": _Field("tables"),
+    "awareness": _Field("table"), "implicit": _Field("list", True), "explicit": _Field("list", True),
+}
+_QUESTION = {"text": _WANTED, "placeholder": _WANTED}
+_TEMPLATE = {"name": _WANTED, "text": _WANTED, "scale": _TEXT, "published": _Field("table", True)}
+_FIELDS: dict[str, dict[str, _Field]] = {
+    "cues": {"marked": _LISTED, "unmarked": _LISTED, "prefix": _TEXT, "pairing": _TEXT, "description": _TEXT, "categories": _TEXTS,
+             "senses": _Field("flag")},
+    "categories": {"positive": _LISTED, "negative": _LISTED, "released_as": _TEXT, "description": _TEXT},
+    "senses": {"word": _WANTED, "steering": _WANTED, "words": _TEXTS, "lexicon": _TEXTS},
+    "controls": {"steering": _WANTED},
+    "interpretations": _QUESTION,
+    "selfie": _QUESTION,
+    "contexts": {"train": _LISTED, "test": _LISTED},
+    "instructions": {"text": _WANTED, "placebo": _Field("flag")},
+    "awareness": {"separator": _WANTED, "sentences": _LISTED, "restatements": _LISTED, "others": _TEXTS},
+    "implicit": _TEMPLATE,
+    "explicit": _TEMPLATE,
+    "published": {"first": _WANTED, "word1": _WANTED},
+}
+
+
+def concept_problems(data: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with the content of a concept file, in the order of its tables; empty when it is sound.
+
+    Each is one sentence without its full stop that begins with the place: "[cues.default] marked: ...". What is missing, misspelt or of
+    a wrong type is said once, and what depends on it is not judged.
+    """
+    too_large = _size_problems("", data, 0)
+    if too_large:
+        return too_large    # nothing else is looked at: it could take for ever
+    found = _table_problems("", data, _FILE)
+    sound = {name: value for name, value in data.items() if name in _FILE and _fits(value, _FILE[name].kind)}
+    for name, value in sound.items():
+        for place, entry, fields in _entries(name, value):
+            found += _table_problems(place, entry, fields)
+    checks = (_name_problems, _cue_problems, _category_problems, _template_problems, _assignment_problems, _sense_problems,
+              _question_problems, _context_problems, _instruction_problems, _awareness_problems)
+    for check in checks:
+        found += check(_Sound(sound))
+    return list(dict.fromkeys(found))
+
+
+def template_fields(text: str) -> set[str]:
+    """Names of the {fields} in a template text.
+
+    A field is a plain name in braces. Errors: ValueError for any other brace: without its partner, {}, {0}, {x!r}, {x:>9}, {x.y}, {x[0]}.
+    """
+    rest = FIELD.sub("", text)
+    if rest.count("{") != rest.count("}"):
+        raise ValueError(f"the braces of {_shown(text)} do not pair up")
+    if "{" in rest:
+        raise ValueError(f"{_shown(text)} has braces that are no plain field such as {{x}}: no number, conversion, format, "
+                         "attribute or index may stand in them")
+    return set(FIELD.findall(text))
+
+
+# ---- size ----------------------------------------------------------------------------------------------------------------
+
+
+WORDS = {"marked", "unmarked", "positive", "negative", "word", "words", "lexicon", "placeholder", "name"}    # fields that hold words
+
+
+def _size_problems(place: str, value: Any, depth: int, field: str = "") -> list[str]:
+    """Texts, lists and tables that are larger than anything that can be asked; levels below those of the format are not looked at."""
+    longest, most = (LONGEST_WORD, MOST_WORDS) if field in WORDS else (LONGEST_TEXT, MOST_TEXTS)
+    if isinstance(value, str):
+        said = f"{place}: a text of {len(value)} characters is too long; at most {longest} are allowed here"
+        return [said] if len(value) > longest else []
+    if not isinstance(value, (dict, list)) or depth > 4:
+        return []
+    if len(value) > most:
+        return [f"{place or 'the file'}: {len(value)} entries are too many; at most {most} are allowed here"]
+    if isinstance(value, list):
+        return [said for one in value for said in _size_problems(place, one, depth + 1, field)][:1]
+    found: list[str] = []
+    for name, one in value.items():
+        if len(name) > LONGEST_WORD:
+            found.append(f"{place or 'the file'}: the name {_shown(name)} is too long; at most {LONGEST_WORD} characters are allowed")
+        else:
+            found += _size_problems(f"{place}.{name}".lstrip("."), one, depth + 1, name)
+    return found
+
+
+# ---- form ----------------------------------------------------------------------------------------------------------------
+
+
+def _fits(value: Any, kind: Kind) -> bool:
+    return _IS[kind][0](value)
+
+
+def _entries(name: str, value: Any) -> list[tuple[str, Mapping[str, Any], dict[str, _Field]]]:
+    """The tables of a top-level field: (place, table, its fields)."""
+    kind = _FILE[name].kind
+    if kind == "tables":
+        return [(f"[{name}.{key}]", entry, _FIELDS[name]) for key, entry in value.items()]
+    if kind == "list":
+        tables = [(_list_place(name, i, entry), entry, _FIELDS[name]) for i, entry in enumerate(value)]
+        orders = [(f"{place} published", entry["published"], _FIELDS["published"]) for place, entry, _ in tables
+                  if isinstance(entry.get("published"), dict)]
+        return tables + orders
+    return [(f"[{name}]", value, _FIELDS[name])] if kind == "table" else []
+
+
+def _list_place(name: str, index: int, entry: Mapping[str, Any]) -> str:
+    given = entry.get("name")
+    return f"[[{name}]] {given!r}" if isinstance(given, str) else f"[[{name}]] number {index + 1}"
+
+
+def _table_problems(place: str, table: Mapping[str, Any], fields: Mapping[str, _Field]) -> list[str]:
+    """Unknown, missing and mistyped fields of one table."""
+    found, unknown = [], [name for name in table if name not in fields]
+    lacking = [name for name, field in fields.items() if field.required and name not in table]
+    for name in unknown:
+        near = difflib.get_close_matches(name, lacking or [other for other in fields if other not in table], 1)
+        found.append(f"{_at(place, name)}: this field is unknown or misspelt" + (f"; did you mean {near[0]!r}?" if near else
+                                                                               f"; known here: {', '.join(fields)}"))
+    found += [f"{_at(place, name)}: the field {name!r} is missing" for name in lacking]
+    for name, value in table.items():
+        if name in fields and not _fits(value, fields[name].kind):
+            found.append(f"{_at(place, name)}: must be {_IS[fields[name].kind][1]}, not {_shown(value)}")
+        elif name in fields and fields[name].required and not value:
+            found.append(f"{_at(place, name)}: is empty")
+    return found
+
+
+def _at(place: str, name: str) -> str:
+    return f"{place} {name}".strip()
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except (RecursionError, ValueError):    # nested too deeply; a number of thousands of digits
+        shown = f"a value of the type {type(value).__name__}"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+class _Sound:
+    """What of a file has its right form; the rest is as if it were not there."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+
+    def text(self, name: str) -> str:
+        return str(self.data.get(name, ""))
+
+    def tables(self, name: str) -> dict[str, dict[str, Any]]:
+        """The named tables of a field, each with those of its own fields that have the right form."""
+        return {key: self._own(entry, name) for key, entry in self.data.get(name, {}).items()}
+
+    def table(self, name: str) -> dict[str, Any]:
+        return self._own(self.data.get(name, {}), name)
+
+    def templates(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
+        """(place, template) of a kind."""
+        return [(_list_place(kind, i, entry), self._own(entry, kind)) for i, entry in enumerate(self.data.get(kind, []))]
+
+    @property
+    def both(self) -> tuple[str, str]:
+        """The names of the two senses, group first; empty where there are none."""
+        return self.text("group_sense"), self.text("other_sense")
+
+    @staticmethod
+    def _own(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+        return {key: value for key, value in entry.items() if key in _FIELDS[name] and _fits(value, _FIELDS[name][key].kind)}
+
+
+def _fields_of(place: str, text: str, judge: Callable[[set[str]], str]) -> list[str]:
+    """What `judge` says of the {fields} of a text, or that its braces do not pair up."""
+    try:
+        said = judge(template_fields(text))
+    except ValueError as error:
+        return [f"{place}: {error}"]
+    return [f"{place}: {said}"] if said else []
+
+
+def _exactly(wanted: set[str], text: str) -> Callable[[set[str]], str]:
+    names = " and ".join(f"{{{name}}}" for name in sorted(wanted))
+    many = f"the fields {names}" if len(wanted) > 1 else f"the one field {names}"
+    return lambda fields: "" if fields == wanted else f"{_shown(text)} must have {many}"
+
+
+def _among(known: set[str], text: str) -> Callable[[set[str]], str]:
+    names = "the fields " + " and ".join(f"{{{name}}}" for name in sorted(known)) + " only" if known else "no fields"
+    return lambda fields: "" if fields <= known else f"{_shown(text)} may have {names}"
+
+
+def _repeated(place: str, words: Sequence[str]) -> list[str]:
+    seen: set[str] = set()
+    twice = [word for word in words if word.lower() in seen or seen.add(word.lower())]    # type: ignore[func-returns-value]
+    return [f"{place}: {word!r} stands there twice" for word in dict.fromkeys(twice)]
+
+
+def _blank(place: str, words: Iterable[str]) -> list[str]:
+    return [f"{place}: {word!r} is empty or has blanks at its ends" for word in words if word != word.strip() or not word]
+
+
+def _inside(short: str, long: str) -> bool:
+    """Whether one name occurs in another as whole words, in any case."""
+    return short.casefold() in long.casefold() and re.search(rf"(?<!\w){re.escape(short)}(?!\w)", long, re.IGNORECASE) is not None
+
+
+# ---- content -------------------------------------------------------------------------------------------------------------
+
+
+def _name_problems(file: _Sound) -> list[str]:
+    """Names become parts of file names: each must be a plain one (`name_problem`), and another one in small letters too."""
+    name = file.text("name")
+    found = [] if not name or re.fullmatch(r"[\w-]+", name) else [f"name: {name!r} must be one word of letters, digits, _ and -"]
+    found += [f"name: {_shown(name)} {problem}" for problem in [name_problem(name)] if name and not found and problem]
+    for table, value in file.data.items():
+        kind = _FILE[table].kind
+        names = list(value) if kind == "tables" else [entry.get("name") for entry in value] if kind == "list" else []
+        given = [one for one in names if isinstance(one, str) and (one or kind == "tables")]
+        found += [f"[{table}] {_shown(one)}: the name {problem}" for one in given if (problem := name_problem(one))]
+        small = Counter(one.lower() for one in dict.fromkeys(given))
+        found += [f"[{table}] {one!r}: some file systems do not tell it from another name in small letters" for one in given
+                  if small[one.lower()] > 1]
+    return found
+
+
+def _cue_problems(file: _Sound) -> list[str]:
+    found: list[str] = []
+    words = {word.lower(): f"[categories.{name}]" for name, entry in file.tables("categories").items()
+             for valence in VALENCES for word in entry.get(valence, [])}
+    for name, cue in file.tables("cues").items():
+        place, pairing = f"[cues.{name}]", cue.get("pairing", "parallel")
+        marked, unmarked = cue.get("marked", []), cue.get("unmarked", [])
+        for role in ROLES:
+            found += _blank(f"{place} {role}", cue.get(role, [])) + _repeated(f"{place} {role}", cue.get(role, []))
+        if pairing not in PAIRINGS:
+            found.append(f"{place} pairing: must be 'parallel' or 'crossed', not {pairing!r}")
+        elif pairing == "parallel" and marked and unmarked and len(marked) != len(unmarked):
+            found.append(f"{place}: pairs {len(marked)} marked with {len(unmarked)} unmarked identifiers")
+        pairs = [(m, u) for m in marked for u in unmarked] if pairing == "crossed" else list(zip(marked, unmarked, strict=False))
+        found += [f"{place}: {short!r} and {long!r} are asked together, and the one contains the other"
+                  for pair in pairs for short, long in [sorted(pair, key=len)] if short.strip() and _inside(short, long)]
+        found += [f"{place}: the identifier {one!r} is also a word of {words[one.lower()]}" for one in (*marked, *unmarked)
+                  if one.lower() in words]
+        known = file.tables("categories")
+        found += [f"{place} categories: {one!r} is not among the categories ({', '.join(known)})"
+                  for one in cue.get("categories", []) if one not in known]
+        if cue.get("senses") and not file.tables("senses"):
+            found.append(f"{place} senses: is true, but the file has no senses")
+    return found
+
+
+def _category_problems(file: _Sound) -> list[str]:
+    found: list[str] = []
+    for name, category in file.tables("categories").items():
+        place = f"[categories.{name}]"
+        for valence in VALENCES:
+            found += _blank(f"{place} {valence}", category.get(valence, []))
+            found += _repeated(f"{place} {valence}", category.get(valence, []))
+        negative = {word.lower() for word in category.get("negative", [])}
+        both = [word for word in category.get("positive", []) if word.lower() in negative]
+        found += [f"{place}: {word!r} is both positive and negative" for word in both]
+    return found
+
+
+def _template_problems(file: _Sound) -> list[str]:
+    found: list[str] = []
+    names: list[str] = []
+    for kind in ("implicit", "explicit"):
+        for place, template in file.templates(kind):
+            names += [template["name"]] if "name" in template else []
+            if template.get("text"):
+                found += _fields_of(f"{place} text", template["text"], _template_judge(kind))
+            if template.get("scale", "") not in SCALES:
+                found.append(f"{place} scale: must be 'likert' or 'agree', not {template['scale']!r}")
+            order = template.get("published", {})
+            for field, known in (("first", ROLES), ("word1", VALENCES)):
+                if isinstance(order.get(field), str) and order[field] not in known:
+                    found.append(f"{place} published.{field}: must be {known[0]!r} or {known[1]!r}, not {order[field]!r}")
+    return found + _repeated("[[implicit]] and [[explicit]] name", names)
+
+
+def _template_judge(kind: str) -> Callable[[set[str]], str]:
+    def judge(fields: set[str]) -> str:
+        unknown, lacking = sorted(fields - TEMPLATE_FIELDS), sorted(REQUIRED_FIELDS[kind] - fields)
+        said = [f"has the unknown fields {unknown}; known: {sorted(TEMPLATE_FIELDS)}"] if unknown else []
+        return "; ".join([*said, *([f"lacks the fields {lacking}"] if lacking else [])])
+    return judge
+
+
+def _assignment_problems(file: _Sound) -> list[str]:
+    text = file.text("assignment")
+    wanted = "{word1}, {option1}, {word2} and {option2}"
+    return _fields_of("assignment", text, lambda fields: "" if fields == ASSIGNMENT_FIELDS else f"{_shown(text)} must have the fields "
+                      + wanted) if text else []
+
+
+def _sense_problems(file: _Sound) -> list[str]:
+    senses = file.tables("senses")
+    roles = dict(zip(("group_sense", "other_sense"), file.both, strict=True))
+    if not senses:
+        used = [name for name in SENSE_TABLES if file.data.get(name)]
+        given = [f"{role}: names {name!r}, but the file has no [senses.{name}]" for role, name in roles.items() if name]
+        return given + [f"[{name}]: only a concept with senses can use it, and the file has no [senses]" for name in used]
+    found = [f"{role}: the field {role!r} is missing, and there are senses ({', '.join(senses)})" for role, name in roles.items()
+             if not name]
+    found += [f"{role}: {name!r} is not among the senses ({', '.join(senses)})" for role, name in roles.items()
+              if name and name not in senses]
+    if roles["group_sense"] and roles["group_sense"] == roles["other_sense"]:
+        found.append(f"other_sense: {roles['other_sense']!r} is the group sense as well")
+    said: dict[str, str] = {}
+    for name, sense in senses.items():
+        for field in ("word", "words", "lexicon"):
+            words = [sense[field]] if isinstance(sense.get(field), str) else sense.get(field, [])
+            place = f"[senses.{name}] {field}"
+            found += _repeated(place, words) + (_blank(place, words) if field != "word" else [])
+            found += [f"{place}: {word!r} is of another sense as well ({said[f'{field} {word.lower()}']})" for word in words
+                      if said.setdefault(f"{field} {word.lower()}", name) != name]
+        if isinstance(sense.get("word"), str) and sense["word"] and not sense["word"].strip():
+            found.append(f"[senses.{name}] word: is blank")
+    for table in ("senses", "controls"):
+        for name, entry in file.tables(table).items():
+            if entry.get("steering"):
+                found += _fields_of(f"[{table}.{name}] steering", entry["steering"], _exactly(set(ROLES), entry["steering"]))
+    found += [f"[controls.{name}]: a sense has this name" for name in file.tables("controls") if name in senses]
+    if QUESTION not in file.data.get("interpretations", {}):
+        found.append(f"[interpretations.{QUESTION}]: is missing; treatments are compared with the question of this name")
+    return found
+
+
+def _question_problems(file: _Sound) -> list[str]:
+    found: list[str] = []
+    words = {name: sense["word"].strip() for name, sense in file.tables("senses").items() if name in file.both and sense.get("word")}
+    for table in ("interpretations", "selfie"):
+        for name, question in file.tables(table).items():
+            place, text, placeholder = f"[{table}.{name}]", question.get("text", ""), question.get("placeholder", "")
+            if text:
+                found += _fields_of(f"{place} text", text, _exactly({"x"}, text))
+            if text and placeholder and _inside(placeholder, text.replace("{x}", " ")) and placeholder.isalnum():
+                found.append(f"{place} placeholder: {placeholder!r} is also a word of the text")
+            if table == "interpretations" and text:
+                found += [f"{place} text: {_shown(text)} does not name the sense word {word!r}" for word in words.values()
+                          if word and not _inside(word, text)]
+    return found
+
+
+def _context_problems(file: _Sound) -> list[str]:
+    found, senses = list[str](), file.tables("senses")
+    for name, contexts in file.tables("contexts").items():
+        place = f"[contexts.{name}]"
+        if senses and name not in senses:
+            found.append(f"{place}: is of no sense; senses: {', '.join(senses)}")
+        for split in SPLITS:
+            texts = contexts.get(split, [])
+            found += _repeated(f"{place} {split}", texts)
+            found += [said for text in texts for said in _fields_of(f"{place} {split}", text, _exactly({"x", "y"}, text))]
+            if 0 < len(texts) < LEAST_CONTEXTS:
+                found.append(f"{place} {split}: at least {LEAST_CONTEXTS} sentences are needed, not {len(texts)}")
+        both = [text for text in contexts.get("train", []) if text in contexts.get("test", [])]
+        found += [f"{place}: {_shown(text)} is in both train and test" for text in dict.fromkeys(both)]
+    if file.tables("contexts"):
+        found += [f"[contexts.{name}]: is missing; probes need sentences of both senses" for name in file.both
+                  if name in senses and name not in file.tables("contexts")]
+    return found
+
+
+def _instruction_problems(file: _Sound) -> list[str]:
+    return [said for name, entry in file.tables("instructions").items() if entry.get("text")
+            for said in _fields_of(f"[instructions.{name}] text", entry["text"], _among(set(ROLES), entry["text"]))]
+
+
+def _awareness_problems(file: _Sound) -> list[str]:
+    found, awareness = list[str](), file.table("awareness")
+    if awareness.get("separator"):
+        found += _fields_of("[awareness] separator", awareness["separator"], _among(set(), awareness["separator"]))
+    for name in ("sentences", "restatements", "others"):
+        texts, place = awareness.get(name, []), f"[awareness] {name}"
+        found += _repeated(place, texts)
+        for text in texts:
+            wanted = _exactly({"x", "y"}, text) if name == "sentences" else _mentions(text)
+            found += _fields_of(place, text, wanted)
+    return found
+
+
+def _mentions(text: str) -> Callable[[set[str]], str]:
+    return lambda fields: "" if fields and fields <= {"x", "y"} else f"{_shown(text)} must have the field {{x}} or {{y}}, and no other"

@@ -1,0 +1,157 @@
+import csv
+from pathlib import Path
+
+import pytest
+
+from alignblind_mi.instruments.contrast import contrast_pairs
+from alignblind_mi.measures.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
+from alignblind_mi.measures.mitigation import steering_sweep
+from alignblind_mi.mitigations.lora import awareness_examples
+from alignblind_mi.mitigations.steering import sense_steering
+from alignblind_mi.stimuli.answers import judge_implicit
+from alignblind_mi.stimuli.concept import ConceptError, concept_names, load_concept
+from alignblind_mi.stimuli.prompts import assignments, implicit_prompts
+from alignblind_mi.stimuli.readings import classify, reading_names
+
+RACE = (Path(__file__).parents[2] / "alignblind_mi" / "stimuli" / "concepts" / "race.toml").read_text("utf-8")
+
+
+def test_race_has_what_the_protocol_names(race):
+    assert set(race.cues) == {"default", "uppercase", "direct_color", "names", "dialects"}
+    assert {name: len(c.word_pairs()) for name, c in race.categories.items()} == {"negativity": 42, "guilt": 63, "weapon": 35}
+    assert len(race.implicit) == len(race.explicit) == 4
+    assert len(race.cue("names").marked) == len(race.cue("names").unmarked) == 10
+    assert len(race.cue("dialects").marked) == 6
+
+
+def test_names_are_drawn_per_item_and_stay_drawn(race):
+    cue = race.cue("names")
+    drawn = [cue.identifiers(f"item {i}", seed=0) for i in range(200)]
+    assert drawn == [cue.identifiers(f"item {i}", seed=0) for i in range(200)]
+    assert {m for m, _ in drawn} == set(cue.marked)
+    assert {u for _, u in drawn} == set(cue.unmarked)
+    assert drawn != [cue.identifiers(f"item {i}", seed=1) for i in range(200)]
+
+
+def test_dialect_words_stay_with_their_gloss(race):
+    cue = race.cue("dialects")
+    pairs = set(zip(cue.marked, cue.unmarked, strict=True))
+    assert {cue.identifiers(f"item {i}", seed=0) for i in range(200)} == pairs
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (("[senses.race]", "[senses.people]"), "group_sense: 'race' is not among the senses"),
+    (("{first} or {second} and write it", "{frist} or {second} and write it"), r"unknown fields \['frist'\]"),
+    (('marked = ["black"]', 'maked = ["black"]'), "misspelt"),
+    (('name = "race"\n', ""), "'name' is missing"),
+    (('word = " race"', 'word = '), "not valid TOML"),
+    (('"finna", ', ""), "pairs 5 marked with 6 unmarked"),
+    (('pairing = "crossed"', 'pairing = "random"'), "'parallel' or 'crossed'"),
+    (('"joyful", "superb"', '"joyful", "tragic"'), "both positive and negative"),
+    (("What does {x} refer to", "What does {y} refer to"), r"the one field \{x\}"),
+    (("{word1} - {option1}", "{word1} - "), r"assignment: .* must have the fields \{word1\}"),
+])
+def test_a_wrong_file_is_named(change, said, tmp_path):
+    assert change[0] in RACE
+    file = tmp_path / "mine.toml"
+    file.write_text(RACE.replace(*change), "utf-8")
+    with pytest.raises(ConceptError, match=said) as caught:
+        load_concept(file)
+    assert str(file) in str(caught.value)
+
+
+def test_unknown_names_are_named(race):
+    for call in (lambda: load_concept("nothing"), lambda: load_concept("nothing.toml"), lambda: race.cue("nothing"),
+                 lambda: race.interpretation("nothing"), lambda: race.steering_phrase("nothing")):
+        with pytest.raises(ConceptError, match=r"nothing.*Known: "):
+            call()
+
+
+def test_a_concept_of_ones_own(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(RACE.replace('name = "race"\n', 'name = "mine"\n', 1), "utf-8")
+    assert load_concept(file).name == "mine"
+    assert load_concept(file).digest != load_concept("race").digest
+
+
+# ---- the concepts that come with the package -----------------------------------------------------------------------------
+
+STIMULI = Path(__file__).parents[3] / "shared" / "data" / "stimuli" / "iat_stimuli.csv"
+# A category of Bai et al. -> concept, cue, category.
+OF_BAI = {
+    "racism": ("race_iat", "black_white", "racism"), "weapon": ("race_iat", "black_white", "weapon"),
+    "guilt": ("race_iat", "black_white", "guilt"), "skintone": ("race_iat", "skin_tone", "skin_tone"),
+    "arab/muslim": ("race_iat", "arab_muslim", "arab_muslim"), "asian": ("race_iat", "asian", "names"),
+    "black": ("race_iat", "black", "names"), "hispanic": ("race_iat", "hispanic", "names"), "english": ("race_iat", "english", "english"),
+    "islam": ("religion", "islam", "valence"), "judaism": ("religion", "judaism", "valence"),
+    "buddhism": ("religion", "buddhism", "valence"), "disability": ("health", "disability", "disability"),
+    "eating": ("health", "eating", "eating"), "mental illness": ("health", "mental_illness", "mental_illness"),
+    "weight": ("health", "weight", "weight"), "age": ("age", "default", "valence"),
+    "career": ("gender", "names", "career"), "power": ("gender", "other_names", "power"), "science": ("gender", "nouns", "science"),
+    "sexuality": ("gender", "sexuality", "sexuality"),
+}
+LEFT_OUT = {"did not commit crime", "caught in the act"}
+
+
+def test_the_stimuli_are_those_of_bai_et_al():
+    if not STIMULI.is_file():
+        pytest.skip(f"the published stimuli are not at {STIMULI}")
+    with STIMULI.open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert set(OF_BAI) == {row["dataset"] for row in table}
+    assert len(OF_BAI) == 21
+    for dataset, (concept, cue, category) in OF_BAI.items():
+        default, stigma, attributes = ([row[column] for row in table if row["dataset"] == dataset and row[column]] for column in "ABC")
+        half = len(attributes) // 2
+        asked, words = load_concept(concept).cue(cue), load_concept(concept).categories[category]
+        assert sorted(map(str.lower, asked.unmarked)) == sorted(map(str.lower, default)), dataset
+        assert sorted(map(str.lower, asked.marked)) == sorted(map(str.lower, stigma)), dataset
+        assert list(words.positive) == [word for word in attributes[:half] if word not in LEFT_OUT], dataset
+        assert list(words.negative) == [word for word in attributes[half:] if word not in LEFT_OUT], dataset
+        assert not asked.categories or category in asked.categories
+
+
+@pytest.mark.parametrize("name", concept_names())
+def test_every_built_in_concept_is_sound_and_complete(name):
+    concept = load_concept(name)
+    assert concept.name == name
+    for cue in concept.cues.values():
+        prompts = implicit_prompts(concept, cue)
+        assert {prompt.labels["category"] for prompt in prompts} == set(cue.categories or concept.categories)
+        for prompt in prompts[:: max(1, len(prompts) // 50)]:
+            stereotyped, reverse = assignments(concept, prompt)
+            assert judge_implicit(stereotyped, prompt.labels).label == "stereotyped", stereotyped
+            assert judge_implicit(reverse, prompt.labels).label == "reversed", reverse
+    if concept.senses:
+        group, other = concept.both_senses()
+        assert len(concept.interpretations) >= 2
+        assert {"paper", "restated"} <= set(concept.selfie)
+        assert min(len(sense.words) for sense in (group, other)) >= 2
+        assert classify(f"about{group.word}", concept) == group.name
+        assert classify(f"about{other.word}", concept) == other.name
+        identifiers = {word for cue in concept.cues.values() if cue.senses for word in (*cue.marked, *cue.unmarked) if " " not in word}
+        said = {word for sense in (group, other) for word in (*sense.words, *sense.lexicon)}
+        assert not identifiers & said, "a text that repeats the identifier would be a reading"
+        assert len(awareness_examples(concept)) == 480
+
+
+def test_the_race_of_the_paper_is_as_it_was(race):
+    assert race.digest == "f56151ca207f3e82", "an embedded model pair was trained with this file"
+
+
+def test_a_concept_without_senses_says_so_where_they_are_needed(tiny):
+    religion, health = load_concept("religion"), load_concept("health")
+    assert not religion.has_senses()
+    assert health.has_senses("weight")
+    assert not health.has_senses("eating")
+    for call in (lambda: religion.both_senses(), lambda: religion.interpretation("paper"), lambda: religion.selfie_prompt("paper"),
+                 lambda: religion.steering_phrase("random"), lambda: classify("a text", religion), lambda: reading_names(religion),
+                 lambda: awareness_examples(religion), lambda: sense_steering(tiny, religion, "islam", "people", [0]),
+                 lambda: measure_awareness(tiny, religion, "islam"), lambda: measure_selfie(tiny, religion, "islam"),
+                 lambda: measure_lens(tiny, religion, "islam"), lambda: measure_probes(tiny, religion, "islam"),
+                 lambda: contrast_pairs(tiny, religion, "islam"), lambda: list(steering_sweep(tiny, religion, "islam"))):
+        with pytest.raises(ConceptError, match="the concept 'religion' has no senses"):
+            call()
+    for call in (lambda: measure_awareness(tiny, health, "eating"), lambda: sense_steering(tiny, health, "disability", "people", [0])):
+        with pytest.raises(ConceptError, match=r"the cue '(eating|disability)' of the concept 'health' has no senses"):
+            call()
