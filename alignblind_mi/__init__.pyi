@@ -66,8 +66,8 @@ from .models.adapters import merge_adapter as merge_adapter, unmerge_adapter as 
 from .models.chat import Chat as Chat
 from .models.edits import UNTREATED as UNTREATED, Edit as Edit, Row as Row, Site as Site, Treatment as Treatment, combine as combine
 from .models.embedded import organism_info as organism_info, organism_path as organism_path
-from .models.loading import ModelSpec as ModelSpec
 from .models.model import HookedModel as HookedModel, load_model as load_model
+from .models.spec import ModelSpec as ModelSpec
 from .results import Result as Result, load_result as load_result, save_result as save_result
 from .statistics.frontier import equal_damage as equal_damage, pareto as pareto
 from .statistics.mixed import mixed_logistic as mixed_logistic

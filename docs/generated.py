@@ -171,8 +171,8 @@ def _file(module: str) -> Path:
 def modules(name: str) -> Iterator[str]:
     """The module of a floor, or all of a folder."""
     if name in folders():
-        yield from (f"alignblind_mi.{name}" if file.stem == "__init__" else f"alignblind_mi.{name}." + ".".join(
-            file.relative_to(PACKAGE / name).with_suffix("").parts).removesuffix(".__init__") for file in sorted((PACKAGE / name).rglob("*.py")))
+        for file in sorted((PACKAGE / name).rglob("*.py")):
+            yield ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     else:
         yield f"alignblind_mi.{name}"
 

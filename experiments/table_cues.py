@@ -11,7 +11,7 @@ import pandas as pd
 from common import configured, options, run_study_parts, script, show
 
 from alignblind_mi import load_concept
-from alignblind_mi.models.loading import ModelError
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.pages.report import POOLED, percent, save_shown
 from alignblind_mi.studies.study import check_vocabulary
 

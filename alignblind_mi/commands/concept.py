@@ -50,7 +50,8 @@ def check(
     Exit code 2 if the file has a problem, or if the tokenizer of --model does not know a text or splits a sense word; else 0.
     Example: alignblind concept check mine.toml --model meta-llama/Meta-Llama-3-8B-Instruct
     """
-    from alignblind_mi.models.loading import ModelSpec, load_tokenizer
+    from alignblind_mi.models.configs import load_tokenizer
+    from alignblind_mi.models.spec import ModelSpec
     from alignblind_mi.stimuli.concept import load_concept, parse_concept, read_concept_file
     from alignblind_mi.stimuli.concept_check import concept_problems
 

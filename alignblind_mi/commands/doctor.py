@@ -45,7 +45,7 @@ def doctor(
 
     Example: alignblind doctor meta-llama/Meta-Llama-3-8B --cue names
     """
-    from alignblind_mi.models.loading import ModelSpec
+    from alignblind_mi.models.spec import ModelSpec
     from alignblind_mi.pages.terminal import number, print_json, print_table, records_of
     from alignblind_mi.studies.doctor import check_up
 

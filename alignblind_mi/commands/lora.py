@@ -48,7 +48,8 @@ def lora(
     from alignblind_mi.mitigations.lora import KINDS, examples_of, train_lora
     from alignblind_mi.mitigations.unlearning import METHODS, UnlearningSettings, train_unlearning
     from alignblind_mi.models.adapters import merge_adapter
-    from alignblind_mi.models.loading import ModelSpec, check_model
+    from alignblind_mi.models.loading import check_model
+    from alignblind_mi.models.spec import ModelSpec
     from alignblind_mi.organism.build import one_thread
     from alignblind_mi.stimuli.concept import load_concept
     from alignblind_mi.studies.study import check_organism, organism_record, recommended_lora

@@ -20,8 +20,8 @@ from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
 from alignblind_mi.instruments.probes import shuffled, train_probes
 from alignblind_mi.measures.sources import CONTROLS, TEXT_LAYER, Contexts, Recorded, Source, record_contexts, record_sources
 from alignblind_mi.models.edits import Row, acts_in
-from alignblind_mi.models.loading import ModelError
 from alignblind_mi.models.model import HookedModel, untrained
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.statistics.rates import exact_interval, label_shares, relative_change, t_interval
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Prompt, fill, interpretation_prompt

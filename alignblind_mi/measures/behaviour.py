@@ -12,8 +12,8 @@ import pandas as pd
 from alignblind_mi.borders.settings import Count, Listed, Seed, Temperature, Tokens, check_fields, takes
 from alignblind_mi.models.decoding import Generation
 from alignblind_mi.models.edits import Row, Treatment
-from alignblind_mi.models.loading import ModelError
 from alignblind_mi.models.model import HookedModel
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.stimuli.answers import judge
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Design, Kind, Prompt, PromptError, assignments, behaviour_prompts

@@ -13,8 +13,8 @@ from alignblind_mi.measures.awareness import blind_score, measure_awareness, n_r
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
 from alignblind_mi.mitigations.steering import layer_windows, sense_steering
 from alignblind_mi.models.edits import Treatment
-from alignblind_mi.models.loading import ModelError
 from alignblind_mi.models.model import HookedModel
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.statistics.rates import mean_interval, summarise, t_interval
 from alignblind_mi.stimuli.concept import Concept, Cue
 

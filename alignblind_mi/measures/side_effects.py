@@ -21,8 +21,8 @@ from torch import Tensor
 from alignblind_mi.borders.settings import Count, Seed, takes
 from alignblind_mi.measures.behaviour import Decoding, ask
 from alignblind_mi.models.edits import PROMPT, UNTREATED
-from alignblind_mi.models.loading import ModelError
 from alignblind_mi.models.model import HookedModel
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Prompt, Span, fill, implicit_prompts
 

@@ -41,8 +41,10 @@ from alignblind_mi.borders.settings import (
 from alignblind_mi.borders.writing import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, write_text
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.blocks import decoder_layers
+from alignblind_mi.models.configs import load_config, load_tokenizer, quiet
 from alignblind_mi.models.edits import Treatment, adapter_name
-from alignblind_mi.models.loading import ModelSpec, fingerprint, load_config, load_huggingface, load_tokenizer, quiet
+from alignblind_mi.models.loading import fingerprint, load_huggingface
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.models.tokens import Encoded
 from alignblind_mi.progress import interruptible
 from alignblind_mi.results import versions

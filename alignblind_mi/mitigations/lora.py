@@ -25,8 +25,9 @@ from alignblind_mi.mitigations.finetuning import (
     layer_group,
     split_examples,
 )
+from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
-from alignblind_mi.models.loading import ModelSpec, load_config
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.stimuli.concept import Awareness, Concept, ConceptError
 from alignblind_mi.stimuli.prompts import fill, filled
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from alignblind_mi.models.loading import ModelError
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.weights import ADAPTER, pickles_in
 
 OPTIMIZER, GENERATORS, STATE = "optimizer.safetensors", "generators.safetensors", "training_state.json"

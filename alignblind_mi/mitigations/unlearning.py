@@ -25,8 +25,9 @@ from torch.nn.functional import kl_div, logsigmoid
 from alignblind_mi.borders.settings import Positive, check_fields
 from alignblind_mi.mitigations.finetuning import Example, Item, Job, LoraError, LoraSettings, Prepared, choose_layers, encode, finetune
 from alignblind_mi.mitigations.lora import awareness_examples, blindness_examples, placebo_examples
+from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
-from alignblind_mi.models.loading import ModelSpec, load_config
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.stimuli.concept import Concept
 
 METHODS = ("npo", "gradient_ascent")

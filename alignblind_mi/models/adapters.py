@@ -13,8 +13,10 @@ from typing import Any
 
 from alignblind_mi.borders.reading import check_file, foreign, is_file, read_object
 from alignblind_mi.borders.writing import refuse_taken, whole_folder, write_text
+from alignblind_mi.models.configs import load_config, quiet
 from alignblind_mi.models.edits import adapter_name
-from alignblind_mi.models.loading import ModelError, ModelSpec, fingerprint, load_config, load_huggingface, quiet
+from alignblind_mi.models.loading import fingerprint, load_huggingface
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.models.weights import check_adapter, check_adapter_files
 
 

@@ -27,11 +27,13 @@ from alignblind_mi.models.adapters import switch, switched, with_adapters
 from alignblind_mi.models.blocks import decoder_layers, input_device, is_llama_like, log_probs_of, mixer_width, text_config, unembed
 from alignblind_mi.models.budget import Budget, RowCost, is_out_of_memory, release
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
+from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
 from alignblind_mi.models.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Site, Treatment, hook_name
 from alignblind_mi.models.engine import Engine, cut
-from alignblind_mi.models.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
+from alignblind_mi.models.loading import check_model, fingerprint, load_huggingface, stop_ids
 from alignblind_mi.models.plain import PlainEngine
+from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
 from alignblind_mi.models.tokens import Encoded, Reader, Taps, TokenEdit, TokenRow, encode, left_pad, place, word_ids
 from alignblind_mi.stimuli.prompts import Prompt, PromptError
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignblind_mi.models.loading import ModelError, ModelSpec, load_config
+from alignblind_mi.models.configs import load_config
+from alignblind_mi.models.spec import ModelError, ModelSpec
 
 INDEX, ADAPTER_CONFIG = "model.safetensors.index.json", "adapter_config.json"
 WHOLE = ("model.safetensors", INDEX)

@@ -22,8 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.embedded import RECORD, ROLES, OrganismError, organism_info, organism_path, read_record
-from alignblind_mi.models.loading import quiet
 from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, Progress, one_thread, planted_truth, shared_record, train_pair
 from alignblind_mi.organism.checks import measure_member, member_gates, parent_gates
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Knobs, load_world

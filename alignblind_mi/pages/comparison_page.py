@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from alignblind_mi.borders.texts import encodable
-from alignblind_mi.models.loading import EMBEDDED, ModelSpec
+from alignblind_mi.models.spec import EMBEDDED, ModelSpec
 from alignblind_mi.pages import figures
 from alignblind_mi.pages.report import Column, as_uri, page_text, percent, plain, save_shown, signed, version_names
 from alignblind_mi.studies.audit import CITATIONS, LEAST, MOST_INVALID, MOST_WRONG

@@ -21,7 +21,7 @@ from alignblind_mi.measures.awareness import n_readings, readings_of, selfie_tab
 from alignblind_mi.measures.mitigation import comparison_table, early_window, late_window, steering_names
 from alignblind_mi.mitigations.lora import LAYER_GROUPS, trainable
 from alignblind_mi.mitigations.steering import can_steer, layer_windows
-from alignblind_mi.models.loading import EMBEDDED, ModelSpec
+from alignblind_mi.models.spec import EMBEDDED, ModelSpec
 from alignblind_mi.pages import figures
 from alignblind_mi.pages.views import as_page, pattern_view, token_view
 from alignblind_mi.results import Result, ResultError

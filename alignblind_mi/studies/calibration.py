@@ -35,8 +35,8 @@ from alignblind_mi.measures.sources import Contexts, Recorded, record_contexts, 
 from alignblind_mi.mitigations.steering import sense_steering
 from alignblind_mi.models.edits import Stream, Treatment
 from alignblind_mi.models.embedded import OrganismError
-from alignblind_mi.models.loading import ModelSpec
 from alignblind_mi.models.model import HookedModel, load_model
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.organism.checks import NO_EFFECT
 from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family, failed_gates, family_concept
 from alignblind_mi.organism.members import measured_concept

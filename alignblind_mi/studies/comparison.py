@@ -21,8 +21,8 @@ from alignblind_mi.measures.awareness import measure_awareness, measure_lens, me
 from alignblind_mi.measures.behaviour import ask, measure_behaviour
 from alignblind_mi.measures.side_effects import measure_side_effects
 from alignblind_mi.mitigations.lora import trainable
+from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
-from alignblind_mi.models.loading import load_config
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, ResultError, StudyFolder, check_parts, stamp

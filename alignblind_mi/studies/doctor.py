@@ -23,19 +23,12 @@ from alignblind_mi.models.adapters import check_folders, with_adapters
 from alignblind_mi.models.blocks import text_config
 from alignblind_mi.models.budget import release
 from alignblind_mi.models.chat import Chat, in_chat, render, rendered
+from alignblind_mi.models.configs import load_config, load_generation_config, load_tokenizer
 from alignblind_mi.models.edits import Edit, Row, Site, Treatment
-from alignblind_mi.models.loading import (
-    ModelError,
-    ModelSpec,
-    check_config,
-    end_tokens,
-    load_config,
-    load_generation_config,
-    load_tokenizer,
-    token_count,
-)
+from alignblind_mi.models.loading import check_config, end_tokens, token_count
 from alignblind_mi.models.model import HookedModel, Twin, load_model, share_weights, tolerance
 from alignblind_mi.models.plain import PlainEngine
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.models.tokens import Encoded, TokenRow, encode
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, Prompt, Span, assignments, behaviour_prompts, implicit_prompts, interpretation_prompt

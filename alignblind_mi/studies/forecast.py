@@ -16,10 +16,11 @@ from alignblind_mi.borders.reading import foreign
 from alignblind_mi.mitigations.lora import awareness_examples
 from alignblind_mi.models.blocks import is_llama_like
 from alignblind_mi.models.budget import Budget, RowCost, free_memory, release
+from alignblind_mi.models.configs import load_config, load_tokenizer
 from alignblind_mi.models.decoding import Stop, decode, sampler
 from alignblind_mi.models.engine import Engine
-from alignblind_mi.models.loading import DTYPES, ModelError, ModelSpec, load_config, load_tokenizer
 from alignblind_mi.models.plain import PlainEngine
+from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
 from alignblind_mi.models.tokens import TokenRow
 from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.studies.study import Load, StudyConfig, check_fits, lora_groups, study_parts

@@ -15,9 +15,11 @@ from alignblind_mi.mitigations.lora import LoraSettings, examples_of, train_lora
 from alignblind_mi.mitigations.steering import can_steer, layer_windows, noise_like, sense_steering, steering_vectors
 from alignblind_mi.mitigations.unlearning import UnlearningSettings, train_unlearning
 from alignblind_mi.models.adapters import scaled_adapter
+from alignblind_mi.models.configs import load_tokenizer
 from alignblind_mi.models.edits import UNTREATED, Treatment, combine
-from alignblind_mi.models.loading import ModelSpec, load_tokenizer, token_count
+from alignblind_mi.models.loading import token_count
 from alignblind_mi.models.model import HookedModel
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.stimuli.concept import Concept, Control, Cue, concept_names, load_concept
 from alignblind_mi.stimuli.prompts import filled
 

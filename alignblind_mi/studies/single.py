@@ -32,8 +32,8 @@ from alignblind_mi.mitigations.steering import (
     steering_grid,
     steering_vectors,
 )
+from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import UNTREATED, EditError, How
-from alignblind_mi.models.loading import load_config
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.results import Result, load_result
 from alignblind_mi.statistics.paired import corrected, paired_differences

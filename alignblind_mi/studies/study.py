@@ -35,19 +35,12 @@ from alignblind_mi.mitigations.finetuning import check_modules, choose_layers
 from alignblind_mi.mitigations.lora import LAYER_GROUPS, LoraSettings, awareness_examples, layer_group, train_lora, trainable
 from alignblind_mi.mitigations.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
+from alignblind_mi.models.configs import load_config, load_tokenizer
 from alignblind_mi.models.edits import UNTREATED, Treatment
 from alignblind_mi.models.embedded import RECORD, organism_names, read_record
-from alignblind_mi.models.loading import (
-    EMBEDDED,
-    ModelError,
-    ModelSpec,
-    check_model,
-    fingerprint,
-    load_config,
-    load_tokenizer,
-    token_count,
-)
+from alignblind_mi.models.loading import check_model, fingerprint, token_count
 from alignblind_mi.models.model import HookedModel, load_model
+from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept

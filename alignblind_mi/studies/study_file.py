@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from alignblind_mi.borders.reading import SAID as LONGEST, has_halves, read_text, said
 from alignblind_mi.borders.settings import checked, shown
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.models.loading import ModelSpec
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.studies.study import StudyConfig
 
 LIMIT = 256 << 10    # bytes of the largest study file that is read

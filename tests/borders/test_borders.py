@@ -15,8 +15,10 @@ from alignblind_mi.mitigations.steering import load_vectors
 from alignblind_mi.models import template_process
 from alignblind_mi.models.adapters import check_folders
 from alignblind_mi.models.chat import Chat, render
-from alignblind_mi.models.loading import ModelError, ModelSpec, check_model, load_tokenizer
+from alignblind_mi.models.configs import load_tokenizer
+from alignblind_mi.models.loading import check_model
 from alignblind_mi.models.model import load_model
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.pages.scoring import score
 from alignblind_mi.results import ResultError
 from alignblind_mi.stimuli.concept import ConceptError, load_concept

@@ -12,7 +12,7 @@ import torch
 
 from alignblind_mi.measures.bbq import BBQError, BBQItem, bias_score, in_orders, judge_bbq, measure_bbq, read_bbq, summarise_bbq
 from alignblind_mi.models.edits import Edit, Site, Treatment
-from alignblind_mi.models.loading import ModelError
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.stimuli.prompts import Span, mark_found
 
 GROUPS = {"ans0": ["the tall one", "tall"], "ans1": ["the short one", "nonTall"], "ans2": ["Not known", "unknown"]}

@@ -22,7 +22,7 @@ from alignblind_mi.mitigations.lora import (
     sweep_names,
     train_lora,
 )
-from alignblind_mi.models.loading import ModelSpec
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.stimuli.concept import ConceptError
 from alignblind_mi.stimuli.prompts import Span
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from alignblind_mi.models.adapters import merge_adapter, unmerge_adapter
 from alignblind_mi.models.edits import Row, Treatment
-from alignblind_mi.models.loading import ModelError, ModelSpec
 from alignblind_mi.models.model import load_model
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.stimuli.prompts import mark
 
 WORDS = [f"w{i}" for i in range(20)]

@@ -14,8 +14,8 @@ from alignblind_mi.measures.behaviour import Decoding, ask
 from alignblind_mi.measures.sources import record_sources
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
 from alignblind_mi.models.edits import Edit, Row, Site, Treatment
-from alignblind_mi.models.loading import ModelError
 from alignblind_mi.models.model import HookedModel, load_model, untrained
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.stimuli.concept import Concept
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, implicit_prompts, mark
 from alignblind_mi.studies.study import StudyConfig

@@ -14,8 +14,8 @@ from alignblind_mi.models import engine
 from alignblind_mi.models.budget import Budget, OutOfMemoryError, RowCost, cheapest_cuts
 from alignblind_mi.models.edits import EVERYWHERE, GENERATED, LAST, PROMPT, Edit, EditError, Row, Site, Treatment
 from alignblind_mi.models.engine import common_stems
-from alignblind_mi.models.loading import ModelError, ModelSpec
 from alignblind_mi.models.model import load_model
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.models.tokens import Place, Taps, TokenEdit, TokenRow
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span
 

@@ -6,8 +6,8 @@ import transformers
 from doubles import tiny_llama
 
 from alignblind_mi.models.edits import Edit, EditError, Row, Site
-from alignblind_mi.models.loading import ModelError, ModelSpec
 from alignblind_mi.models.model import load_model
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.stimuli.prompts import mark
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from doubles import make_adapter
 from oracle import Oracle
 
 from alignblind_mi.models.edits import Edit, EditError, Row, Site, Treatment
-from alignblind_mi.models.loading import ModelError, ModelSpec
 from alignblind_mi.models.model import HookedModel, load_model
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.stimuli.concept import Concept
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, implicit_prompts, interpretation_prompt, mark
 

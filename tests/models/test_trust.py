@@ -9,8 +9,9 @@ import torch
 from doubles import make_adapter, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from alignblind_mi.models.loading import ModelError, ModelSpec, load_tokenizer
+from alignblind_mi.models.configs import load_tokenizer
 from alignblind_mi.models.model import load_model
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.studies.study import StudyConfig
 
 ROOT = Path(__file__).parents[2]

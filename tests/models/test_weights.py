@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.mitigations.trainer import GENERATORS, OPTIMIZER, STATE, WHOLE, checkpoints
 from alignblind_mi.models.edits import Treatment
-from alignblind_mi.models.loading import ModelError, ModelSpec, check_model, load_huggingface
+from alignblind_mi.models.loading import check_model, load_huggingface
 from alignblind_mi.models.model import load_model
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.models.weights import files_of, is_finite
 from alignblind_mi.studies.doctor import check_up
 from alignblind_mi.studies.study import StudyConfig

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from alignblind_mi.models.embedded import OrganismError, organism_path
-from alignblind_mi.models.loading import ModelSpec
 from alignblind_mi.models.model import load_model
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.organism.checks import measure_member, member_gates, probe_accuracy
 from alignblind_mi.organism.corpus import Knobs, Segment, load_world, pieces
 from alignblind_mi.organism.family import (

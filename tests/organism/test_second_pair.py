@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import alignblind_mi as ab
 from alignblind_mi.measures.mitigation import comparison_table
 from alignblind_mi.models.embedded import OrganismError, organism_path
-from alignblind_mi.models.loading import ModelError
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.organism.build import build_organism
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Corpus, Knobs, load_world
 from alignblind_mi.organism.interchange import PatchRows, Planting

@@ -14,7 +14,7 @@ import pytest
 from alignblind_mi.measures.behaviour import Decoding
 from alignblind_mi.mitigations.lora import LoraSettings
 from alignblind_mi.mitigations.steering import steerable
-from alignblind_mi.models.loading import ModelSpec
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.pages import figures, report
 from alignblind_mi.pages.report import PAPER_LINK, expected_parts, read_study, write_report
 from alignblind_mi.results import Result, ResultError, load_result, save_result

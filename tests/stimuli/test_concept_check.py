@@ -222,7 +222,7 @@ def test_what_a_tokenizer_splits_or_does_not_know(tiny_folder, llama3_folder):
 
 
 def test_bad_input_is_one_sentence(tmp_path):
-    from alignblind_mi.models.loading import ModelError
+    from alignblind_mi.models.spec import ModelError
 
     (tmp_path / "broken.toml").write_text("name = ", "utf-8")
     for arguments, kind, said in ((("nothing",), ConceptError, "unknown concept 'nothing'"),

@@ -10,8 +10,8 @@ from calibrated_rows import made, perfect
 
 from alignblind_mi.measures.sources import reading_sources
 from alignblind_mi.models.embedded import OrganismError
-from alignblind_mi.models.loading import ModelSpec
 from alignblind_mi.models.model import load_model
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, load_world
 from alignblind_mi.organism.family import calibration_family
 from alignblind_mi.organism.members import FamilyRecipe, MemberRows, measured_concept, member_world
@@ -21,7 +21,6 @@ from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.studies import calibration
 from alignblind_mi.studies.calibration import CalibrationConfig, measure_instruments, run_calibration
 from alignblind_mi.studies.verdicts import (
-    KNOB,
     SMALLEST,
     advice,
     alarm_table,

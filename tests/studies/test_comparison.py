@@ -18,8 +18,8 @@ from alignblind_mi.mitigations.steering import load_vectors, sense_steering, ste
 from alignblind_mi.models.adapters import scaled_adapter
 from alignblind_mi.models.edits import UNTREATED, Edit, Row, Site, Treatment
 from alignblind_mi.models.embedded import organism_path
-from alignblind_mi.models.loading import ModelError, ModelSpec
 from alignblind_mi.models.model import load_model
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.pages import comparison_page
 from alignblind_mi.results import ResultError
 from alignblind_mi.stimuli.concept import ConceptError, load_concept

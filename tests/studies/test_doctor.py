@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from alignblind_mi.__main__ import app
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.engine import Engine
-from alignblind_mi.models.loading import ModelError, ModelSpec
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.studies import doctor
 from alignblind_mi.studies.doctor import Answers, Loaded, Subject, check_up
 

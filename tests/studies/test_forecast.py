@@ -7,7 +7,8 @@ import sys
 import pytest
 from transformers import AutoModelForCausalLM
 
-from alignblind_mi.models.loading import ModelError, ModelSpec, load_config
+from alignblind_mi.models.configs import load_config
+from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.studies.forecast import fit, forecast, measured_rate, parameter_count, study_load
 from alignblind_mi.studies.study import StudyConfig, load_study, run_study
 

@@ -10,7 +10,7 @@ from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
 from alignblind_mi.measures.mitigation import compare_treatments, early_window, late_window, steering_sweep
 from alignblind_mi.mitigations.steering import sense_steering
 from alignblind_mi.models.edits import UNTREATED, Row, Site, Treatment
-from alignblind_mi.models.loading import ModelError
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.stimuli.prompts import assignments, behaviour_prompts, implicit_prompts, interpretation_prompt
 
 SHORT = Decoding(max_new_tokens=3)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.models.loading import ModelError
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.results import ResultError
 from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study
 

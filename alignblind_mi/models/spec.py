@@ -1,0 +1,101 @@
+"""Which model, from where, with which adapters and numbers: values that are checked before anything is read."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from alignblind_mi.borders.settings import check_fields
+from alignblind_mi.errors import AlignblindError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMBEDDED = "organism:"
+ENGINES = ("auto", "fast", "plain")
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+class ModelError(AlignblindError):
+    """A model, tokenizer or adapter that cannot be loaded or used as asked."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how to load and run it: a Hugging Face id, a local checkpoint folder, or an embedded one (organism:aligned).
+
+    `dtype` and `device` default to bfloat16 on a GPU and float32 on a CPU; `device_map` (and `offload_folder`, for what it puts on disk)
+    is passed on to transformers, as is `quantization` (bitsandbytes, the optional extra `quantized`). `engine`: `fast` shares work between
+    rows, `plain` is transformers' own forward pass; `auto` takes the fast one where it has been seen to give the model's own numbers.
+
+    `trust_remote_code` lets a checkpoint run Python code that it brings along (transformers' option of that name): off unless asked for.
+    Weights are read from safetensors files alone, and never unpickled unless `allow_pickle` asks for it (a model's or an adapter's .bin
+    files are read then where there are no others, by torch with weights_only: from makers that you trust).
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    device_map: str | dict[str, Any] | None = None
+    offload_folder: str | None = None
+    quantization: str | None = None
+    engine: str = "auto"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, ModelError)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ModelError(f"unknown dtype {self.dtype!r}. Known: {', '.join(DTYPES)}.")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ModelError(f"unknown quantization {self.quantization!r}. Known: {', '.join(QUANTIZATIONS)}.")
+        if self.device == "":
+            raise ModelError("the device '' has no name: give cpu, cuda or mps, or leave it out.")
+        if self.engine not in ENGINES:
+            raise ModelError(f"unknown engine {self.engine!r}. Known: {', '.join(ENGINES)}.")
+
+    @property
+    def source(self) -> str:
+        """What transformers loads from: the folder of an embedded checkpoint, or the name itself."""
+        if self.name.startswith(EMBEDDED):
+            from alignblind_mi.models.embedded import organism_path
+
+            return str(organism_path(self.name.removeprefix(EMBEDDED)))
+        return self.name
+
+    def resolved(self) -> "ModelSpec":
+        """The same spec with the defaults of this machine filled in."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return replace(self, device=device, dtype=self.dtype or ("float32" if device == "cpu" else "bfloat16"))
+
+
+def check_device(spec: ModelSpec) -> None:
+    """Whether this machine has the devices that a spec names. Errors: ModelError saying which there are."""
+    if spec.device is not None:
+        _check_device(spec.device)
+    known, given = ("auto", "balanced", "balanced_low_0", "sequential"), spec.device_map
+    if isinstance(given, dict):
+        for place in given.values():
+            if place == "disk" and spec.offload_folder is None:
+                raise ModelError("the device map puts layers on disk: give an offload_folder for them, or another place.")
+            if place != "disk":
+                _check_device(f"cuda:{place}" if type(place) is int else place)
+    elif given is not None and given not in known:
+        try:
+            _check_device(given)
+        except ModelError as error:
+            raise ModelError(f"the device map {given!r} cannot be used: give {', '.join(known)}, or a device: {error}") from error
+    if spec.quantization is not None and torch.device(spec.device or "cpu").type == "mps":
+        raise ModelError(f"{spec.quantization} loading does not run on {spec.device}: leave out the quantization, or use a CUDA GPU.")
+
+
+def _check_device(name: Any) -> None:
+    try:
+        device = torch.device(name) if isinstance(name, str) else None
+    except (RuntimeError, ValueError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ModelError(f"unknown device {name!r}: give cpu, cuda, cuda:0 (a number) or mps.")
+    module = torch.get_device_module(device.type)
+    count = 1 if device.type in ("cpu", "mps") else module.device_count()
+    if not module.is_available() or (device.index or 0) >= count:
+        raise ModelError(f"there is no device {name!r} that torch can use here: give cpu, or one that this machine has.")
