@@ -13,14 +13,15 @@ import os
 import platform
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from alignblind_mi.borders.reading import is_file, named, read_json, said as one_line
+from alignblind_mi.borders.settings import File, Listed, takes
 from alignblind_mi.borders.writing import DEVICES, LEFTOVER, digest, one_process, refuse_taken, write_text, write_whole
 from alignblind_mi.errors import ResultError
 
@@ -44,6 +45,9 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+Results = Annotated[Result | Sequence[Result], Listed(some=True, once=False, alone=True)]    # one or many
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
@@ -54,7 +58,8 @@ def stamp() -> dict[str, Any]:
     return {"versions": versions(), "made": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
-def save_result(result: Result, path: Path | str) -> None:
+@takes(ResultError)
+def save_result(result: Result, path: File) -> None:
     """Save rows as `path` (.parquet) and provenance beside it (.json), with a digest of both. The provenance is written first: rows never
     lack it.
 
@@ -75,7 +80,8 @@ def save_result(result: Result, path: Path | str) -> None:
     write_whole(path, lambda beside: result.rows.to_parquet(beside, index=False, write_page_checksum=True), noted)
 
 
-def load_result(path: Path | str) -> Result:
+@takes(ResultError)
+def load_result(path: File) -> Result:
     """Read what `save_result` wrote. Errors: ResultError naming the file when one of the two is missing, damaged or was changed."""
     import pandas as pd
     import pyarrow

@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Count, Layer, Mentions, Names, Seed, Temperature, Tokens, takes
+from alignblind_mi.borders.settings import Count, Layer, Layers, Mentions, Names, Seed, Temperature, Tokens, takes
 from alignblind_mi.instruments.lens import Translators, lens_readings
 from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
 from alignblind_mi.instruments.probes import shuffled, train_probes
@@ -52,7 +52,7 @@ def _row(model: HookedModel, source: Source, instrument: str, layer: int, said: 
 
 @takes(ModelError)
 def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, reading: str = "paper", target_layer: Layer = TARGET_LAYER,
-                      mentions: Mentions = (0,), layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20,
+                      mentions: Mentions = (0,), layers: Layers | None = None, max_word_pairs: Count | None = 20,
                       controls: Names = CONTROLS, mapping: Mapping | None = None, seed: Seed = 0) -> pd.DataFrame:
     """Readings of the identifiers of the balanced implicit prompts, at every layer, by one interpretation question.
 
@@ -110,7 +110,7 @@ def _in_text(recorded: Recorded, source: Source, question: str) -> Row:
 
 @takes(ModelError)
 def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prompt: str = "paper", target_layer: Layer = TARGET_LAYER,
-                   mentions: Mentions = (0,), layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20,
+                   mentions: Mentions = (0,), layers: Layers | None = None, max_word_pairs: Count | None = 20,
                    controls: Names = CONTROLS, max_new_tokens: Tokens = SELFIE_TOKENS, temperature: Temperature = 0.0, seed: Seed = 0
                    ) -> pd.DataFrame:
     """Open-ended readings: the residual stream is put into the placeholders of a concept's SelfIE prompt, and the model goes on writing.
@@ -166,7 +166,7 @@ def _reading(text: str, concept: Concept) -> dict[str, object]:
 
 @takes(ModelError)
 def measure_lens(model: HookedModel, concept: Concept, cue: str | Cue, *, translators: Translators | None = None,
-                 mentions: Mentions = (0,), layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20,
+                 mentions: Mentions = (0,), layers: Layers | None = None, max_word_pairs: Count | None = 20,
                  controls: Names = VECTOR_CONTROLS, seed: Seed = 0) -> pd.DataFrame:
     """The sense words as the identifier's next token, by the logit lens or (with `translators`) the tuned lens.
 
@@ -206,7 +206,7 @@ class ProbeReadings:
 
 @takes(ModelError)
 def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Mentions = (0,),
-                   layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20, controls: Names = VECTOR_CONTROLS,
+                   layers: Layers | None = None, max_word_pairs: Count | None = 20, controls: Names = VECTOR_CONTROLS,
                    random_weights: bool | None = None, seed: Seed = 0) -> ProbeReadings:
     """Probes for the sense, trained on the concept's `train` contexts, tested on its `test` contexts, applied to the ambiguous prompts.
 
@@ -287,11 +287,13 @@ def _accuracy_table(model: HookedModel, tested: dict[str, list[np.ndarray]], lay
 # ---- summaries ---------------------------------------------------------------------------------------------------------
 
 
+@takes(ModelError)
 def readings_of(rows: pd.DataFrame, control: str = "") -> pd.DataFrame:
     """The readings themselves, without their controls (or those of one control)."""
     return rows[rows["control"] == control] if "control" in rows else rows
 
 
+@takes(ModelError)
 def blind_score(readings: pd.DataFrame) -> float:
     """r_blind = mean over layers of dP(other sense) - mean over layers of dP(group sense) (protocol of "Aligned but Blind")."""
     return float(readings_of(readings)["blind"].mean())

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import Count, Seed, takes
+from alignblind_mi.borders.settings import Count, Seed, many, takes
 from alignblind_mi.measures.awareness import blind_score, measure_awareness, n_readings, readings_of
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
 from alignblind_mi.mitigations.steering import layer_windows, sense_steering
-from alignblind_mi.models.edits import Treatment
+from alignblind_mi.models.edits import Treatment, Treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.statistics.rates import mean_interval, summarise, t_interval
@@ -57,7 +57,7 @@ class Comparison:
 
 
 @takes(ModelError)
-def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, treatments: Sequence[Treatment], *,
+def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, treatments: Treatments, *,
                        decoding: Decoding | None = None, reading: str = "paper", max_word_pairs: Count | None = None,
                        seed: Seed = 0) -> Comparison:
     """Measure implicit and explicit bias and awareness under each treatment, on the same prompts (published design).
@@ -65,7 +65,7 @@ def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, tre
     A concept or cue without senses has no readings: the table is of behaviour alone.
     """
     behaviour, awareness = [], []
-    for treatment in treatments:
+    for treatment in many(treatments):
         treated = model.under(treatment)
         behaviour.append(measure_behaviour(treated, concept, cue, design="published", decoding=decoding, seed=seed,
                                            max_word_pairs=max_word_pairs))

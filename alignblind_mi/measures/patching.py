@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import Count, Layer, Listed, Names, Seed, takes
+from alignblind_mi.borders.settings import Count, Layers, Listed, Names, Seed, many, takes
 from alignblind_mi.instruments.attribution import attribution_patching
 from alignblind_mi.instruments.contrast import Contexts, PatchError, contrast_pairs
 from alignblind_mi.instruments.patching import (
@@ -44,7 +44,7 @@ Marks = Annotated[Sequence[Mark], Listed()]
 @takes(PatchError)
 def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, swap: str = "context", contexts: Contexts | None = None,
                      parts: Names = PARTS, directions: Names = DIRECTIONS, controls: Names = CONTROLS,
-                     layers: Sequence[Layer] | None = None, marks: Marks | None = None, categories: Names = (),
+                     layers: Layers | None = None, marks: Marks | None = None, categories: Names = (),
                      max_word_pairs: Count = 2, steps: int = SCREEN_STEPS, seed: Seed = 0, progress: Callable[[int], None] | None = None
                      ) -> pd.DataFrame:
     """Patch the contrast pairs of a cue at every layer; `max_word_pairs` a category bounds them.
@@ -65,7 +65,7 @@ def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, sw
         raise PatchError(f"unknown part {unknown[0]!r}. Known: {', '.join(PARTS)}.")
     pairs = contrast_pairs(model, concept, cue, swap=swap, contexts=contexts, categories=categories, max_word_pairs=max_word_pairs,
                            seed=seed)
-    layers = range(model.n_layers) if layers is None else layers
+    layers = range(model.n_layers) if layers is None else many(layers)
     grids = _grids(model, parts, layers, marks or MARKS[swap], HEAD_MARKS[swap], controls)
     found = []
     for direction in directions:
@@ -133,6 +133,7 @@ class Depth(NamedTuple):
     last: int
 
 
+@takes(PatchError)
 def effect_span(profile: pd.DataFrame, threshold: float = THRESHOLD) -> Depth | None:
     """From where to where a `depth_profile` of one model, treatment and direction shows an effect; None if nowhere.
 

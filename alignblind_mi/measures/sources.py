@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Count, Layer, Mentions, Names, Seed, takes
+from alignblind_mi.borders.settings import Count, Layers, Mentions, Names, Seed, many, takes
 from alignblind_mi.models.edits import Site, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
@@ -86,7 +86,7 @@ def reading_sources(concept: Concept, cue: str | Cue, *, mentions: Mentions = (0
     """
     return _distinct(Source(prompt, role, mention)
                      for prompt in implicit_prompts(concept, cue, design="balanced", seed=seed, max_word_pairs=max_word_pairs)
-                     for role in ("marked", "unmarked") for mention in mentions)
+                     for role in ("marked", "unmarked") for mention in many(mentions))
 
 
 def _distinct(sources: Iterator[Source]) -> list[Source]:
@@ -163,7 +163,7 @@ def _renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
 
 @takes(ConceptError)
 def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Mentions = (0,),
-                   layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20, controls: Names = (), seed: Seed = 0
+                   layers: Layers | None = None, max_word_pairs: Count | None = 20, controls: Names = (), seed: Seed = 0
                    ) -> Recorded:
     """The residual streams that every instrument reads, once for all of them.
 
@@ -171,7 +171,7 @@ def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
     tokenizer does not know an identifier.
     """
     concept.both_senses(cue)
-    layers = list(range(model.n_layers)) if layers is None else list(layers)
+    layers = list(range(model.n_layers)) if layers is None else list(many(layers))
     sources = reading_sources(concept, cue, mentions=mentions, max_word_pairs=max_word_pairs, seed=seed)
     every = [*sources, *control_sources(concept, sources, controls, seed=seed)]
     model.check_known([source.prompt for source in every])

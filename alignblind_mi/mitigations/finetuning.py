@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from alignblind_mi.borders.reading import foreign, is_file, named, read_object
 from alignblind_mi.borders.settings import (
     Count,
+    File,
     Layer,
     LearningRate,
     Listed,
@@ -34,9 +35,10 @@ from alignblind_mi.borders.settings import (
     Weight,
     Whole,
     check_fields,
-    checked,
+    many,
     shown,
     takes,
+    widened,
 )
 from alignblind_mi.borders.writing import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, write_text
 from alignblind_mi.errors import AlignblindError
@@ -80,6 +82,7 @@ class Example:
     source: str = ""
 
 
+@widened
 @dataclass(frozen=True)
 class LoraSettings:
     """Hyper-parameters; the defaults are the paper's for Llama 3 8B (batch 4 x 4 accumulation steps), also called `PAPER`.
@@ -104,7 +107,7 @@ class LoraSettings:
     validation_share: PartialShare = 0.0
     patience: Whole = 0
     activation_weight: Weight = 0.0
-    activation_layers: Annotated[tuple[Layer, ...], Listed()] = ()
+    activation_layers: Annotated[tuple[Layer, ...], Listed(alone=True)] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, LoraError)
@@ -129,9 +132,10 @@ def layer_group(name: str, n_layers: int) -> range:
     return range(start, max(stop, start + 1))
 
 
-def choose_layers(which: str | Sequence[int], n_layers: int) -> list[int]:
-    """Layers by a group's name ("early"), a text ("0-3,7") or a sequence, sorted. Errors: LoraError for one that the model has not."""
-    found = _read_layers(which, n_layers) if isinstance(which, str) else checked(which, Sequence[int], "layers", LoraError)
+@takes(LoraError)
+def choose_layers(which: str | int | Sequence[int], n_layers: int) -> list[int]:
+    """Layers by a group's name ("early"), a text ("0-3,7"), or one or many numbers; sorted. Errors: LoraError for one that is not there."""
+    found = _read_layers(which, n_layers) if isinstance(which, str) else many(which)
     wrong = next((layer for layer in found if not 0 <= layer < n_layers), None)
     if wrong is not None or not found:
         said = "no layers are given" if wrong is None else f"layer {shown(wrong)} does not exist"
@@ -156,14 +160,14 @@ def _read_layers(text: str, n_layers: int) -> Sequence[int]:
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """Layers as they are written: "0-3", "5-5", "0-3,7-7"."""
+    """Layers as they are written: "0-3", "5", "0-3,7"."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][1] + 1:
             runs[-1][1] = layer
         else:
             runs.append([layer, layer])
-    return ",".join(f"{first}-{last}" for first, last in runs)
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
 @takes(LoraError)
@@ -367,11 +371,13 @@ def _flat(note: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in note.items() if key not in tables} | inner
 
 
-def trained_treatment(folder: Path) -> Treatment:
+@takes(LoraError)
+def trained_treatment(folder: File) -> Treatment:
     """The Treatment of a finished adapter folder, from its training.json.
 
     details: method, layers, parameters (trained ones), seconds, folder. Errors: LoraError if there is no training.json.
     """
+    folder = Path(folder)
     if not is_file(folder / NOTE):
         raise LoraError(f"{named('', folder)} is no adapter that was trained here: it has no training.json.")
     note = read_object(folder / NOTE, "", LoraError, needs=("method", "layers", "parameters", "seconds", "family"),

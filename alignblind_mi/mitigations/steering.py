@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.reading import check_file, foreign, is_file, said
-from alignblind_mi.borders.settings import Count, Layer, Names, Seed, Strength, Strengths, takes
+from alignblind_mi.borders.settings import Count, File, Layer, Layers, Listed, Places, Seed, Strength, Strengths, many, takes
 from alignblind_mi.borders.writing import refuse_taken, write_bytes
 from alignblind_mi.instruments.probes import train_probes
 from alignblind_mi.models.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
@@ -30,6 +30,7 @@ from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
 from alignblind_mi.stimuli.prompts import Prompt, fill, filled, steering_prompt
 
 Method = Literal["replacement", "mean_difference", "pca", "probe", "contrast", "noise"]
+Windows = Annotated[Sequence[Annotated[Sequence[Layer], Listed(some=True)]], Listed(some=True)]
 Positions = Literal["identifiers", "prompt", "last", "generated"]
 WINDOW_SHARE = 10 / 32    # the paper's window: 10 consecutive layers of Llama 3 8B's 32
 ROLES = ("marked", "unmarked")
@@ -80,8 +81,8 @@ class SteeringVectors:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @takes(EditError)
-    def treatment(self, layers: Sequence[Layer] | None = None, *, how: How | None = None, strength: Strength = 1.0,
-                  positions: Names | None = None, name: str = "", family: str = "steering") -> Treatment:
+    def treatment(self, layers: Layers | None = None, *, how: How | None = None, strength: Strength = 1.0,
+                  positions: Places | None = None, name: str = "", family: str = "steering") -> Treatment:
         """Apply the vectors after each of `layers` (default: all that there are).
 
         `how`: `replace` (the default for `replacement`), `add` times `strength`, or `ablate` their direction (`strength` 1 removes it).
@@ -90,9 +91,9 @@ class SteeringVectors:
 
         Errors: EditError for a layer without a vector, or a combination that means nothing.
         """
-        layers = tuple(self.layers if layers is None else layers)
+        layers = self.layers if layers is None else many(layers)
         how = how or ("replace" if self.replaces else "add")
-        positions = tuple(positions or (AFTER_PROMPT if self.method == "contrast" else ("identifiers",)))
+        positions = many(positions or (AFTER_PROMPT if self.method == "contrast" else ("identifiers",)))
         self._check(layers, how, positions)
         sites = [(layer, mark, role) for layer in layers for mark, role in self._marks(positions)]
         edits = tuple(Edit(Site(layer, mark, self.stream, tokens="all" if mark in EVERYWHERE else "last"), self._at(layer, role), how,
@@ -135,7 +136,8 @@ class SteeringVectors:
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
-    def save(self, path: Path | str) -> None:
+    @takes(EditError)
+    def save(self, path: File) -> None:
         """Write a .safetensors file: tensors `layer.L` [d_model] (or `layer.L.marked`, `layer.L.unmarked`), provenance as its metadata.
 
         Without this project: `v = load_file(path)["layer.3"]`, then a forward hook on `model.model.layers[3]` that returns its output + v.
@@ -153,7 +155,7 @@ class SteeringVectors:
         write_bytes(path, data)
 
     @takes(EditError)
-    def export_gguf(self, path: Path | str, *, strength: Strength = 1.0) -> None:
+    def export_gguf(self, path: File, *, strength: Strength = 1.0) -> None:
         """Write llama.cpp's control-vector format (needs `pip install 'alignblind-mi[gguf]'`): `direction.L`, added after layer L.
 
         llama.cpp adds a vector to every token and takes none at layer 0, which is left out. A control vector that was written here is
@@ -206,7 +208,8 @@ def is_vectors(path: Path) -> bool:
     return True
 
 
-def load_vectors(path: Path | str) -> SteeringVectors:
+@takes(EditError)
+def load_vectors(path: File) -> SteeringVectors:
     """Read what `SteeringVectors.save` wrote. Errors: EditError for a file that it did not write."""
     from safetensors import safe_open
 
@@ -236,6 +239,8 @@ def _span(layers: Sequence[int]) -> str:
     if not layers:
         return "none"
     together = sorted(layers) == list(range(min(layers), max(layers) + 1))
+    if len(layers) == 1:
+        return str(layers[0])
     return f"{min(layers)}-{max(layers)}" if together else ",".join(map(str, layers))
 
 
@@ -244,7 +249,7 @@ def _span(layers: Sequence[int]) -> str:
 
 @takes(EditError)
 def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, method: Method | str = "mean_difference", *,
-                     layers: Sequence[Layer] | None = None, stream: Stream = "resid_post", seed: Seed = 0) -> SteeringVectors:
+                     layers: Layers | None = None, stream: Stream = "resid_post", seed: Seed = 0) -> SteeringVectors:
     """Find the vectors of a sense at `layers` (default: all) of a model under its treatment.
 
     `replacement`: the identifiers' activations in the phrase of `sense` (or of a control). All others are directions from the other sense
@@ -263,7 +268,7 @@ def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense
     if not steerable(cue):
         raise EditError(f"the cue {cue.name!r} draws from several identifiers: replacing one by another would change who is asked about. "
                         "Steer a cue with one pair of identifiers.")
-    layers = tuple(range(model.n_layers) if layers is None else layers)
+    layers = tuple(range(model.n_layers)) if layers is None else many(layers)
     note = {**model.provenance(), "architecture": model.architecture, "concept": concept.name, "concept_digest": concept.digest,
             "cue": cue.name, "versions": versions()}
     if method == "replacement":
@@ -336,7 +341,7 @@ def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
 
 
 @takes(EditError)
-def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[Layer], *,
+def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Layers, *,
                    stream: Stream = "resid_post") -> Treatment:
     """The paper's treatment: the identifiers' stream, after each of `layers`, is replaced by that in the phrase of `sense`.
 
@@ -360,9 +365,9 @@ def noise_like(treatment: Treatment, *, seed: Seed = 0) -> Treatment:
 
 
 @takes(EditError)
-def steering_grid(vectors: SteeringVectors, windows: Sequence[Sequence[int]], strengths: Strengths = (1.0,), *,
-                  how: How | None = None, positions: Names | None = None) -> Iterator[Treatment]:
+def steering_grid(vectors: SteeringVectors, windows: Windows, strengths: Strengths = (1.0,), *,
+                  how: How | None = None, positions: Places | None = None) -> Iterator[Treatment]:
     """Every window at every strength. Measured together (`ask_under`), they share what the model computes before their first edit."""
     for window in windows:
-        for strength in strengths:
+        for strength in many(strengths):
             yield vectors.treatment(window, how=how, strength=strength, positions=positions)

@@ -5,7 +5,7 @@ mathematics.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Bound, Strength, check_fields, checked
+from alignblind_mi.borders.settings import Bound, Listed, Made, Strength, check_fields, checked, widened
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.stimuli.prompts import Prompt
+from alignblind_mi.stimuli.prompts import Prompt, as_prompt
 
 Stream = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "post"]
 UNITS: dict[str, str] = {"z": "head", "post": "neuron"}    # the streams that have parts of their own, and what a part is
@@ -31,6 +31,7 @@ class EditError(AlignblindError):
     """A site or edit that cannot be applied."""
 
 
+@widened
 @dataclass(frozen=True)
 class Site:
     """A place in a forward pass: after `layer` (0-based), at the tokens of a prompt's `mark`, in one stream.
@@ -51,7 +52,7 @@ class Site:
     stream: Stream = "resid_post"
     tokens: Tokens = "last"
     occurrence: int | None = None
-    units: tuple[int, ...] = ()
+    units: Annotated[tuple[int, ...], Listed(once=False, alone=True)] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, EditError)
@@ -100,24 +101,36 @@ class Edit:
             raise EditError("the direction to ablate is the zero vector.")
 
 
+Edits = Annotated[tuple[Edit, ...], Listed(once=False, alone=True)]    # one is taken too
+
+
+@widened
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One run of the model: a prompt and its edits (none is the clean run)."""
+    """One run of the model: a prompt (a text is one without marks) and its edits (none is the clean run)."""
 
-    prompt: Prompt
-    edits: tuple[Edit, ...] = ()
+    prompt: Annotated[Prompt, Made(as_prompt, "a Prompt or a text", Prompt | str)]
+    edits: Edits = ()
+
+    def __post_init__(self) -> None:
+        if not (type(self.prompt) is Prompt and type(self.edits) is tuple and all(isinstance(edit, Edit) for edit in self.edits)):
+            check_fields(self, EditError)    # made many times: looked into where there is something to do
 
 
+@widened
 @dataclass(frozen=True, eq=False)
 class Treatment:
     """What is done to a model in a study: edits on every prompt, a LoRA adapter, a prefix, or any of them together."""
 
     name: str
-    edits: tuple[Edit, ...] = ()
+    edits: Edits = ()
     adapter: str | None = None
     prefix: str = ""
     family: str = "untreated"
     details: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, EditError)
 
     def rows(self, prompts: Iterable[Prompt], *, partial: bool = False) -> list[Row]:
         """The prompts under this treatment (the adapter is switched by the model).
@@ -147,6 +160,9 @@ def acts_in(prompt: Prompt, mark: str) -> bool:
     return mark in EVERYWHERE or bool(prompt.marks.get(mark))
 
 
+Sites = Annotated[Site | Sequence[Site], Listed(once=False, alone=True)]    # one or many, as the next two
+Rows = Annotated[Row | Prompt | str | Sequence[Row | Prompt | str], Listed(once=False, alone=True)]
+Treatments = Annotated[Treatment | Sequence[Treatment], Listed(some=True, once=False, alone=True)]
 UNTREATED = Treatment("untreated")
 """The treatment that changes nothing: what every other one is compared with."""
 

@@ -15,27 +15,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from alignblind_mi.borders.settings import NewTokens, Seed, Temperature, Words, takes
+from alignblind_mi.borders.settings import Files, NewTokens, Seed, Temperature, Words, many, takes
 from alignblind_mi.models.adapters import switch, switched, with_adapters
 from alignblind_mi.models.blocks import decoder_layers, input_device, is_llama_like, log_probs_of, mixer_width, text_config, unembed
 from alignblind_mi.models.budget import Budget, RowCost, is_out_of_memory, release
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
 from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
-from alignblind_mi.models.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Site, Treatment, hook_name
+from alignblind_mi.models.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Rows, Site, Sites, Treatment, hook_name
 from alignblind_mi.models.engine import Engine, cut
 from alignblind_mi.models.loading import check_model, fingerprint, load_huggingface, stop_ids
 from alignblind_mi.models.plain import PlainEngine
-from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
+from alignblind_mi.models.spec import DTYPES, AnySpec, ModelError, ModelSpec, as_spec
 from alignblind_mi.models.tokens import Encoded, Reader, Taps, TokenEdit, TokenRow, encode, left_pad, place, word_ids
-from alignblind_mi.stimuli.prompts import Prompt, PromptError
+from alignblind_mi.stimuli.prompts import Prompt, PromptError, Prompts, as_prompts
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -173,6 +172,7 @@ class HookedModel:
         """Names of the LoRA adapters that were loaded with the model."""
         return tuple(self.peft.peft_config) if self.peft is not None else ()
 
+    @takes(ModelError)
     def under(self, treatment: Treatment) -> "HookedModel":
         """The same model under a treatment. Errors: EditError / ModelError for a layer or an adapter that the model does not have."""
         for edit in treatment.edits:
@@ -188,6 +188,7 @@ class HookedModel:
         """The model type of its configuration, such as `llama`."""
         return str(text_config(self.engine.model).model_type)
 
+    @takes(ModelError)
     @alone
     def in_chat(self, chat: Chat | None = Chat()) -> "HookedModel":    # noqa: B008 - a value
         """The same model, asked in its chat format (None: raw again). Errors: ModelError for a tokenizer without a usable chat template."""
@@ -195,19 +196,25 @@ class HookedModel:
             chat_frame(self.tokenizer, chat, self.spec.name)
         return replace(self, chat=chat)
 
+    @takes(ModelError)
     @alone
-    def rows(self, prompts: Sequence[Prompt], *, partial: bool = False) -> list[Row]:
+    def rows(self, prompts: Prompts, *, partial: bool = False) -> list[Row]:
         """Prompts as this view asks them: after the treatment's prefix, in the chat if there is one, with the treatment's edits (`partial`:
         see `Treatment.rows`).
 
         A `Row` that is made by hand is raw: steering phrases, and the questions that representations are patched into, stay as they are in
         a chat as well.
         """
-        rows = self.treatment.rows(prompts, partial=partial)
+        rows = self.treatment.rows(as_prompts(prompts), partial=partial)
         if self.chat is None:
             return rows
         asked = in_chat([row.prompt for row in rows], self.tokenizer, self.chat, self.spec.name)
         return [replace(row, prompt=prompt) for row, prompt in zip(rows, asked, strict=True)]
+
+    def as_rows(self, rows: Rows) -> list[Row]:
+        """One or many rows: each `Row` as it is, a prompt or a text as this view asks it (see `rows`)."""
+        found: tuple[Row | Prompt | str, ...] = many(rows)
+        return [row if isinstance(row, Row) else self.rows(row)[0] for row in found]
 
     def provenance(self) -> dict[str, Any]:
         """What identifies the model behind a number."""
@@ -218,11 +225,13 @@ class HookedModel:
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
+    @takes(ModelError)
     @alone
-    def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+    def encode(self, prompts: Prompts) -> list[Encoded]:
         """Tokenise prompts. Raw text gets the tokenizer's BOS; text that already begins with it (a chat template's) does not."""
-        return encode(self.tokenizer, prompts)
+        return encode(self.tokenizer, as_prompts(prompts))
 
+    @takes(ModelError)
     def token_id(self, word: str) -> int:
         """The id of a word that is one token. Errors: ModelError if the tokenizer splits it or does not know it."""
         ids = self.word_ids(word)
@@ -230,6 +239,7 @@ class HookedModel:
             raise ModelError(f"{word!r} is {len(ids)} tokens in the tokenizer of {self.spec.name}; a single-token word is needed here.")
         return ids[0]
 
+    @takes(ModelError)
     @alone
     def word_ids(self, word: str) -> list[int]:
         """The ids of a word as it stands, without special tokens. Errors: ModelError if the tokenizer does not know it."""
@@ -238,8 +248,9 @@ class HookedModel:
             raise ModelError(f"the tokenizer of {self.spec.name} does not know {word!r}: choose another cue or model.")
         return ids
 
+    @takes(ModelError)
     @alone
-    def check_known(self, prompts: Sequence[Prompt]) -> None:
+    def check_known(self, prompts: Prompts) -> None:
         """Errors: ModelError naming the first word of a prompt that the tokenizer does not know."""
         unknown = self.tokenizer.unk_token_id
         for item in self.encode(prompts):
@@ -251,11 +262,11 @@ class HookedModel:
 
     # ---- read-outs -------------------------------------------------------------------------------------------------
 
+    @takes(ModelError)
     @alone
-    def cache(self, prompts: Prompt | str | Sequence[Prompt | str], names: Sequence[str] | Callable[[str], bool] | None = None) -> Cached:
+    def cache(self, prompts: Prompts, names: Sequence[str] | Callable[[str], bool] | None = None) -> Cached:
         """Run prompts and keep activations at any hook points of the bridge (`names`: a list, a predicate, or None for all of them)."""
-        items = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
-        rows = self.rows([Prompt(item) if isinstance(item, str) else item for item in items])
+        rows = self.rows(prompts)
         wanted = _name_filter(names, self.bridge)
         with torch.no_grad(), self.edited_bridge(self.token_rows(rows)) as (bridge, ids, attended):
             _, cache = bridge.run_with_cache(ids, attention_mask=attended, names_filter=wanted)
@@ -271,12 +282,16 @@ class HookedModel:
             with bridge.hooks(fwd_hooks=_bridge_hooks(taps)):
                 yield bridge, ids, mask.long()
 
+    @takes(ModelError)
     @alone
-    def record(self, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, "row site size"]:
+    def record(self, rows: Rows, sites: Sites) -> Float[Tensor, "row site size"]:
         """Activations at sites, after the row's edits, in float32; size is d_model, or that of the sites' heads or neurons.
+
+        Here and below, one row or several: each a `Row`, which is raw, or a prompt or text, which is asked as this view asks (see `rows`).
 
         Errors: EditError for a site of several tokens (pick one with `occurrence`), or for sites of different sizes.
         """
+        rows, sites = self.as_rows(rows), many(sites)
         sizes = {self.site_size(site): site for site in reversed(sites)}
         if len(sizes) > 1:
             said = ", ".join(f"{site.stream} of layer {site.layer} has {size}" for size, site in sizes.items())
@@ -285,11 +300,12 @@ class HookedModel:
 
     @takes(ModelError)
     @alone
-    def lens_log_probs(self, rows: Sequence[Row], sites: Sequence[Site], targets: Words) -> Float[Tensor, "row site target"]:
+    def lens_log_probs(self, rows: Rows, sites: Sites, targets: Words) -> Float[Tensor, "row site target"]:
         """What the residual stream at each site says of single-token words through the final norm and the unembedding.
 
         Exact log-probabilities over the whole vocabulary, which exists for a part of the sites at a time (logit lens, nostalgebraist 2020).
         """
+        rows, sites = self.as_rows(rows), many(sites)
         inner = [site.stream for site in sites if site.stream in UNITS]
         if inner:
             raise EditError(f"the lens reads residual streams, not {inner[0]}: its {UNITS[inner[0]]}s are not in the space of the words.")
@@ -326,9 +342,11 @@ class HookedModel:
             self._over(self.token_rows(rows, sites), None, keep, reader)
         return out
 
+    @takes(ModelError)
     @alone
-    def next_log_probs(self, rows: Sequence[Row]) -> Float[Tensor, "row vocabulary"]:
+    def next_log_probs(self, rows: Rows) -> Float[Tensor, "row vocabulary"]:
         """Log-probabilities of every next token after each row, in float32."""
+        rows = self.as_rows(rows)
         out = torch.empty(len(rows), text_config(self.engine.model).vocab_size)
 
         def keep(batch: Batch) -> None:
@@ -337,10 +355,11 @@ class HookedModel:
         self._over(self.token_rows(rows), None, keep)
         return out
 
+    @takes(ModelError)
     @alone
-    def text_log_probs(self, rows: Sequence[Row]) -> list[Float[Tensor, "token vocabulary"]]:
+    def text_log_probs(self, rows: Rows) -> list[Float[Tensor, "token vocabulary"]]:
         """For each row, log-probabilities of every next token after each of its tokens but the last, in float32."""
-        whole = self.token_rows(rows)
+        whole = self.token_rows(self.as_rows(rows))
         starts = [(i, n) for i, row in enumerate(whole) for n in range(1, len(row.ids))]
         parts = [cut(whole[i], 0, n) for i, n in starts]
         out = [torch.empty(len(row.ids) - 1, text_config(self.engine.model).vocab_size) for row in whole]
@@ -355,8 +374,9 @@ class HookedModel:
 
     @takes(ModelError)
     @alone
-    def next_probs(self, rows: Sequence[Row], targets: Words) -> Float[Tensor, "row target"]:
+    def next_probs(self, rows: Rows, targets: Words) -> Float[Tensor, "row target"]:
         """Probabilities of single-token target words as the next token after each row."""
+        rows = self.as_rows(rows)
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         out = torch.empty(len(rows), len(targets))
 
@@ -368,8 +388,9 @@ class HookedModel:
 
     @takes(ModelError)
     @alone
-    def next_ranks(self, rows: Sequence[Row], targets: Words) -> Int[Tensor, "row target"]:
+    def next_ranks(self, rows: Rows, targets: Words) -> Int[Tensor, "row target"]:
         """Ranks of single-token target words as the next token after each row: 0 is the most probable of the vocabulary."""
+        rows = self.as_rows(rows)
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         out = torch.empty(len(rows), len(targets), dtype=torch.long)
 
@@ -396,8 +417,9 @@ class HookedModel:
 
     @takes(ModelError)
     @alone
-    def continuation_log_probs(self, rows: Sequence[Row], continuations: Sequence[Words]) -> Float[Tensor, "row choice"]:
+    def continuation_log_probs(self, rows: Rows, continuations: Sequence[Words]) -> Float[Tensor, "row choice"]:
         """Log-probability of each of a row's continuations (the same number for every row), summed over their tokens, in float32."""
+        rows = self.as_rows(rows)
         ids = self._continuation_ids(rows, continuations)
         out = torch.empty(len(rows), len(ids[0]) if ids else 0)
 
@@ -418,9 +440,8 @@ class HookedModel:
         return [[known[text] for text in choices] for choices in continuations]
 
     @takes(ModelError)
-    @takes(ModelError)
     @alone
-    def generate(self, rows: Sequence[Row], max_new_tokens: NewTokens, *, temperature: Temperature = 0.0, seed: Seed = 0,
+    def generate(self, rows: Rows, max_new_tokens: NewTokens, *, temperature: Temperature = 0.0, seed: Seed = 0,
                  stop: Words = (), continuations: Sequence[Words] | None = None, draws: Sequence[str] | None = None,
                  progress: Callable[[int], None] | None = None) -> list[Generation]:
         """Continue each row, greedily (`temperature` 0, whatever the checkpoint's generation config says) or by sampling.
@@ -431,6 +452,7 @@ class HookedModel:
         one text must be drawn independently. `continuations` (as in `continuation_log_probs`) are scored on the way: the prompts are read
         once for both.
         """
+        rows = self.as_rows(rows)
         if draws is not None and len(draws) != len(rows):
             raise ModelError(f"every row needs its own name in `draws`: {len(rows)} rows, {len(draws)} names.")
         if "" in stop:
@@ -614,18 +636,18 @@ def _name_filter(names: Sequence[str] | Callable[[str], bool] | None, bridge: An
 # ---- loading -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(spec: ModelSpec | str, *, adapters: Path | str | Sequence[Path | str] = ()) -> HookedModel:
+@takes(ModelError)
+def load_model(spec: AnySpec, *, adapters: Files = ()) -> HookedModel:
     """Load a model, put its LoRA adapters on it (before a bridge is booted, so that hooks and adapters are live together).
 
     Errors: ModelError in one sentence for a model that is gated, missing or not a causal language model, a tokenizer without character
     offsets, an adapter folder that does not fit, or an engine that cannot run the model.
     """
-    spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
-    adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters    # one or many
+    spec = as_spec(spec).resolved()
     check_model(spec)
     with _LOADING:
         model, tokenizer = load_huggingface(spec)
-        peft = with_adapters(model, adapters, spec)
+        peft = with_adapters(model, many(adapters), spec)
         engine = choose_engine(spec, model)
     return HookedModel(spec, engine, Twin(spec, peft or model, tokenizer), tokenizer, stop_ids(model, tokenizer),
                        fingerprint(spec, model.config), peft)

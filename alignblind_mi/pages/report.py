@@ -19,6 +19,7 @@ from alignblind_mi.borders.reading import is_file, is_folder, named, read_json, 
 from alignblind_mi.borders.texts import csv_text, encodable, label, shortened, visible
 from alignblind_mi.measures.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.measures.mitigation import comparison_table, early_window, late_window, steering_names
+from alignblind_mi.mitigations.finetuning import layers_text
 from alignblind_mi.mitigations.lora import LAYER_GROUPS, trainable
 from alignblind_mi.mitigations.steering import can_steer, layer_windows
 from alignblind_mi.models.spec import EMBEDDED, ModelSpec
@@ -99,11 +100,12 @@ class Study:
 
     @property
     def compared(self) -> dict[str, str]:
-        """The two compared windows by their layers as rows write them: {"1-3": "early", "5-7": "late"}."""
+        """The two compared windows by their layers as rows write them: {"1-3": "early", "5-7": "late"}. Rows of before
+        wrote a window of one layer as 5-5."""
         if self.n_layers is None:
             return {}
-        return {f"{window[0]}-{window[-1]}": name for name, window in (
-            ("late", late_window(self.n_layers)), ("early", early_window(self.n_layers)))}
+        return {written: name for name, window in (("late", late_window(self.n_layers)), ("early", early_window(self.n_layers)))
+                for written in (f"{window[0]}-{window[-1]}", layers_text(window))}
 
     @property
     def organism(self) -> bool:
@@ -356,7 +358,7 @@ def training_table(study: Study) -> pd.DataFrame:
             needs = ("layers", "loss", "examples", "examples_dropped", "parameters", "seconds")
             found = read_object(note, "", ResultError, needs=needs, advice="delete its folder to train the adapter anew")
             losses = found.get("losses") or [math.nan]
-            records.append({"group": group, "layers": f"{min(found['layers'])}-{max(found['layers'])}", "first_loss": losses[0],
+            records.append({"group": group, "layers": layers_text(found["layers"]), "first_loss": losses[0],
                             "last_loss": losses[-1], "mean_loss": found["loss"], **{key: found[key] for key in (
                                 "examples", "examples_dropped", "parameters", "seconds")}})
     return pd.DataFrame.from_records(records)
@@ -493,8 +495,8 @@ def _planted_steering(study: Study, planted: dict[str, Any]) -> Iterable[dict[st
         return
     table = steering_table(study)
     for row in _records(table[table["family"] != "untreated"]):
-        first, last = (int(part) for part in row["layers"].split("-"))
-        window = set(range(first, last + 1))
+        first, _, last = row["layers"].partition("-")
+        window = set(range(int(first), int(last or first) + 1))
         whole = bool(effect) and effect <= window
         if whole or window <= none:
             value = full.get(row["sense"], truth["implicit"]) if whole else truth["implicit"]

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.measures.behaviour import Decoding
 from alignblind_mi.models.adapters import check_folders, with_adapters
@@ -28,7 +29,7 @@ from alignblind_mi.models.edits import Edit, Row, Site, Treatment
 from alignblind_mi.models.loading import check_config, end_tokens, token_count
 from alignblind_mi.models.model import HookedModel, Twin, load_model, share_weights, tolerance
 from alignblind_mi.models.plain import PlainEngine
-from alignblind_mi.models.spec import ModelError, ModelSpec
+from alignblind_mi.models.spec import AnySpec, ModelError, ModelSpec, as_spec
 from alignblind_mi.models.tokens import Encoded, TokenRow, encode
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, Prompt, Span, assignments, behaviour_prompts, implicit_prompts, interpretation_prompt
@@ -69,7 +70,8 @@ def _at_least(check: str, measured: float | int, bound: float | int, unit: str, 
     return Check(check, "ok" if good else worse, found, float(measured), ">=", float(bound), unit, "" if good else advice)
 
 
-def check_up(model: str | ModelSpec, concept: str | Concept = DEFAULT_CONCEPT, *, cue: str = "", adapter: Path | str | None = None,
+@takes(ModelError)
+def check_up(model: AnySpec, concept: Concept | str | Path = DEFAULT_CONCEPT, *, cue: str | Cue = "", adapter: File | None = None,
              drift: bool = True, progress: Callable[[str], None] | None = None) -> pd.DataFrame:
     """Check a model for a concept and a cue (default: its first), perhaps with a LoRA adapter; one row per check, in their order.
 
@@ -79,12 +81,12 @@ def check_up(model: str | ModelSpec, concept: str | Concept = DEFAULT_CONCEPT, *
 
     Errors: ModelError, ConceptError for a model, adapter or concept that cannot be reached or does not exist.
     """
-    spec = (ModelSpec(model) if isinstance(model, str) else model).resolved()
-    concept = load_concept(concept) if isinstance(concept, str) else concept
+    spec = as_spec(model).resolved()
+    concept = concept if isinstance(concept, Concept) else load_concept(concept)
     check_config(spec)
     if adapter is not None:
         check_folders([adapter], spec.allow_pickle)
-    subject = Subject(spec, concept, concept.cue(cue or concept.first_cue), adapter)
+    subject = Subject(spec, concept, cue if isinstance(cue, Cue) else concept.cue(cue or concept.first_cue), adapter)
     found: list[Check] = []
     for check in _checks(subject, drift):
         found.append(check)

@@ -12,11 +12,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import Count, Layer, Seed, Temperature, check_fields, takes
+from alignblind_mi.borders.settings import Count, File, Layer, Listed, Made, PathText, Seed, Temperature, check_fields, many, takes, widened
 from alignblind_mi.instruments.attention import attention_rows
 from alignblind_mi.instruments.lens import lens_contrast, logit_lens
 from alignblind_mi.measures.awareness import (
@@ -40,10 +40,10 @@ from alignblind_mi.models.edits import UNTREATED, Treatment
 from alignblind_mi.models.embedded import RECORD, organism_names, read_record
 from alignblind_mi.models.loading import check_model, fingerprint, token_count
 from alignblind_mi.models.model import HookedModel, load_model
-from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec
+from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec, as_spec
 from alignblind_mi.progress import Advance, Progress, interruptible
-from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept
+from alignblind_mi.results import Result, ResultError, StudyFolder, check_parts, load_result, stamp
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,19 @@ INSTRUMENTS = ("selfie", "lens", "probes")    # beside the patchscope
 Treat = Callable[[HookedModel], Treatment]
 
 
+Spec = Annotated[ModelSpec, Made(as_spec, "a ModelSpec, a model's name or its folder", ModelSpec | str | Path)]
+
+
+def _cue_name(value: Any) -> str:
+    if isinstance(value, (str, Cue)):
+        return value if isinstance(value, str) else value.name
+    raise TypeError("no cue")
+
+
+CueName = Annotated[str, Made(_cue_name, "a cue's name, or a Cue", str | Cue)]
+
+
+@widened
 @dataclass(frozen=True)
 class StudyConfig:
     """Everything that the rows of a study depend on. `balanced_pairs` bounds the word pairs per category of the balanced design.
@@ -60,10 +73,10 @@ class StudyConfig:
     raw: steering phrases, interpretation questions and the sentences of LoRA.
     """
 
-    base: ModelSpec
-    aligned: ModelSpec
-    concept: str = DEFAULT_CONCEPT
-    cue: str = "default"
+    base: Spec
+    aligned: Spec
+    concept: PathText = DEFAULT_CONCEPT
+    cue: CueName = "default"
     quick: bool = False
     seed: Seed = 0
     decoding: Decoding = field(default_factory=Decoding)
@@ -79,8 +92,9 @@ class StudyConfig:
 
     @classmethod
     @takes(ModelError)
-    def create(cls, base: str, aligned: str, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: Seed = 0,
-               chat: bool = False, system: str = "", temperature: Temperature | None = None, **options: Any) -> "StudyConfig":
+    def create(cls, base: PathText, aligned: PathText, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "",
+               quick: bool = False, seed: Seed = 0, chat: bool = False, system: str = "", temperature: Temperature | None = None,
+               **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
         `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one.
@@ -96,8 +110,8 @@ class StudyConfig:
 
     @classmethod
     @takes(ModelError)
-    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: Seed = 0,
-           chat: Chat | None = None, temperature: Temperature | None = None) -> "StudyConfig":
+    def of(cls, base: Spec, aligned: Spec, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "", quick: bool = False,
+           seed: Seed = 0, chat: Chat | None = None, temperature: Temperature | None = None) -> "StudyConfig":
         """`create` for two models that are specified each for itself. Errors: as `create`."""
         specs = [spec.resolved() for spec in (base, aligned)]
         about = load_concept(concept)
@@ -186,6 +200,7 @@ class Part:
     injects_at: int | None = None    # the layer of its model that it writes into: refused before anything runs if there is none
 
 
+Parts = Annotated[Part | Sequence[Part], Listed(once=False, alone=True)]    # one or many
 Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]
 
 
@@ -222,7 +237,8 @@ def adapter_folders(config: StudyConfig, folder: Path) -> list[Path]:
     return [folder / "adapters" / f"lora_{group}" for group in lora_groups(config)]
 
 
-def run_study(config: StudyConfig, out: Path) -> Path:
+@takes(ModelError)
+def run_study(config: StudyConfig, out: File) -> Path:
     """Run or resume a study in `out`. Returns `out`.
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
@@ -230,13 +246,14 @@ def run_study(config: StudyConfig, out: Path) -> Path:
     return run_parts(config, out, list(study_parts(config, load_concept(config.concept))))
 
 
-def run_parts(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
+@takes(ModelError)
+def run_parts(config: StudyConfig, out: File, parts: Parts) -> Path:
     """Run or resume some parts of a study, or parts of one's own, in the folder `out`. Returns `out`. Errors: as `run_study`."""
     from alignblind_mi.organism.build import one_thread
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     with one_thread() if organism_record(config.aligned) else nullcontext():
-        return _run(config, out, parts)
+        return _run(config, Path(out), many(parts))
 
 
 def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
@@ -485,6 +502,7 @@ def _train(config: StudyConfig, concept: Concept, out: Path, progress: Progress)
                 train_lora(config.aligned, examples, layer_group(group, n_layers), folder, settings=config.lora)
 
 
-def load_study(folder: Path) -> dict[str, Result]:
+@takes(ResultError)
+def load_study(folder: File) -> dict[str, Result]:
     """All finished parts of a study folder, by name."""
-    return {file.stem: load_result(file) for file in sorted(folder.glob("*.parquet"))}
+    return {file.stem: load_result(file) for file in sorted(Path(folder).glob("*.parquet"))}
