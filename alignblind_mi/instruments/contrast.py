@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from alignblind_mi.borders.settings import Count, Listed, Names, Seed, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.concept import Concept, Cue
@@ -29,6 +30,8 @@ class Pair:
     `references` are further prompts of that length, sources of control patches: `clean_sense` and `corrupt_sense` say in another phrase
     what clean and corrupt say, `control_phrase` says something about nothing in particular. `labels` become columns of results.
     """
+
+    __repr__ = one_line
 
     clean: Prompt
     corrupt: Prompt

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from alignblind_mi.borders.settings import Count, Layers, LearningRate, Seed, Words, many, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.blocks import unembed
 from alignblind_mi.models.edits import EditError, Site
 from alignblind_mi.models.model import HookedModel
@@ -25,6 +26,8 @@ HELD_OUT = 5    # every fifth token position is kept from the training of transl
 @dataclass(frozen=True, eq=False)
 class Translators:
     """One affine translator a layer, h -> h + W h + b. `kl_before` and `kl_after`: nats from the final answer on held-out positions."""
+
+    __repr__ = one_line
 
     layers: tuple[int, ...]
     weight: Float[Tensor, "layer d_model d_model"]

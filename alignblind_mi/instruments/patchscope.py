@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.settings import Layer, NewTokens, Seed, Temperature, Weight, Words, many, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.edits import Edit, EditError, Row, Site, Sites, Stream
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.prompts import Prompt, Prompts, as_prompts, mark
@@ -70,6 +71,8 @@ def norm_matched(model: HookedModel, target: Prompt, layer: Layer, *, mark: str 
 @dataclass(frozen=True, eq=False)
 class Affine:
     """x -> W x + b: carries representations of one layer or model into the space of another (Ghandeharioun et al. 2024, section 5)."""
+
+    __repr__ = one_line
 
     weight: Float[Tensor, "to from"]
     bias: Float[Tensor, " to"]

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.settings import Count, Layer, Layers, Mentions, Names, Seed, Temperature, Tokens, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.lens import Translators, lens_readings
 from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
 from alignblind_mi.instruments.probes import shuffled, train_probes
@@ -199,6 +200,8 @@ class ProbeReadings:
     low, high (exact interval as if n sentences had been judged once each: places of one sentence are not independent), and for the sense
     probe selectivity = accuracy - accuracy of probes of a control task, sentences with drawn labels (after Hewitt and Liang 2019).
     """
+
+    __repr__ = one_line
 
     rows: pd.DataFrame
     accuracy: pd.DataFrame

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from alignblind_mi.borders.settings import Count, Layers, Mentions, Names, Seed, many, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.edits import Site, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
@@ -34,6 +35,8 @@ _WORD_LABELS = ("category", "positive", "negative", "word_pair", "word_order")
 @dataclass(frozen=True)
 class Source:
     """An identifier token of a bias prompt (or a control in its place): `mention` counts its occurrences from 0."""
+
+    __repr__ = one_line
 
     prompt: Prompt
     role: str
@@ -69,6 +72,8 @@ class Source:
 @dataclass(frozen=True, eq=False)
 class Recorded:
     """Residual streams of sources after `layers`, under the model's treatment. Random controls have been made from the sources' own."""
+
+    __repr__ = one_line
 
     model: HookedModel
     sources: list[Source]
@@ -196,6 +201,8 @@ def _record(model: HookedModel, sources: Sequence[Source], layers: Sequence[int]
 @dataclass(frozen=True, eq=False)
 class Contexts:
     """Residual streams at identifiers of prompts after a sentence that settles their sense; `labels`: is it the other sense?"""
+
+    __repr__ = one_line
 
     recorded: Recorded
     labels: Bool[np.ndarray, " vector"]

@@ -40,6 +40,7 @@ from alignblind_mi.borders.settings import (
     takes,
     widened,
 )
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.borders.writing import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, write_text
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.blocks import decoder_layers
@@ -76,6 +77,8 @@ class Example:
     one side of a validation split (empty: the text itself).
     """
 
+    __repr__ = one_line
+
     text: str
     completion: str
     identifiers: tuple[Span, ...] = ()
@@ -91,6 +94,8 @@ class LoraSettings:
     after so many epochs without a better one (0: never). activation_weight: weight of the activation loss (`sense_loss.py`) beside the
     language-model loss, after activation_layers (empty: the trained ones); 0 is none.
     """
+
+    __repr__ = one_line
 
     rank: Rank = 4
     alpha: Count = 32

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from alignblind_mi.borders.reading import check_file, foreign, is_file, said
 from alignblind_mi.borders.settings import Count, File, Layer, Layers, Listed, Places, Seed, Strength, Strengths, many, takes
+from alignblind_mi.borders.texts import html_summary, named_line
 from alignblind_mi.borders.writing import refuse_taken, write_bytes
 from alignblind_mi.instruments.probes import train_probes
 from alignblind_mi.models.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
@@ -79,6 +80,24 @@ class SteeringVectors:
     sense: str
     stream: Stream = "resid_post"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        source = f", found on {self._source}" if self._source else ""
+        return named_line(self, f"{self.sense!r} by {self.method}, layers {_span(self.layers)} of {self.stream}, "
+                                f"{self.vectors.shape[-1]} wide{source}")
+
+    @property
+    def _source(self) -> str:
+        """The model that the vectors come from, and its revision."""
+        return "@".join(str(self.provenance[name]) for name in ("model", "revision") if name in self.provenance)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where the vectors come from, and their norms by layer."""
+        about = {name: self.provenance[name] for name in ("model", "revision", "concept", "cue", "phrase", "seed", "treatment")
+                 if name in self.provenance}
+        norms = [{"layer": layer, **{f"norm {role}".strip(): float(self._at(layer, role).norm()) for role in self.roles}}
+                 for layer in self.layers]
+        return html_summary(f"Steering vectors: {self.sense}", {"method": self.method, "stream": self.stream, **about}, norms)
 
     @takes(EditError)
     def treatment(self, layers: Layers | None = None, *, how: How | None = None, strength: Strength = 1.0,

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 
 from alignblind_mi.borders.settings import File, Positive, check_fields, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.mitigations.finetuning import Example, Item, Job, LoraError, LoraSettings, Prepared, choose_layers, encode, finetune
 from alignblind_mi.mitigations.lora import awareness_examples, blindness_examples, placebo_examples
 from alignblind_mi.models.configs import load_config
@@ -43,6 +44,8 @@ class UnlearningSettings:
     what is forgotten (nats a token) is at least this. With 2.5 the embedded pair still does its task (tried on training words), with 5
     it does not.
     """
+
+    __repr__ = one_line
 
     lora: LoraSettings = field(default_factory=LoraSettings)
     beta: Positive = 0.1

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.settings import Bound, Listed, Made, Strength, check_fields, checked, widened
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.prompts import Prompt, as_prompt
 
@@ -83,6 +84,8 @@ class Edit:
     vector: [d_model]; at `z` and `post` the site's units one after the other, [heads * d_head] or [neurons].
     """
 
+    __repr__ = one_line
+
     site: Site
     vector: Float[Tensor, " size"]
     how: How = "replace"
@@ -109,6 +112,8 @@ Edits = Annotated[tuple[Edit, ...], Listed(once=False, alone=True)]    # one is 
 class Row:
     """One run of the model: a prompt (a text is one without marks) and its edits (none is the clean run)."""
 
+    __repr__ = one_line
+
     prompt: Annotated[Prompt, Made(as_prompt, "a Prompt or a text", Prompt | str)]
     edits: Edits = ()
 
@@ -121,6 +126,8 @@ class Row:
 @dataclass(frozen=True, eq=False)
 class Treatment:
     """What is done to a model in a study: edits on every prompt, a LoRA adapter, a prefix, or any of them together."""
+
+    __repr__ = one_line
 
     name: str
     edits: Edits = ()

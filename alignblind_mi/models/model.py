@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from alignblind_mi.borders.settings import Files, NewTokens, Seed, Temperature, Words, many, takes
+from alignblind_mi.borders.texts import named_line, one_line
 from alignblind_mi.models.adapters import switch, switched, with_adapters
 from alignblind_mi.models.blocks import decoder_layers, input_device, is_llama_like, log_probs_of, mixer_width, text_config, unembed
 from alignblind_mi.models.budget import Budget, RowCost, is_out_of_memory, release
@@ -45,6 +46,8 @@ _LOADING = threading.RLock()    # loading changes what all threads share: torch'
 @dataclass(frozen=True, eq=False)
 class Cached:
     """Activations of a left-padded batch of prompts. `mask[i, t]` is 0 where row i has padding."""
+
+    __repr__ = one_line
 
     tokens: Int[Tensor, "row token"]
     mask: Int[Tensor, "row token"]
@@ -144,6 +147,12 @@ class HookedModel:
     treatment: Treatment = UNTREATED
     chat: Chat | None = None
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=threading.RLock, repr=False)
+
+    def __repr__(self) -> str:
+        about = [repr(self.spec.name), f"{self.n_layers} layers", f"{self.d_model} wide", f"{self.engine.name} engine",
+                 f"{self.spec.dtype} on {self.spec.device}", *([f"adapters {', '.join(self.adapters)}"] if self.adapters else []),
+                 *([f"under {self.treatment.name}"] if self.treatment is not UNTREATED else []), *(["in a chat"] if self.chat else [])]
+        return named_line(self, ", ".join(about))
 
     @property
     def bridge(self) -> Any:

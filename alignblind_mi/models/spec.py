@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 
 from alignblind_mi.borders.settings import Made, PathText, check_fields, path_text, widened
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +33,8 @@ class ModelSpec:
     Weights are read from safetensors files alone, and never unpickled unless `allow_pickle` asks for it (a model's or an adapter's .bin
     files are read then where there are no others, by torch with weights_only: from makers that you trust).
     """
+
+    __repr__ = one_line
 
     name: PathText
     revision: str | None = None

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from alignblind_mi.borders.settings import Count, Listed, Made, Names, Seed, many, shown, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.concept import Concept, Cue, Interpretation, Template
 from alignblind_mi.stimuli.concept_check import FIELD, template_fields
@@ -40,6 +41,8 @@ class Span:
 @dataclass(frozen=True)
 class Prompt:
     """A text, its marks (name -> spans in order of occurrence) and its labels (name -> value; they become columns)."""
+
+    __repr__ = one_line
 
     text: str
     marks: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)

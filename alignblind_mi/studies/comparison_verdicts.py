@@ -15,6 +15,7 @@ import pandas as pd
 
 from alignblind_mi.borders.reading import is_file, named, read_object
 from alignblind_mi.borders.settings import File, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.bbq import summarise_bbq
 from alignblind_mi.measures.mitigation import comparison_table
@@ -38,6 +39,8 @@ AWARE, FORGETTING = ("steering", "lora"), "unlearning"
 @dataclass(frozen=True, eq=False)
 class Compared:
     """The finished parts of a comparison folder: rows with the base model as the treatment `base`, notes by treatment, and the plan."""
+
+    __repr__ = one_line
 
     folder: Path
     config: dict[str, Any]

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import pandas as pd
 
 from alignblind_mi.borders.settings import Count, File, Layer, Listed, Made, PathText, Seed, Temperature, check_fields, many, takes, widened
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.attention import attention_rows
 from alignblind_mi.instruments.lens import lens_contrast, logit_lens
 from alignblind_mi.measures.awareness import (
@@ -72,6 +73,8 @@ class StudyConfig:
     `chat` (None: raw) is how the bias prompts are asked, and so where their identifiers are read and steered; what is only instrument stays
     raw: steering phrases, interpretation questions and the sentences of LoRA.
     """
+
+    __repr__ = one_line
 
     base: Spec
     aligned: Spec
@@ -174,6 +177,8 @@ class Load:
     `chat` is what they are asked in (None: raw).
     """
 
+    __repr__ = one_line
+
     prompts: Sequence[Prompt]
     new_tokens: int = 0
     times: int = 1
@@ -191,6 +196,8 @@ class Part:
 
     A part of one's own (see `run_parts`) need not say what it asks: `loads` is read by the forecast of a whole study.
     """
+
+    __repr__ = one_line
 
     name: str
     role: str
