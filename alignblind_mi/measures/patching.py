@@ -149,18 +149,24 @@ def effect_span(profile: pd.DataFrame, threshold: float = THRESHOLD) -> Depth | 
 
 
 @takes(PatchError)
-def heatmap_table(rows: pd.DataFrame, across: str = "mark", *, stream: str = "resid_post", mark: str = "all_identifiers",
+def heatmap_table(rows: pd.DataFrame, across: str = "", *, stream: str = "resid_post", mark: str = "all_identifiers",
                   controls: Names = ("random",)) -> pd.DataFrame:
     """Mean effects by layer for `patch_heatmap`, a panel per direction, and one for each of `controls` that was measured there.
 
     Columns: panel, layer, place, mean, low, high, n.
 
     `across`: `mark` (each mark that was patched), `token` (each token, of rows made with `every_token`; one column per position) or `head`
-    (each head at `mark`; `stream` is then z). Errors: PatchError for another `across` or no such rows.
+    (each head at `mark`; `stream` is then z); default: the first of these that the rows have. Errors: PatchError for another `across`, no
+    such rows, or rows of several models or treatments.
     """
+    several = next((name for name in ("model", "treatment") if name in rows and rows[name].nunique() > 1), None)
+    if several is not None:
+        raise PatchError(f"the rows are of several {several}s ({', '.join(map(str, rows[several].unique()))}): choose those of one, a map "
+                         "would average over them.")
     chosen = {"mark": (rows["stream"] == stream) & (rows["mark"] != EVERY_TOKEN) & (rows["units"] == ""),
               "token": (rows["stream"] == stream) & (rows["mark"] == EVERY_TOKEN),
               "head": (rows["head"] >= 0) & (rows["mark"] == mark)}
+    across = across or next((name for name, there in chosen.items() if there.any()), "mark")
     if across not in chosen:
         raise PatchError(f"unknown across={across!r}. Known: {', '.join(chosen)}.")
     here = rows[chosen[across] & rows["control"].isin(["", *controls])]

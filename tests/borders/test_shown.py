@@ -1,4 +1,4 @@
-"""What Python and notebooks show of a value: one line that identifies it, a summary in which nothing is a tag; digests stay as they were."""
+"""What Python and notebooks show of a value: one line that identifies it, a summary in which nothing is a tag; digests stay."""
 
 import inspect
 import pickle
@@ -76,9 +76,9 @@ def test_what_is_made_of_a_line_or_an_equality_stays(race):
     plan = SteeringPlan("race", "pca", None, ((1, 2),), (1.0,), None)
     words = "SteeringPlan(sense='race', method='pca', how=None, layers=((1, 2),), strengths=(1.0,), positions=None)"    # a part's name
     assert repr(plan) == words
-    assert pickle.loads(pickle.dumps(race)) == race    # noqa: S301 - our own
+    assert pickle.loads(pickle.dumps(race)) == race
     spec = ModelSpec("organism:base")
-    assert pickle.loads(pickle.dumps(spec)) == spec    # noqa: S301
+    assert pickle.loads(pickle.dumps(spec)) == spec
     assert {spec: 1}[ModelSpec("organism:base")] == 1
 
 
