@@ -14,7 +14,7 @@ from common import configured, options, rows_of, run_study_parts, script, show
 
 from alignblind_mi import load_concept, reading_reduction, selfie_table
 from alignblind_mi.pages.figures import CONTROL_NAMES, selfie_figure
-from alignblind_mi.pages.report import save_shown
+from alignblind_mi.pages.page import save_shown
 from alignblind_mi.pages.scoring import score_interpretations
 from alignblind_mi.stimuli.readings import reading_names
 
@@ -32,7 +32,7 @@ def main(given: argparse.Namespace) -> None:
     reduction = pd.DataFrame([reading_reduction(*(rows[rows["role"] == role] for role in ("aligned", "base")), seed=config.seed)])
     figure = selfie_figure(layers[layers["control"] == ""], pooled)
     save_shown(given.out, {"selfie_layers": layers, "selfie": pooled, "selfie_reduction": reduction}, {"selfie": figure})
-    counts = [name for reading in reading_names(concept) for name in (reading, f"{reading}_share")]
+    counts = [name for reading in reading_names(concept) for name in (reading, f"{reading}share")]
     group = [f"{concept.group_sense}_{end}" for end in ("low", "high", "cluster_low", "cluster_high")]
     show("SelfIE readings over layers, and controls (intervals: exact, and clustered over contexts)",
          pooled.assign(control=pooled["control"].map(CONTROL_NAMES)), ["panel", "control", "n", *counts, *group])

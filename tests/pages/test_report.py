@@ -16,7 +16,8 @@ from alignblind_mi.mitigations.lora import LoraSettings
 from alignblind_mi.mitigations.steering import steerable
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.pages import figures, report
-from alignblind_mi.pages.report import PAPER_LINK, expected_parts, read_study, write_report
+from alignblind_mi.pages.report import PAPER_LINK, write_report
+from alignblind_mi.pages.saved_study import expected_parts, read_study
 from alignblind_mi.results import Result, ResultError, load_result, save_result
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
@@ -434,7 +435,7 @@ def test_names_and_texts_are_escaped(tmp_path):
 
 @pytest.mark.parametrize(("value", "shown"), [(0.18812, "+0.19"), (-0.022, "−0.022"), (0, "0.0"), (12.34, "+12.3"), (float("nan"), "–")])
 def test_signed_numbers(value, shown):
-    assert report.signed(value) == shown
+    assert page.signed(value) == shown
 
 
 @pytest.mark.parametrize(("name", "title"), [
