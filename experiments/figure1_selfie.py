@@ -32,7 +32,7 @@ def main(given: argparse.Namespace) -> None:
     reduction = pd.DataFrame([reading_reduction(*(rows[rows["role"] == role] for role in ("aligned", "base")), seed=config.seed)])
     figure = selfie_figure(layers[layers["control"] == ""], pooled)
     save_shown(given.out, {"selfie_layers": layers, "selfie": pooled, "selfie_reduction": reduction}, {"selfie": figure})
-    counts = [name for reading in reading_names(concept) for name in (reading, f"{reading}share")]
+    counts = [name for reading in reading_names(concept) for name in (reading, f"{reading}_share")]
     group = [f"{concept.group_sense}_{end}" for end in ("low", "high", "cluster_low", "cluster_high")]
     show("SelfIE readings over layers, and controls (intervals: exact, and clustered over contexts)",
          pooled.assign(control=pooled["control"].map(CONTROL_NAMES)), ["panel", "control", "n", *counts, *group])

@@ -160,7 +160,8 @@ COLUMNS: dict[str, Sequence[Column]] = {
     "awareness": (
         text("question", "question"), text("model", "role"), CONTROL, count("n readings", "n"), count("layers", "layers"),
         mean("r_blind", "r_blind", "low", "high"), value("mean ΔP(group word)", "d_group", signed),
-        value("mean ΔP(other word)", "d_other", signed), value("P(group word) unpatched", "base_group", plain), value("P(other word) unpatched", "base_other", plain)),
+        value("mean ΔP(other word)", "d_other", signed), value("P(group word) unpatched", "base_group", plain),
+        value("P(other word) unpatched", "base_other", plain)),
     "awareness_layers": (
         text("question", "question"), text("model", "role"), text("word", "word"), count("layer", "layer"), count("n readings", "n"),
         mean("ΔP", "mean", "low", "high"), value("P unpatched", "unpatched", plain)),

@@ -119,7 +119,7 @@ def test_tables_show_markup_as_it_is(capsys, text):
               "rate": 1.0, **dict.fromkeys(("low", "high", "cluster_low", "cluster_high", "worst", "best"), 1.0)}
     scoring.render([record, record | {"model": f"{text}2"}])
     assert printed(capsys).count(text) == 3
-    shares = {f"{text}{end}": 0.5 for end in ("share", "_low", "_high", "_cluster_low", "_cluster_high")}
+    shares = {f"{text}{end}": 0.5 for end in ("_share", "_low", "_high", "_cluster_low", "_cluster_high")}
     scoring.render([{"kind": "interpretation", "rule": "lexicon", "model": WIDE, "n": 1, text: 1, **shares}])
     assert printed(capsys).count(text) == 2
 
