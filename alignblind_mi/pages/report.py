@@ -234,7 +234,7 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
 def _sense_columns(concept: Concept) -> dict[str, tuple[Column, ...]]:
     """The columns of the table of open readings, which are named after the concept's senses."""
     names = reading_names(concept) if concept.has_senses() else []
-    shares = [rate(f"{name} %", f"{name}share", f"{name}_low", f"{name}_high") for name in names]
+    shares = [rate(f"{name} %", f"{name}_share", f"{name}_low", f"{name}_high") for name in names]
     return {"selfie": (text("model", "role"), CONTROL, count("n texts", "n"), *shares)}
 
 
