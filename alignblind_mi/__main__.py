@@ -94,8 +94,9 @@ def study(
     Example: alignblind study --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out llama3-8b
     """
     from alignblind_mi.pages.report import write_report
+    from alignblind_mi.studies.config import StudyConfig
     from alignblind_mi.studies.drawn import is_drawn
-    from alignblind_mi.studies.study import StudyConfig, run_study
+    from alignblind_mi.studies.running import run_study
     from alignblind_mi.studies.study_file import read_study_file
 
     if file is not None:
@@ -138,8 +139,8 @@ def forecast(
     """
     from dataclasses import asdict
 
+    from alignblind_mi.studies.config import StudyConfig
     from alignblind_mi.studies.forecast import forecast as forecast_study
-    from alignblind_mi.studies.study import StudyConfig
     from alignblind_mi.studies.study_file import read_study_file
 
     if file is not None:

@@ -774,7 +774,7 @@ def yaml_cases() -> Iterator[Case]:
     """A study file with a bad value of every setting, and files that are none."""
     from attack_inputs import DEEP, MISSING, TEXT, study_yaml
 
-    from alignblind_mi.studies.study import StudyConfig
+    from alignblind_mi.studies.config import StudyConfig
 
     def case(
         verb: str, label: str, write: Callable[[Place], str | bytes], expect: str = "refuse", named: tuple[str, ...] = ("thestudy",)

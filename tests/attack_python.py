@@ -477,7 +477,7 @@ def file_cases(to: Attack) -> None:
     from alignblind_mi.borders.writing import write_bytes, write_text
     from alignblind_mi.pages.report import write_report
     from alignblind_mi.pages.scoring import score
-    from alignblind_mi.studies.study import StudyConfig
+    from alignblind_mi.studies.config import StudyConfig
 
     frame = pd.DataFrame({"a": [1]})
     readers: dict[str, Callable[[Path], Any]] = {

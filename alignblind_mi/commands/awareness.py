@@ -54,8 +54,8 @@ def awareness(
     Example: alignblind awareness --model meta-llama/Meta-Llama-3-8B --instruments patchscope,selfie --out awareness
     """
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.studies.config import StudyConfig
     from alignblind_mi.studies.single import awareness_parts, awareness_tables, measure_parts
-    from alignblind_mi.studies.study import StudyConfig
 
     config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,

@@ -53,8 +53,8 @@ def bias(
     """
     from alignblind_mi.pages.scoring import render
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.studies.config import StudyConfig
     from alignblind_mi.studies.single import bias_parts, bias_tables, measure_parts
-    from alignblind_mi.studies.study import StudyConfig
 
     config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,

@@ -66,7 +66,7 @@ def compare(
     from alignblind_mi.pages.comparison_page import write_comparison
     from alignblind_mi.stimuli.concept import load_concept
     from alignblind_mi.studies.comparison import run_comparison
-    from alignblind_mi.studies.study import StudyConfig
+    from alignblind_mi.studies.config import StudyConfig
     from alignblind_mi.studies.study_file import read_study_file
 
     if file is not None:

@@ -52,7 +52,7 @@ def lora(
     from alignblind_mi.models.spec import ModelSpec
     from alignblind_mi.organism.build import one_thread
     from alignblind_mi.stimuli.concept import load_concept
-    from alignblind_mi.studies.study import check_organism, organism_record, recommended_lora
+    from alignblind_mi.studies.config import check_organism, organism_record, recommended_lora
 
     if kind not in (*KINDS, *METHODS):
         raise AlignblindError(f"unknown kind {kind!r}. Known: {', '.join((*KINDS, *METHODS))}.")
@@ -88,7 +88,7 @@ def _say(out: Path) -> None:
     """What was trained, from its training.json."""
     import json
 
-    from alignblind_mi.mitigations.finetuning import layers_text
+    from alignblind_mi.mitigations.lora_settings import layers_text
 
     note = json.loads((out / "training.json").read_text("utf-8"))
     early = "" if note["steps"] == note["steps_planned"] else f" (of {note['steps_planned']}: stopped early)"

@@ -56,8 +56,8 @@ def patch(
     """
     from alignblind_mi.measures.patching import effect_span
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.studies.config import StudyConfig
     from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables, strongest_places
-    from alignblind_mi.studies.study import StudyConfig
 
     config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,

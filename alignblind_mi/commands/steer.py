@@ -60,8 +60,8 @@ def steer(
     """
     from alignblind_mi.mitigations.steering import check_gguf, load_vectors
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.studies.config import StudyConfig
     from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, vectors_file
-    from alignblind_mi.studies.study import StudyConfig
 
     config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
                                 temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,

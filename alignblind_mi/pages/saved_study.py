@@ -14,7 +14,9 @@ from alignblind_mi.mitigations.steering import can_steer, layer_windows
 from alignblind_mi.models.spec import EMBEDDED, ModelSpec
 from alignblind_mi.results import Result, ResultError
 from alignblind_mi.stimuli.concept import Concept, load_concept
-from alignblind_mi.studies.study import instruments, load_study, organism_record, questions, view_names
+from alignblind_mi.studies.config import organism_record
+from alignblind_mi.studies.parts import instruments, questions, view_names
+from alignblind_mi.studies.running import load_study
 
 ROLES = ("base", "aligned")
 PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "lora_")    # how the names of a study's parts begin

@@ -15,7 +15,7 @@ from alignblind_mi.results import ResultError
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise, t_interval
 from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
-from alignblind_mi.studies.study import INSTRUMENTS
+from alignblind_mi.studies.parts import INSTRUMENTS
 
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 POOLED = "pooled"

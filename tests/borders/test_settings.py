@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from alignblind_mi.__main__ import app
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
-from alignblind_mi.mitigations.finetuning import LoraSettings, choose_layers
+from alignblind_mi.mitigations.lora_settings import LoraSettings, choose_layers
 from alignblind_mi.mitigations.steering import SteeringVectors, steering_grid
 from alignblind_mi.mitigations.unlearning import UnlearningSettings
 from alignblind_mi.models.chat import Chat
@@ -31,7 +31,7 @@ from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept_check import concept_problems
 from alignblind_mi.stimuli.prompts import behaviour_prompts, fill, filled, implicit_prompts
 from alignblind_mi.studies.calibration import CalibrationConfig
-from alignblind_mi.studies.study import StudyConfig
+from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.study_file import read_study_file
 
 NAN, INF, DIGITS = float("nan"), float("inf"), "9" * 5000
