@@ -33,6 +33,7 @@ from alignblind_mi.settings import (
     Layer,
     LearningRate,
     Listed,
+    Name,
     Names,
     PartialShare,
     Rank,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 # Shares of depth. Early and late are the paper's split (layers 0-19 and 20-31 of 32); middle is 10-21 of 32.
 LAYER_GROUPS = {"early": (0.0, 0.625), "middle": (0.3125, 0.6875), "late": (0.625, 1.0), "all": (0.0, 1.0)}
+MOST_SAID = 5    # differences between two trainings that a sentence names
 LONGEST = 2000    # characters of a text that names layers
 Item = dict[str, list[int]]
 NOTE, IDENTITY = "training.json", "identity.json"
@@ -89,7 +91,7 @@ class LoraSettings:
     rank: Rank = 4
     alpha: Count = 32
     dropout: PartialShare = 0.1
-    modules: Annotated[tuple[str, ...], Listed()] = ("q_proj", "v_proj")
+    modules: Annotated[tuple[Name, ...], Listed()] = ("q_proj", "v_proj")
     epochs: Count = 7
     batch_size: Count = 4
     accumulation: Count = 4
@@ -106,7 +108,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         check_fields(self, LoraError)
         if not self.modules:
-            raise LoraError("modules is empty: name the projections to train, e.g. q_proj and v_proj.")
+            raise LoraError("modules is empty ('' names none): name the projections to train, e.g. q_proj and v_proj.")
         if self.patience and not self.validation_share:
             raise LoraError("patience needs validation_share above 0: without held-out sentences no epoch is better than another.")
 
@@ -352,8 +354,9 @@ def _treatment(out: Path, identity: dict[str, Any]) -> Treatment:
     there, here = _flat(note), _flat(identity)
     other = [key for key, value in here.items() if there.get(key) != value]
     if other:
-        said = "; ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in other)
-        raise LoraError(f"{out} holds an adapter of another training: {said}. Give another folder, or delete it.")
+        said = "; ".join(f"{key} is {shown(there.get(key))} there and {shown(here[key])} here" for key in other[:MOST_SAID])
+        more = f"; and {len(other) - MOST_SAID} more" if len(other) > MOST_SAID else ""
+        raise LoraError(f"{out} holds an adapter of another training: {said}{more}. Give another folder, or delete it.")
     return trained_treatment(out)
 
 

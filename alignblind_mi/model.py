@@ -32,7 +32,7 @@ from alignblind_mi.engine import Engine, cut
 from alignblind_mi.loading import DTYPES, ModelError, ModelSpec, check_model, fingerprint, load_huggingface, quiet, stop_ids
 from alignblind_mi.plain import PlainEngine
 from alignblind_mi.prompts import Prompt, PromptError
-from alignblind_mi.settings import NewTokens, Seed, Temperature, Words, takes
+from alignblind_mi.settings import NewTokens, Seed, Temperature, Text, Words, takes
 from alignblind_mi.tokens import Encoded, Reader, Taps, TokenEdit, TokenRow, encode, left_pad, place, word_ids
 
 log = logging.getLogger(__name__)
@@ -221,15 +221,17 @@ class HookedModel:
         """Tokenise prompts. Raw text gets the tokenizer's BOS; text that already begins with it (a chat template's) does not."""
         return encode(self.tokenizer, prompts)
 
-    def token_id(self, word: str) -> int:
+    @takes(ModelError)
+    def token_id(self, word: Text) -> int:
         """The id of a word that is one token. Errors: ModelError if the tokenizer splits it or does not know it."""
         ids = self.word_ids(word)
         if len(ids) != 1:
             raise ModelError(f"{word!r} is {len(ids)} tokens in the tokenizer of {self.spec.name}; a single-token word is needed here.")
         return ids[0]
 
+    @takes(ModelError)
     @alone
-    def word_ids(self, word: str) -> list[int]:
+    def word_ids(self, word: Text) -> list[int]:
         """The ids of a word as it stands, without special tokens. Errors: ModelError if the tokenizer does not know it."""
         ids = word_ids(self.tokenizer, word)
         if not ids:
@@ -415,7 +417,6 @@ class HookedModel:
         known: dict[str, list[int]] = {text: self.word_ids(text) for text in {text for choices in continuations for text in choices}}
         return [[known[text] for text in choices] for choices in continuations]
 
-    @takes(ModelError)
     @takes(ModelError)
     @alone
     def generate(self, rows: Sequence[Row], max_new_tokens: NewTokens, *, temperature: Temperature = 0.0, seed: Seed = 0,

@@ -26,7 +26,7 @@ from alignblind_mi.model import HookedModel
 from alignblind_mi.probes import train_probes
 from alignblind_mi.prompts import Prompt, fill, filled, steering_prompt
 from alignblind_mi.results import refuse_taken, versions, write_bytes
-from alignblind_mi.settings import Count, Layer, Names, Seed, Strength, Strengths, takes
+from alignblind_mi.settings import AnyLayers, Count, Layers, Names, Seed, Strength, Strengths, takes
 
 Method = Literal["replacement", "mean_difference", "pca", "probe", "contrast", "noise"]
 Positions = Literal["identifiers", "prompt", "last", "generated"]
@@ -79,7 +79,7 @@ class SteeringVectors:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @takes(EditError)
-    def treatment(self, layers: Sequence[Layer] | None = None, *, how: How | None = None, strength: Strength = 1.0,
+    def treatment(self, layers: AnyLayers | None = None, *, how: How | None = None, strength: Strength = 1.0,
                   positions: Names | None = None, name: str = "", family: str = "steering") -> Treatment:
         """Apply the vectors after each of `layers` (default: all that there are).
 
@@ -243,7 +243,7 @@ def _span(layers: Sequence[int]) -> str:
 
 @takes(EditError)
 def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, method: Method | str = "mean_difference", *,
-                     layers: Sequence[Layer] | None = None, stream: Stream = "resid_post", seed: Seed = 0) -> SteeringVectors:
+                     layers: Layers | None = None, stream: Stream = "resid_post", seed: Seed = 0) -> SteeringVectors:
     """Find the vectors of a sense at `layers` (default: all) of a model under its treatment.
 
     `replacement`: the identifiers' activations in the phrase of `sense` (or of a control). All others are directions from the other sense
@@ -335,7 +335,7 @@ def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
 
 
 @takes(EditError)
-def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[Layer], *,
+def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Layers, *,
                    stream: Stream = "resid_post") -> Treatment:
     """The paper's treatment: the identifiers' stream, after each of `layers`, is replaced by that in the phrase of `sense`.
 

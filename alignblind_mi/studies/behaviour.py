@@ -12,7 +12,7 @@ import pandas as pd
 from alignblind_mi.answers import judge
 from alignblind_mi.concept import Concept, Cue
 from alignblind_mi.decoding import Generation
-from alignblind_mi.edits import Row, Treatment
+from alignblind_mi.edits import Row, Treatment, check_treatments
 from alignblind_mi.loading import ModelError
 from alignblind_mi.model import HookedModel
 from alignblind_mi.prompts import Design, Kind, Prompt, PromptError, assignments, behaviour_prompts
@@ -62,7 +62,10 @@ def ask_under(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], t
     """The rows of `ask` under each of several treatments, the same as one after the other.
 
     Treatments by edits and prefixes are run together, so that they share what is computed before their first edit; each adapter has a run.
+
+    Errors: EditError for no treatment, and for two of one name.
     """
+    check_treatments(treatments)
     found: dict[int, pd.DataFrame] = {}
     for adapter in dict.fromkeys(treatment.adapter for treatment in treatments):
         some = [i for i, treatment in enumerate(treatments) if treatment.adapter == adapter]

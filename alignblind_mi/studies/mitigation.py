@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from alignblind_mi.concept import Concept, Cue
-from alignblind_mi.edits import Treatment
+from alignblind_mi.edits import Treatment, check_treatments
 from alignblind_mi.loading import ModelError
 from alignblind_mi.model import HookedModel
 from alignblind_mi.settings import Count, Seed, takes
@@ -63,7 +63,10 @@ def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, tre
     """Measure implicit and explicit bias and awareness under each treatment, on the same prompts (published design).
 
     A concept or cue without senses has no readings: the table is of behaviour alone.
+
+    Errors: EditError for no treatment, and for two of one name.
     """
+    check_treatments(treatments)
     behaviour, awareness = [], []
     for treatment in treatments:
         treated = model.under(treatment)

@@ -15,7 +15,7 @@ from alignblind_mi.contrast import Contexts, PatchError, contrast_pairs
 from alignblind_mi.edits import Site
 from alignblind_mi.model import HookedModel
 from alignblind_mi.patching import CONTROLS, DIRECTIONS, EVERY_TOKEN, PLACE, grid_sites, head_sites, patch_grid, summarise_patching
-from alignblind_mi.settings import Count, Layer, Listed, Names, Seed, takes
+from alignblind_mi.settings import AnyLayers, Count, Listed, Names, Seed, SomeNames, takes
 
 PARTS = ("residual", "added", "heads", "screen")
 MARKS: dict[str, tuple[str, ...]] = {
@@ -34,8 +34,8 @@ Marks = Annotated[Sequence[Mark], Listed()]
 
 @takes(PatchError)
 def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, swap: str = "context", contexts: Contexts | None = None,
-                     parts: Names = PARTS, directions: Names = DIRECTIONS, controls: Names = CONTROLS,
-                     layers: Sequence[Layer] | None = None, marks: Marks | None = None, categories: Names = (),
+                     parts: Names = PARTS, directions: SomeNames = DIRECTIONS, controls: Names = CONTROLS,
+                     layers: AnyLayers | None = None, marks: Marks | None = None, categories: Names = (),
                      max_word_pairs: Count = 2, steps: int = SCREEN_STEPS, seed: Seed = 0, progress: Callable[[int], None] | None = None
                      ) -> pd.DataFrame:
     """Patch the contrast pairs of a cue at every layer; `max_word_pairs` a category bounds them.

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.attention import attention_rows
+from alignblind_mi.borders import is_file, is_folder, named
 from alignblind_mi.chat import Chat, chat_frame, in_chat
 from alignblind_mi.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.edits import UNTREATED, Treatment
@@ -37,7 +38,7 @@ from alignblind_mi.model import HookedModel, load_model
 from alignblind_mi.organism import RECORD, organism_names, read_record
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
-from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
+from alignblind_mi.results import Result, ResultError, StudyFolder, check_parts, load_result, stamp
 from alignblind_mi.settings import Count, Layer, Seed, Temperature, check_fields, takes
 from alignblind_mi.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.studies.awareness import (
@@ -493,5 +494,13 @@ def _train(config: StudyConfig, concept: Concept, out: Path, progress: Progress)
 
 
 def load_study(folder: Path) -> dict[str, Result]:
-    """All finished parts of a study folder, by name."""
-    return {file.stem: load_result(file) for file in sorted(folder.glob("*.parquet"))}
+    """All finished parts of a study folder, by name; none where the study has just begun.
+
+    Errors: ResultError for anything that is no folder, for one with neither parts nor a study's note, and for a damaged part.
+    """
+    if not is_folder(folder):
+        raise ResultError(f"{named('', folder)} is no folder: give the folder of a study.")
+    files = sorted(folder.glob("*.parquet"))
+    if not files and not is_file(folder / "study.json"):
+        raise ResultError(f"{named('', folder)} holds no study (neither finished parts nor a study.json): give the folder of a study.")
+    return {file.stem: load_result(file) for file in files}
