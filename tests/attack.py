@@ -412,7 +412,8 @@ def _out_cases(verb: str, option: Any) -> Iterator[Case]:
 
             taken = expect if kind not in ("empty text", "a missing folder") else "either"    # the working folder; one that is made
             writes = () if taken == "refuse" else (named, "=1+1", ".lock", ".running", "study.json")
-            yield Case(verb, option.opts[0], kind, run, taken, named=(named, ".", "=1+1"), writes=writes)
+            here = (".lock", "study.json") if kind == "empty text" else ()
+            yield Case(verb, option.opts[0], kind, run, taken, named=(named, ".", "=1+1"), writes=writes, here=here)
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignblind_mi.borders.reading import is_file, named, read_object
+from alignblind_mi.borders.settings import shown
 from alignblind_mi.borders.writing import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, write_text
 from alignblind_mi.mitigations.examples import Item, collate
 from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings, check_modules, layers_text
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 NOTE, IDENTITY = "training.json", "identity.json"
 # What is in the folder of a training that goes on.
+MOST_SAID = 5    # differences between two trainings that a sentence names
 DRAFTED = re.compile(r"identity\.json|README\.md|adapter_config\.json|adapter_model\.safetensors|checkpoint-\d+|" + LEFTOVER.pattern)
 
 
@@ -167,8 +169,9 @@ def _treatment(out: Path, identity: dict[str, Any]) -> Treatment:
     there, here = _flat(note), _flat(identity)
     other = [key for key, value in here.items() if there.get(key) != value]
     if other:
-        said = "; ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in other)
-        raise LoraError(f"{out} holds an adapter of another training: {said}. Give another folder, or delete it.")
+        said = "; ".join(f"{key} is {shown(there.get(key))} there and {shown(here[key])} here" for key in other[:MOST_SAID])
+        more = f"; and {len(other) - MOST_SAID} more" if len(other) > MOST_SAID else ""
+        raise LoraError(f"{out} holds an adapter of another training: {said}{more}. Give another folder, or delete it.")
     return trained_treatment(out)
 
 

@@ -14,6 +14,7 @@ from alignblind_mi.borders.settings import (
     Layer,
     LearningRate,
     Listed,
+    Name,
     Names,
     PartialShare,
     Rank,
@@ -52,7 +53,7 @@ class LoraSettings:
     rank: Rank = 4
     alpha: Count = 32
     dropout: PartialShare = 0.1
-    modules: Annotated[tuple[str, ...], Listed()] = ("q_proj", "v_proj")
+    modules: Annotated[tuple[Name, ...], Listed()] = ("q_proj", "v_proj")
     epochs: Count = 7
     batch_size: Count = 4
     accumulation: Count = 4
@@ -69,7 +70,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         check_fields(self, LoraError)
         if not self.modules:
-            raise LoraError("modules is empty: name the projections to train, e.g. q_proj and v_proj.")
+            raise LoraError("modules is empty ('' names none): name the projections to train, e.g. q_proj and v_proj.")
         if self.patience and not self.validation_share:
             raise LoraError("patience needs validation_share above 0: without held-out sentences no epoch is better than another.")
 

@@ -215,7 +215,6 @@ class HookedModel(View):
         return [[known[text] for text in choices] for choices in continuations]
 
     @takes(ModelError)
-    @takes(ModelError)
     @alone
     def generate(self, rows: Sequence[Row], max_new_tokens: NewTokens, *, temperature: Temperature = 0.0, seed: Seed = 0,
                  stop: Words = (), continuations: Sequence[Words] | None = None, draws: Sequence[str] | None = None,

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from alignblind_mi.borders.settings import Text, takes
 from alignblind_mi.models.adapters import switch, switched
 from alignblind_mi.models.blocks import decoder_layers, mixer_width, text_config
 from alignblind_mi.models.budget import is_out_of_memory, release
@@ -131,15 +132,17 @@ class View:
         """Tokenise prompts. Raw text gets the tokenizer's BOS; text that already begins with it (a chat template's) does not."""
         return encode(self.tokenizer, prompts)
 
-    def token_id(self, word: str) -> int:
+    @takes(ModelError)
+    def token_id(self, word: Text) -> int:
         """The id of a word that is one token. Errors: ModelError if the tokenizer splits it or does not know it."""
         ids = self.word_ids(word)
         if len(ids) != 1:
             raise ModelError(f"{word!r} is {len(ids)} tokens in the tokenizer of {self.spec.name}; a single-token word is needed here.")
         return ids[0]
 
+    @takes(ModelError)
     @alone
-    def word_ids(self, word: str) -> list[int]:
+    def word_ids(self, word: Text) -> list[int]:
         """The ids of a word as it stands, without special tokens. Errors: ModelError if the tokenizer does not know it."""
         ids = word_ids(self.tokenizer, word)
         if not ids:

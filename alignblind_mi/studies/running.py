@@ -12,6 +12,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from alignblind_mi.borders.reading import is_file, is_folder, named
+from alignblind_mi.errors import ResultError
 from alignblind_mi.mitigations.lora import awareness_examples, layer_group, train_lora
 from alignblind_mi.mitigations.lora_settings import check_modules, choose_layers
 from alignblind_mi.models.configs import load_config, load_tokenizer
@@ -166,5 +168,13 @@ def _train(config: StudyConfig, concept: Concept, out: Path, progress: Progress)
 
 
 def load_study(folder: Path) -> dict[str, Result]:
-    """All finished parts of a study folder, by name."""
-    return {file.stem: load_result(file) for file in sorted(folder.glob("*.parquet"))}
+    """All finished parts of a study folder, by name; none where the study has just begun.
+
+    Errors: ResultError for anything that is no folder, for one with neither parts nor a study's note, and for a damaged part.
+    """
+    if not is_folder(folder):
+        raise ResultError(f"{named('', folder)} is no folder: give the folder of a study.")
+    files = sorted(folder.glob("*.parquet"))
+    if not files and not is_file(folder / "study.json"):
+        raise ResultError(f"{named('', folder)} holds no study (neither finished parts nor a study.json): give the folder of a study.")
+    return {file.stem: load_result(file) for file in files}
