@@ -5,49 +5,19 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import (
-    AsJson,
-    Chatting,
-    ConceptName,
-    CueName,
-    Device,
-    DeviceMap,
-    Dtype,
-    EngineOption,
-    Model,
-    Out,
-    Quantized,
-    Quick,
-    RemoteCode,
-    Seed,
-    System,
-    Temperature,
-    Unpickling,
-    listed,
-)
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
+from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, configured, listed, with_options
 
 
+@with_options
 def patch(
-    model: Model = "organism:aligned",
-    concept: ConceptName = DEFAULT_CONCEPT,
-    cue: CueName = "",
+    *,
+    asked: One,
     out: Out = Path("patch"),
     parts: Annotated[str, typer.Option(help="Comma-separated: residual, added (attention and MLP), heads.")] = "residual",
     swap: Annotated[str, typer.Option(help="What two prompts differ in: context (a phrase before) or identifiers.")] = "context",
     max_word_pairs: Annotated[int, typer.Option(help="Word pairs of each category.")] = 2,
-    quick: Quick = False,
-    chat: Chatting = False,
-    system: System = "",
-    temperature: Temperature = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantized = None,
-    engine: EngineOption = "auto",
-    trust_remote_code: RemoteCode = False,
-    allow_pickle: Unpickling = False,
+    asking: Asking,
+    loading: Loading,
     as_json: AsJson = False,
 ) -> None:
     """Activation patching in both directions with its controls: what is enough (denoise), what is needed (noise), layer by layer.
@@ -57,11 +27,8 @@ def patch(
     from alignblind_mi.measures.patching import effect_span
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables, strongest_places
-    from alignblind_mi.studies.study import StudyConfig
 
-    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
-                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    config = configured(asked, asking, loading)
     (result,) = measure_parts(config, out, patch_parts(config, listed(parts), swap=swap, max_word_pairs=max_word_pairs))
     tables = patch_tables(result.rows)
     if as_json:
