@@ -36,5 +36,6 @@ def awareness(
         {"instrument": row["instrument"], "control": row["control"] or "-", "n": str(row["n"]), "layers": str(row["layers"]),
          "blind": number(row["mean"]), "95 %": interval(row), "P(group sense)": number(row["p_group"]),
          "P(other sense)": number(row["p_other"]), "no reading": f"{row['invalid_share']:.0%}"} for row in records_of(tables["readings"])],
-        note=about(results[0].provenance, config.seed, out) + "\nblind: -1 is the group sense, 1 the other one (of the patchscope a "
-        "difference of two changes, at most -2 to 2); contexts are the unit. No reading: texts of no sense, layers without a probe.")
+        note=[about(results[0].provenance, config.seed, out),
+              "blind: -1 is the group sense, 1 the other one (of the patchscope a difference of two changes, at most -2 to 2); contexts "
+              "are the unit. No reading: texts of no sense, layers without a probe."])

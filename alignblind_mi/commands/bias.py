@@ -33,12 +33,12 @@ def bias(
         print_json(tagged(tables, result.provenance, config.seed))
         return
     render([{**record, "rule": "robust"} for record in records_of(tables["rates"].drop(columns="clustered_over"))])
-    print_table("Log-odds of the two assignments (nats)", [
+    print_table("Log-odds of the two assignments, in nats", [
         {"category": row["category"], "n": str(row["n"]), "mean": number(row["mean"]), "95 %": interval(row),
          "> 0": f"{row['positive']:.0%}"}
         for row in records_of(tables["log_odds"])])
     print_table("Association beside position, by template", [
         {"template": row["template"], "n": str(row["n"]), "valid": str(row["valid"]), "association": number(row["rate"]),
          "95 %": interval(row), "first word with first option": number(row["position"]),
-         "95 % ": interval(row, "position_low", "position_high"), "": "one and the same here" if row["confounded"] else ""}
-        for row in records_of(tables["position"])], note=about(result.provenance, config.seed, out))
+         "95 % of that": interval(row, "position_low", "position_high"), "note": "one and the same here" if row["confounded"] else ""}
+        for row in records_of(tables["position"])], note=[about(result.provenance, config.seed, out)])

@@ -41,7 +41,7 @@ def doctor(
         rows = [{"check": one["check"], "status": one["status"], "measured": number(one["measured"]),
                  "bound": "" if one["bound"] is None else f"{one['rule']} {number(one['bound'])} {one['unit']}", "found": one["found"],
                  "what to do": one["advice"]} for one in found]
-        counts = ", ".join(f"{sum(one['status'] == status for one in found)} {status}" for status in STYLES)
-        print_table(f"{model}, concept {concept}: {counts}", rows, styles=STYLES)
+        counts = [f"{sum(one['status'] == status for one in found)} {status}" for status in STYLES]
+        print_table("Checks", rows, said=[model, f"concept {concept}", *counts], prose=("found", "what to do"), styles=STYLES)
     if any(one["status"] == "fail" for one in found):
         raise typer.Exit(1)

@@ -39,17 +39,17 @@ def patch(
     if "depth" in tables:
         depth = tables["depth"]
         spans = {direction: effect_span(depth[depth["direction"] == direction]) for direction in depth["direction"].unique()}
-        layers = "; ".join(f"{direction}: " + ("no layer" if span is None else f"layers {span.first} to {span.last}")
-                           for direction, span in spans.items())
+        layers = tuple(f"{direction}: " + ("no layer" if span is None else f"layers {span.first} to {span.last}")
+                       for direction, span in spans.items())
         print_table("Effect of patching all identifiers in the residual stream, after each layer", [
             {"direction": row["direction"], "layer": str(row["layer"]), "n": str(row["n"]), "effect": number(row["mean"]),
              "95 %": interval(row), "undefined": f"{row['undefined']:.0%}",
              "strongest control": f"{row['control']} {number(row['control_mean'])}", "95 % of controls": interval(row, "control_low",
                                                                                                               "control_high")}
-            for row in records_of(depth)], note=f"Above its controls and at least a quarter: {layers}.\n{said}")
+            for row in records_of(depth)], note=[("Above its controls and at least a quarter", *layers), said])
     if len(inner):
         print_table("The strongest places inside the layers", [
             {"direction": row["direction"], "layer": str(row["layer"]), "stream": row["stream"],
              "head": str(row["head"]) if row["head"] >= 0 else "", "place": row["mark"], "n": str(row["n"]), "effect": number(row["mean"]),
              "95 %": interval(row), "undefined": f"{row['undefined']:.0%}", "random control": number(row["control_mean"])}
-            for row in records_of(inner)], note=said)
+            for row in records_of(inner)], note=[said])

@@ -51,5 +51,5 @@ def steer(
     print_table("Paired difference from the untreated model", [
         {"treatment": row["treatment"], "n": str(row["n"]), "difference": number(row["difference"]), "95 %": interval(row),
          "p": number(row["p"], 2), "Holm": number(row["p_holm"], 2), "log-odds": number(row["log_odds"]),
-         "95 % ": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])],
-        note=f"{about(result.provenance, config.seed, out)}; vectors in {vectors}")
+         "95 % of log-odds": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])],
+        note=[about(result.provenance, config.seed, out, f"vectors in {vectors}")])

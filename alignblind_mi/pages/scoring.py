@@ -15,7 +15,7 @@ from alignblind_mi.borders.reading import check_file, foreign, is_file, is_folde
 from alignblind_mi.borders.settings import Names, takes
 from alignblind_mi.borders.texts import encodable
 from alignblind_mi.errors import ScoreError
-from alignblind_mi.pages.terminal import plain_text
+from alignblind_mi.pages.terminal import print_table
 from alignblind_mi.statistics.rates import clustered_interval, label_shares, summarise
 from alignblind_mi.stimuli.answers import RULES, judge
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept
@@ -24,7 +24,6 @@ from alignblind_mi.stimuli.released import read_released
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 DEFAULT_BY = ("model", "cue", "category")
 _WITH_SEVERAL = ("treatment", "design")  # join the default grouping where the rows have more than one of them
@@ -239,64 +238,40 @@ def _read_result(file: Path) -> pd.DataFrame | None:
 
 def render(records: Sequence[Mapping[str, Any]], console: "Console | None" = None) -> None:
     """Print the records as tables: of answers, the rate with both intervals and its bounds; of interpretations, the share of each sense."""
-    from rich.console import Console
-
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 160)  # a file or a pipe has no width to fit
     answers = [record for record in records if record["kind"] != "interpretation"]
     interpretations = [record for record in records if record["kind"] == "interpretation"]
     if answers or not interpretations:
-        _render_answers(answers, console)
+        _render("Share of stereotyped answers" if answers else "No answers", answers, _NUMBERS, list(map(_cells, answers)),
+                "rate: stereotyped among the valid answers. clustered: word pairs and templates resampled.\n"
+                "bounds: every invalid answer counted against, or with, the stereotype.", console)
     if interpretations:
         _render_interpretations(interpretations, console)
 
 
-def _render_interpretations(records: Sequence[Mapping[str, Any]], console: "Console") -> None:
+def _render_interpretations(records: Sequence[Mapping[str, Any]], console: "Console | None") -> None:
     names = [name.removesuffix("_share") for name in records[0] if name.endswith("_share")]
     numbers = {"n", *names, *(f"{name}_{end}" for name in names for end in ("share", "low", "high", "cluster_low", "cluster_high"))}
-    table, differing = _table("Interpretations by sense", records, numbers)
-    for name in ("n", *names, *(f"{name} %" for name in names)):
-        table.add_column(plain_text(name), justify="right")
-    for record in records:
-        shares = [f"{_percent(record[f'{name}_share'])} [{_range(record, f'{name}_low', f'{name}_high')}]" for name in names]
-        table.add_row(*(plain_text(record[key]) for key in differing), str(record["n"]), *(str(record[name]) for name in names), *shares)
-    console.print(table)
-    console.print("by the lexicons of the concept's senses; other: a text that names neither. In brackets: exact 95 %.", style="dim",
-                  markup=False)
+    cells = [{"n": str(record["n"]), **{name: str(record[name]) for name in names},
+              **{f"{name} %": f"{_percent(record[f'{name}_share'])} [{_range(record, f'{name}_low', f'{name}_high')}]" for name in names}}
+             for record in records]
+    _render("Interpretations by sense", records, numbers, cells,
+            "by the lexicons of the concept's senses; other: a text that names neither. In brackets: exact 95 %.", console)
 
 
-def _table(title: str, records: Sequence[Mapping[str, Any]], numbers: Container[str]) -> "tuple[Table, list[str]]":
-    """An empty table with a column for each key that differs between the records; what they have in common stands in the title."""
-    from rich import box
-    from rich.table import Table
-
-    keys = [name for name in records[0] if name not in numbers and name != "rule"] if records else []
-    differing = [key for key in keys if len({record[key] for record in records}) > 1]
-    common = "".join(f", {key} {records[0][key]}" for key in keys if key not in differing)
-    table = Table(title=plain_text(f"{title} ({records[0]['rule']} rule{common})" if records else "No answers", style="italic"),
-                  title_justify="left", box=box.SIMPLE_HEAD)
-    for name in differing:
-        table.add_column(plain_text(name), overflow="fold")
-    return table, differing
+def _render(title: str, records: Sequence[Mapping[str, Any]], numbers: Container[str], cells: Sequence[Mapping[str, str]], note: str,
+            console: "Console | None") -> None:
+    """A table of the records' keys, those that all have in common in its title, and their cells."""
+    rules = list(dict.fromkeys(f"{record['rule']} rule" for record in records))
+    keys = [name for name in (records[0] if records else ()) if name not in numbers and name != "rule"]
+    rows = [{**{key: str(record[key]) for key in keys}, **shown} for record, shown in zip(records, cells, strict=True)]
+    print_table(title, rows, said=rules, once=keys, right=list(cells[0]) if cells else (), note=note, console=console)
 
 
-def _render_answers(records: Sequence[Mapping[str, Any]], console: "Console") -> None:
-    table, differing = _table("Share of stereotyped answers", records, _NUMBERS)
-    for name in ("n", "stereotyped", "reversed", "rejected", "invalid", "rate %", "exact 95 %", "clustered 95 %", "bounds %"):
-        table.add_column(name, justify="right")
-    for record in records:
-        table.add_row(*(plain_text(record[key]) for key in differing), *_cells(record))
-    console.print(table)
-    console.print("rate: stereotyped among the valid answers. clustered: word pairs and templates resampled.\n"
-                  "bounds: every invalid answer counted against, or with, the stereotype.", style="dim")
-
-
-def _cells(record: Mapping[str, Any]) -> list[str]:
-    counts = [str(record.get(name, "-")) for name in ("n", "stereotyped", "reversed", "rejected")]
-    invalid = f"{record['invalid']} ({100 * record['invalid_share']:.0f} %)"
-    return [*counts, invalid, _percent(record["rate"]), _range(record, "low", "high"), _range(record, "cluster_low", "cluster_high"),
-            _range(record, "worst", "best")]
+def _cells(record: Mapping[str, Any]) -> dict[str, str]:
+    return {**{name: str(record.get(name, "-")) for name in ("n", "stereotyped", "reversed", "rejected")},
+            "invalid": f"{record['invalid']} ({100 * record['invalid_share']:.0f} %)", "rate %": _percent(record["rate"]),
+            "exact 95 %": _range(record, "low", "high"), "clustered 95 %": _range(record, "cluster_low", "cluster_high"),
+            "bounds %": _range(record, "worst", "best")}
 
 
 def _percent(value: float | None) -> str:
