@@ -715,7 +715,7 @@ def model_cases(to: Attack) -> None:
         train_translators,
         train_unlearning,
     )
-    from alignblind_mi.mitigations.lora import LoraSettings
+    from alignblind_mi.mitigations.lora_settings import LoraSettings
 
     race = load_concept("race")
     prompts = implicit_prompts(race, "default", max_word_pairs=1)[:2]

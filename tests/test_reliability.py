@@ -21,8 +21,8 @@ from doubles import tiny_llama
 
 from alignblind_mi import results
 from alignblind_mi.borders.writing import one_process, write_text
-from alignblind_mi.errors import AlignblindError
-from alignblind_mi.results import Result, ResultError, StudyFolder, load_result, save_result
+from alignblind_mi.errors import AlignblindError, ResultError
+from alignblind_mi.results import Result, StudyFolder, load_result, save_result
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.parts import Part
 from alignblind_mi.studies.running import load_study, run_parts

@@ -8,7 +8,7 @@ from typing import Any
 from alignblind_mi.borders.settings import Count, Layer, Seed, Temperature, check_fields, takes
 from alignblind_mi.measures.awareness import TARGET_LAYER
 from alignblind_mi.measures.behaviour import Decoding
-from alignblind_mi.mitigations.lora import LoraSettings
+from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
 from alignblind_mi.models.configs import load_config, load_tokenizer
 from alignblind_mi.models.embedded import RECORD, organism_names, read_record

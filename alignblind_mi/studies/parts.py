@@ -14,7 +14,8 @@ from alignblind_mi.measures.awareness import SELFIE_TOKENS, measure_awareness, m
 from alignblind_mi.measures.behaviour import measure_behaviour
 from alignblind_mi.measures.mitigation import early_window, late_window, steering_names
 from alignblind_mi.measures.sources import context_prompts, control_sources, possible_controls, reading_sources
-from alignblind_mi.mitigations.lora import LAYER_GROUPS, trainable
+from alignblind_mi.mitigations.lora import trainable
+from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
 from alignblind_mi.mitigations.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.models.chat import Chat, in_chat
 from alignblind_mi.models.configs import load_config

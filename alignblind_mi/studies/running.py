@@ -14,8 +14,8 @@ from pathlib import Path
 
 from alignblind_mi.borders.reading import is_file, is_folder, named
 from alignblind_mi.errors import ResultError
-from alignblind_mi.mitigations.lora import awareness_examples, layer_group, train_lora
-from alignblind_mi.mitigations.lora_settings import check_modules, choose_layers
+from alignblind_mi.mitigations.lora import awareness_examples, train_lora
+from alignblind_mi.mitigations.lora_settings import check_modules, choose_layers, layer_group
 from alignblind_mi.models.configs import load_config, load_tokenizer
 from alignblind_mi.models.loading import token_count
 from alignblind_mi.models.model import HookedModel, load_model

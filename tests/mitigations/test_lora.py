@@ -9,21 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignblind_mi.mitigations import trainer as trainer_module
-from alignblind_mi.mitigations.examples import encode, split_examples
+from alignblind_mi.mitigations.examples import Example, encode, split_examples
 from alignblind_mi.mitigations.finetuning import trained_treatment
-from alignblind_mi.mitigations.lora import (
-    PAPER,
-    Example,
-    LoraError,
-    LoraSettings,
-    awareness_examples,
-    blindness_examples,
-    lora_sweep,
-    placebo_examples,
-    sweep_names,
-    train_lora,
-)
-from alignblind_mi.mitigations.lora_settings import check_modules, choose_layers, layers_text
+from alignblind_mi.mitigations.lora import awareness_examples, blindness_examples, lora_sweep, placebo_examples, sweep_names, train_lora
+from alignblind_mi.mitigations.lora_settings import PAPER, LoraError, LoraSettings, check_modules, choose_layers, layers_text
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.stimuli.concept import ConceptError
 from alignblind_mi.stimuli.prompts import Span

@@ -11,15 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.behaviour import Decoding
-from alignblind_mi.mitigations.lora import LoraSettings
+from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.mitigations.steering import steerable
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.pages import figures
 from alignblind_mi.pages.page import signed
 from alignblind_mi.pages.report import PAPER_LINK, write_report
 from alignblind_mi.pages.saved_study import expected_parts, read_study
-from alignblind_mi.results import Result, ResultError, load_result, save_result
+from alignblind_mi.results import Result, load_result, save_result
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.studies import config as studies, parts as study_parts_of

@@ -12,8 +12,9 @@ from oracle import Oracle
 from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.side_effects import MEASURES, divergence, measure_side_effects
-from alignblind_mi.mitigations.lora import LoraSettings
+from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.mitigations.steering import load_vectors, sense_steering, steering_vectors
 from alignblind_mi.models.adapters import scaled_adapter
 from alignblind_mi.models.edits import UNTREATED, Edit, Row, Site, Treatment
@@ -21,7 +22,6 @@ from alignblind_mi.models.embedded import organism_path
 from alignblind_mi.models.model import load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.pages import comparison_page
-from alignblind_mi.results import ResultError
 from alignblind_mi.stimuli.concept import ConceptError, load_concept
 from alignblind_mi.stimuli.prompts import Prompt
 from alignblind_mi.studies import comparison

@@ -17,9 +17,8 @@ from doubles import TINY_CHAT, tiny_llama
 from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
-from alignblind_mi.errors import AlignblindError
+from alignblind_mi.errors import AlignblindError, ResultError
 from alignblind_mi.models.spec import ModelError
-from alignblind_mi.results import ResultError
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.parts import Part
 from alignblind_mi.studies.running import load_study, run_parts, run_study
@@ -137,7 +136,8 @@ def test_the_configuration_is_saved_and_names_the_weights(undisturbed):
 @pytest.mark.slow
 def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, monkeypatch, race):
     from alignblind_mi.measures.behaviour import Decoding
-    from alignblind_mi.mitigations.lora import LoraSettings, awareness_examples
+    from alignblind_mi.mitigations.lora import awareness_examples
+    from alignblind_mi.mitigations.lora_settings import LoraSettings
     from alignblind_mi.pages.report import write_report
 
     config = StudyConfig.create(str(llama3_folder), str(llama3_folder), cue="names", quick=True)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.mitigations.lora import LoraError
+from alignblind_mi.mitigations.lora_settings import LoraError
 from alignblind_mi.models.chat import Chat
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.parts import study_parts
