@@ -13,7 +13,9 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi import AlignblindError, StudyConfig, load_concept, load_study, run_parts, study_parts
-from alignblind_mi.pages.report import COLUMNS, draw, read_study, save_shown, summary_tables
+from alignblind_mi.pages.page import save_shown
+from alignblind_mi.pages.report import COLUMNS, draw, summary_tables
+from alignblind_mi.pages.saved_study import read_study
 from alignblind_mi.results import ResultError
 
 WITHOUT_SENSES = ("behaviour", "balanced")    # parts that every concept has

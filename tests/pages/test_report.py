@@ -15,8 +15,10 @@ from alignblind_mi.measures.behaviour import Decoding
 from alignblind_mi.mitigations.lora import LoraSettings
 from alignblind_mi.mitigations.steering import steerable
 from alignblind_mi.models.spec import ModelSpec
-from alignblind_mi.pages import figures, report
-from alignblind_mi.pages.report import PAPER_LINK, expected_parts, read_study, write_report
+from alignblind_mi.pages import figures
+from alignblind_mi.pages.page import signed
+from alignblind_mi.pages.report import PAPER_LINK, write_report
+from alignblind_mi.pages.saved_study import expected_parts, read_study
 from alignblind_mi.results import Result, ResultError, load_result, save_result
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
@@ -434,7 +436,7 @@ def test_names_and_texts_are_escaped(tmp_path):
 
 @pytest.mark.parametrize(("value", "shown"), [(0.18812, "+0.19"), (-0.022, "−0.022"), (0, "0.0"), (12.34, "+12.3"), (float("nan"), "–")])
 def test_signed_numbers(value, shown):
-    assert report.signed(value) == shown
+    assert signed(value) == shown
 
 
 @pytest.mark.parametrize(("name", "title"), [
@@ -450,5 +452,5 @@ def test_a_folder_of_a_verb_that_measures_one_model_has_no_page(tmp_path):
     config = replace(studies.StudyConfig.create("organism:aligned", "organism:aligned", quick=True), balanced_pairs=1)
     measure_parts(config, tmp_path / "bias", bias_parts(config))
     with pytest.raises(ResultError, match=r"one verb measured on one model \(balanced_model\), and no study"):
-        report.write_report(tmp_path / "bias")
+        write_report(tmp_path / "bias")
     assert not (tmp_path / "bias" / "report.html").exists()
