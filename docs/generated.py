@@ -89,7 +89,7 @@ SAID: dict[str, Callable[[dict[str, Any]], str]] = {
     "rank correlation with what was planted (by seed)": _by_seed,
     "with the other knob": lambda one: _number(one["spearman_other_knob"]),
     "error of the first / last layer": _error,
-    "tells a used sense from an unused one (share shown of the unused)": _causal,
+    "tells a used sense from an unused one (share shown)": _causal,
     "false alarms (n)": _alarms,
     "coverage of 95 % intervals": lambda one: "–" if one["coverage"] is None else f"{one['coverage']:.1%}",
 }
