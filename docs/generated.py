@@ -1,8 +1,8 @@
 """What the documentation says that is known elsewhere, put in when it is built: numbers, commands, public names, modules, notebooks.
 
 A hook of MkDocs (see mkdocs.yml). Pages are Jinja templates with the functions in `FUNCTIONS`; what a page asks for and is not there stops
-the build. Nothing here is written down twice: numbers come from docs/calibration.json, commands from Typer, names from the package, and
-floors from the list that tests/test_floors.py keeps.
+the build. Nothing here is written down twice: numbers come from docs/calibration.json, commands from Typer, names from the package,
+floors from the list that tests/test_floors.py keeps, and notebooks are shown as they were run (docs/executed.py).
 """
 
 import ast
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from executed import NOTEBOOKS, executed  # beside this file: MkDocs looks there while it loads a hook
 from jinja2 import Environment, StrictUndefined
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -88,7 +89,7 @@ SAID: dict[str, Callable[[dict[str, Any]], str]] = {
     "rank correlation with what was planted (by seed)": _by_seed,
     "with the other knob": lambda one: _number(one["spearman_other_knob"]),
     "error of the first / last layer": _error,
-    "tells causal from decodable (share shown)": _causal,
+    "tells a used sense from an unused one (share shown)": _causal,
     "false alarms (n)": _alarms,
     "coverage of 95 % intervals": lambda one: "–" if one["coverage"] is None else f"{one['coverage']:.1%}",
 }
@@ -195,9 +196,10 @@ FUNCTIONS = {"calibrated": calibrated, "calibration_table": calibration_table, "
 
 @event_priority(100)    # before the plugins, which take notebooks from the list
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the notebooks, which lie beside docs/, and a page of the reference for each folder."""
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        files.append(File(f"notebooks/{notebook.name}", str(ROOT), config.site_dir, config.use_directory_urls))
+    """Add the notebooks with their outputs, and a page of the reference for each folder."""
+    for notebook in reversed(NOTEBOOKS):    # tests that run beside a build begin with the first
+        kept = executed(notebook).parents[1]
+        files.append(File(f"notebooks/{notebook.name}", str(kept), config.site_dir, config.use_directory_urls))
     for name in folders():
         files.append(File.generated(config, f"reference/{name}.md", content=_folder_page(name)))
     files.append(File.generated(config, "reference/root.md", content=_root_page()))

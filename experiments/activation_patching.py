@@ -29,7 +29,7 @@ from alignblind_mi import (
 from alignblind_mi.instruments.patching import CONTROLS, DIRECTIONS, EVERY_TOKEN
 from alignblind_mi.measures.patching import HEAD_MARKS, PARTS, heatmap_table
 from alignblind_mi.pages.figures import depth_figure, patch_heatmap
-from alignblind_mi.pages.report import save_shown
+from alignblind_mi.pages.page import save_shown
 from alignblind_mi.progress import Advance
 
 WORD_PAIRS, STRONGEST = 2, 5

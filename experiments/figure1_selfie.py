@@ -14,7 +14,7 @@ from common import configured, options, rows_of, run_study_parts, script, show
 
 from alignblind_mi import load_concept, reading_reduction, selfie_table
 from alignblind_mi.pages.figures import CONTROL_NAMES, selfie_figure
-from alignblind_mi.pages.report import save_shown
+from alignblind_mi.pages.page import save_shown
 from alignblind_mi.pages.scoring import score_interpretations
 from alignblind_mi.stimuli.readings import reading_names
 

@@ -12,7 +12,7 @@ import pandas as pd
 from common import configured, options, publish, rows_of, run_study_parts, script, show
 
 from alignblind_mi import load_concept, reading_reduction
-from alignblind_mi.pages.report import save_shown
+from alignblind_mi.pages.page import save_shown
 
 
 def main(given: argparse.Namespace) -> None:

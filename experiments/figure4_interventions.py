@@ -10,7 +10,7 @@ import argparse
 
 from common import configured, options, publish, run_study_parts, script
 
-from alignblind_mi.pages.report import QUESTION
+from alignblind_mi.pages.study_tables import QUESTION
 
 
 def main(given: argparse.Namespace) -> None:

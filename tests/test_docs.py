@@ -19,12 +19,18 @@ from alignblind_mi.__main__ import app
 from alignblind_mi.studies.verdicts import advice
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 INSTRUMENTS = sorted(set((ROOT / "docs/instruments").glob("*.md")) - {ROOT / "docs/instruments/index.md"})
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+
+
+def printed(page: Path) -> list[tuple[str, str]]:
+    """(snippet, what the page says that it prints; empty where it says nothing) of a page, in order."""
+    found = re.finditer(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", page.read_text("utf-8"), re.DOTALL)
+    return [(match.group(1), match.group(2) or "") for match in found]
 
 
 def command_lines(page: Path) -> list[list[str]]:
@@ -95,6 +101,40 @@ def test_what_pages_refer_to_nowhere_fails(tmp_path):
 
 def strict_part(config: str) -> str:
     return config[config.index("validation:") : config.index("plugins:")]
+
+
+NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:e-?\d+)?")
+
+
+@pytest.mark.parametrize("name", ["docs/model.md", *(pytest.param(name, marks=pytest.mark.slow)
+                                                     for name in ("README.md", "docs/comparison.md", "docs/tutorial.md"))])
+def test_the_python_of_a_page_runs_and_prints_what_the_page_shows(name, tmp_path, monkeypatch, capsys):
+    """Snippets share their names, as for one who types them one after the other. Numbers may differ by rounding, and by an answer."""
+    monkeypatch.chdir(tmp_path)
+    for words in (words for words in command_lines(ROOT / name) if words[0] == "lora"):    # the adapter that the tutorial loads
+        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    names: dict[str, object] = {}
+    capsys.readouterr()
+    for code, shown in printed(ROOT / name):
+        exec(compile(code, name, "exec"), names)
+        said = capsys.readouterr().out
+        assert NUMBER.sub("#", said).split() == NUMBER.sub("#", shown).split(), said
+        assert [float(one) for one in NUMBER.findall(said)] == pytest.approx([float(one) for one in NUMBER.findall(shown)], abs=0.03), said
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"], ids=lambda p: p.stem)
+def test_what_a_walk_through_the_code_names_is_there(page):
+    """Files, as written from the root, from the package or from docs/, and names of lists and of private functions."""
+    code = "\n".join(file.read_text("utf-8") for file in FILES)
+    own = {"NAME", "mine.toml", "__init__.py"}
+    names = [name for name in re.findall(r"`([\w./-]+)`", page.read_text("utf-8")) if "NAME" not in name and name not in own]
+    files = [name for name in names if re.search(r"\.(pyi?|toml|md|json|txt|yml)$", name)]
+    defined = [name for name in names if re.fullmatch(r"_[a-z_]+|[A-Z_]+", name)]
+    assert len(files) > 8
+    for name in files:
+        assert any((folder / name).is_file() for folder in (ROOT, PACKAGE, ROOT / "docs")), f"there is no {name}"
+    for name in defined:
+        assert re.search(rf"^(?:def |\w+, )?{name}\b", code, re.MULTILINE), f"there is no {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -81,6 +81,26 @@ def path_text(value: Any) -> str:
     raise TypeError("no path")
 
 
+@dataclass(frozen=True)
+class Plain:
+    """That a text has no half of a character (a lone surrogate), which no tokenizer, file or page takes; with `name` it is a name as well:
+    not empty, and without characters that cannot be printed."""
+
+    name: bool = False
+
+    def problem(self, text: str) -> str:
+        """Why a text is none such, as the end of a sentence; empty for one that is."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return "has half a character (a lone surrogate) in it"
+        if self.name and not text.strip():
+            return "is empty"
+        return "has a character in it that cannot be printed" if self.name and not text.isprintable() else ""
+
+
+Text = Annotated[str, Plain()]
+Name = Annotated[str, Plain(name=True)]
 Count = Annotated[int, Bound(1, MOST)]
 Whole = Annotated[int, Bound(0, MOST)]
 Tokens = Annotated[int, Bound(1, 100_000)]
@@ -100,8 +120,10 @@ Share = Annotated[float, Bound(0.0, 1.0)]
 PartialShare = Annotated[float, Bound(0.0, 1.0, open_high=True)]
 Chance = Annotated[float, Bound(0.0, 1.0, open_low=True, open_high=True)]
 Names = Annotated[Sequence[str], Listed()]    # one or many: a text alone is a list of one
-Words = Annotated[Sequence[str], Listed(once=False)]    # the same, where one may stand there twice
-Layers = Annotated[int | Sequence[Layer], Listed(some=True, alone=True)]    # one or many, as the next two
+SomeNames = Annotated[Sequence[str], Listed(some=True)]
+Words = Annotated[Sequence[Text], Listed(once=False)]    # the same, where one may stand there twice
+Layers = Annotated[int | Sequence[Layer], Listed(some=True, alone=True)]    # one or many, as those that follow
+AnyLayers = Annotated[int | Sequence[Layer], Listed(alone=True)]    # the same, where none are right too
 Strengths = Annotated[float | Sequence[Strength], Listed(some=True, alone=True)]
 Mentions = Annotated[int | Sequence[Annotated[int, Bound(-MOST, MOST)]], Listed(some=True, alone=True)]
 Places = Annotated[str | Sequence[str], Listed(alone=True)]    # names of which one alone is meant often
@@ -144,7 +166,16 @@ def checked(value: Any, hint: Any, name: str, kind: type[AlignblindError], *, bo
         plain = get_origin(base) or base
         if not isinstance(value, plain):
             raise kind(f"{name} must be {said(base)}, got {shown(value)}.")
+        if bounds and base is str:
+            _check_text(value, marks, name, kind)
     return value
+
+
+def _check_text(value: str, marks: Sequence[Any], name: str, kind: type[AlignblindError]) -> None:
+    for mark in marks:
+        problem = mark.problem(value) if isinstance(mark, Plain) else ""
+        if problem:
+            raise kind(f"{name} {problem}: expected {'a name' if mark.name else 'a plain text'}, got {shown(value)}.")
 
 
 def said(hint: Any) -> str:
@@ -305,7 +336,7 @@ def widened(cls: type[T]) -> type[T]:
     """A dataclass (decorate it above `@dataclass`) whose `__init__` says what it takes: more than its fields are, where these are made of
     what is given (`Made`) or one alone is a list of one. `check_fields` in its `__post_init__` makes them what they are."""
     hints = get_type_hints(cls, include_extras=True)
-    cls.__init__.__annotations__ |= {field.name: _given(hints[field.name]) for field in fields(cls)    # type: ignore[arg-type, misc]
+    cls.__init__.__annotations__ |= {field.name: _given(hints[field.name]) for field in fields(cls)    # type: ignore[arg-type]
                                      if _given(hints[field.name]) is not hints[field.name]}
     return cls
 
@@ -362,4 +393,4 @@ def _says(hint: Any) -> bool:
     if isinstance(base, list) or get_origin(base) is Callable:    # what a function takes
         return False
     plain = get_origin(base) is Literal or _is_class(base)
-    return plain or any(isinstance(mark, (Bound, Listed, Made)) for mark in marks) or any(_says(part) for part in get_args(base))
+    return plain or any(isinstance(mark, (Bound, Listed, Made, Plain)) for mark in marks) or any(_says(part) for part in get_args(base))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Layers, Names, Weight, many, takes
+from alignblind_mi.borders.settings import AnyLayers, Names, Weight, many, takes
 from alignblind_mi.instruments.contrast import Pairs, PatchError
 from alignblind_mi.instruments.gradients import Activations, Where, activations, log_odds_gradients
 from alignblind_mi.instruments.patching import MIN_DIFFERENCE, PLACE, Case, Patch, cases, grid_sites, label, log_odds, patches
@@ -83,7 +83,7 @@ def _products(model: HookedModel, patch: Patch, source: Activations, target: Act
 
 @takes(PatchError)
 def unit_attribution(model: HookedModel, pairs: Pairs, mark: str | tuple[str, int], *, stream: str = "post",
-                     layers: Layers | None = None, direction: str = "denoise", steps: int = 1) -> Float[Tensor, "layer unit"]:
+                     layers: AnyLayers | None = None, direction: str = "denoise", steps: int = 1) -> Float[Tensor, "layer unit"]:
     """Mean attribution (nats) of every head (`z`) or neuron (`post`) at a mark's tokens together, over pairs.
 
     Errors: PatchError for a stream without units.
@@ -103,7 +103,7 @@ def unit_attribution(model: HookedModel, pairs: Pairs, mark: str | tuple[str, in
 
 @takes(PatchError)
 def top_neuron_sites(model: HookedModel, pairs: Pairs, mark: str | tuple[str, int], k: int, *,
-                     layers: Layers | None = None, direction: str = "denoise", steps: int = 1) -> list[Site]:
+                     layers: AnyLayers | None = None, direction: str = "denoise", steps: int = 1) -> list[Site]:
     """For each layer one site with the k neurons of the largest |mean attribution| at a mark: candidates for an exact patch.
 
     Choose them on other pairs than those they are measured on.

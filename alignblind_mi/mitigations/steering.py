@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.reading import check_file, foreign, is_file, said
-from alignblind_mi.borders.settings import Count, File, Layer, Layers, Listed, Places, Seed, Strength, Strengths, many, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, File, Layer, Layers, Listed, Places, Seed, Strength, Strengths, many, takes
 from alignblind_mi.borders.texts import html_summary, named_line
 from alignblind_mi.borders.writing import refuse_taken, write_bytes
 from alignblind_mi.instruments.probes import train_probes
@@ -100,7 +100,7 @@ class SteeringVectors:
         return html_summary(f"Steering vectors: {self.sense}", {"method": self.method, "stream": self.stream, **about}, norms)
 
     @takes(EditError)
-    def treatment(self, layers: Layers | None = None, *, how: How | None = None, strength: Strength = 1.0,
+    def treatment(self, layers: AnyLayers | None = None, *, how: How | None = None, strength: Strength = 1.0,
                   positions: Places | None = None, name: str = "", family: str = "steering") -> Treatment:
         """Apply the vectors after each of `layers` (default: all that there are).
 

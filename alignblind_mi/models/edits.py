@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Bound, Listed, Made, Strength, check_fields, checked, widened
+from alignblind_mi.borders.settings import Bound, Listed, Made, Name, Strength, check_fields, checked, shown, widened
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.prompts import Prompt, as_prompt
@@ -49,7 +49,7 @@ class Site:
     """
 
     layer: Annotated[int, Bound(0, 9_999, sentence="layers are counted from 0 (to 9999 at most), got {value}.")]
-    mark: str
+    mark: Name
     stream: Stream = "resid_post"
     tokens: Tokens = "last"
     occurrence: int | None = None
@@ -95,6 +95,8 @@ class Edit:
         if self.how not in get_args(How):
             raise EditError(f"unknown edit {self.how!r}. Known: {', '.join(get_args(How))}.")
         checked(self.strength, Strength, "strength", EditError)
+        if not self.vector.numel():
+            raise EditError(f"the vector of an edit after layer {self.site.layer} is empty: give one number for each entry of the stream.")
         if not bool(torch.isfinite(self.vector).all()):
             raise EditError(f"the vector of an edit after layer {self.site.layer} holds numbers that are not finite (NaN or infinite): it "
                             "would make every answer meaningless.")
@@ -172,6 +174,16 @@ Rows = Annotated[Row | Prompt | str | Sequence[Row | Prompt | str], Listed(once=
 Treatments = Annotated[Treatment | Sequence[Treatment], Listed(some=True, once=False, alone=True)]
 UNTREATED = Treatment("untreated")
 """The treatment that changes nothing: what every other one is compared with."""
+
+
+def check_treatments(treatments: Sequence[Treatment]) -> None:
+    """Whether several treatments can be told apart in one table. Errors: EditError for none, and for two of one name."""
+    names = [treatment.name for treatment in treatments]
+    if not names:
+        raise EditError("no treatment was given: there is nothing to ask under; UNTREATED is the one that changes nothing.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise EditError(f"two treatments have the name {shown(twice)}: their rows could not be told apart; give each a name of its own.")
 
 
 def combine(*treatments: Treatment, name: str = "") -> Treatment:

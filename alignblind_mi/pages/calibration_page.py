@@ -12,9 +12,24 @@ from matplotlib.figure import Figure
 
 from alignblind_mi.borders.reading import is_file, named, read_object
 from alignblind_mi.borders.texts import encodable
+from alignblind_mi.errors import ResultError
 from alignblind_mi.pages import figures
-from alignblind_mi.pages.report import Column, as_uri, page_text, percent, plain, save_shown, signed, version_names
-from alignblind_mi.results import ResultError, load_result
+from alignblind_mi.pages.page import (
+    as_uri,
+    count,
+    page_text,
+    plain,
+    rate,
+    save_shown,
+    share,
+    signed,
+    text,
+    value,
+    version_names,
+    words,
+    yes,
+)
+from alignblind_mi.results import load_result
 from alignblind_mi.studies.calibration import CUE, QUESTION, SELFIE_PROMPT, STREAM, TARGET_LAYER
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.verdicts import advice, calibration_records, calibration_tables
@@ -52,28 +67,15 @@ def _draw(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame]) -> dic
             "convergence": figures.convergence_figure(tables["convergence"])}
 
 
-def _number(title: str, name: str, write: Any) -> Column:
-    return Column(title, lambda row: write(row.get(name)))
-
-
-def _whole(value: Any) -> str:
-    return "–" if value is None else str(int(value))
-
-
-def _yes(value: Any) -> str:
-    return "–" if value is None else "yes" if value else "no"
-
-
 COLUMNS = {"records": (
-    Column("instrument", lambda row: str(row["instrument"]).replace("_", " "), numeric=False),
-    Column("follows", lambda row: row["measures"], numeric=False),
-    _number("rank correlation with its knob", "spearman", signed), _number("with the other knob", "spearman_other_knob", signed),
-    _number("first layer, error", "depth_error", _whole), _number("last layer, error", "last_error", _whole),
-    _number("causal told from decodable", "causal_separated", _yes), _number("share shown where not used", "decodable_share", plain),
-    Column("false alarms %", lambda row: f"{percent(row['false_alarm_rate'])} [{percent(row['false_alarm_low'])}–"
-                                         f"{percent(row['false_alarm_high'])}]"), _number("trials", "false_alarm_n", _whole),
-    _number("by intervals alone %", "interval_alarm_rate", percent), _number("smallest effect", "smallest", plain),
-    _number("coverage %", "coverage", percent), _number("width", "interval_width", plain), _number("organisms", "n", _whole))}
+    words("instrument", "instrument"),
+    text("follows", "measures"),
+    value("rank correlation with its knob", "spearman", signed), value("with the other knob", "spearman_other_knob", signed),
+    count("first layer, error", "depth_error"), count("last layer, error", "last_error"),
+    value("causal told from decodable", "causal_separated", yes), value("share shown where not used", "decodable_share", plain),
+    rate("false alarms %", "false_alarm_rate", "false_alarm_low", "false_alarm_high"), count("trials", "false_alarm_n"),
+    share("by intervals alone %", "interval_alarm_rate"), value("smallest effect", "smallest", plain),
+    share("coverage %", "coverage"), value("width", "interval_width", plain), count("organisms", "n"))}
 
 
 def _render(records: list[dict[str, Any]], tables: dict[str, pd.DataFrame], vectors: dict[str, bytes], notes: list[dict[str, Any]]) -> str:

@@ -5,7 +5,6 @@ Reads saved parts and computes nothing but `comparison_verdicts.py`. Writes comp
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -13,7 +12,24 @@ from matplotlib.figure import Figure
 from alignblind_mi.borders.texts import encodable
 from alignblind_mi.models.spec import EMBEDDED, ModelSpec
 from alignblind_mi.pages import figures
-from alignblind_mi.pages.report import Column, as_uri, page_text, percent, plain, save_shown, signed, version_names
+from alignblind_mi.pages.page import (
+    Column,
+    as_uri,
+    count,
+    mean,
+    p_value,
+    page_text,
+    plain,
+    points,
+    rate,
+    save_shown,
+    share,
+    shares,
+    signed,
+    value,
+    version_names,
+    words,
+)
 from alignblind_mi.studies.audit import CITATIONS, LEAST, MOST_INVALID, MOST_WRONG
 from alignblind_mi.studies.comparison_verdicts import (
     Compared,
@@ -23,8 +39,8 @@ from alignblind_mi.studies.comparison_verdicts import (
     read_comparison,
     unfinished,
 )
+from alignblind_mi.studies.config import organism_record
 from alignblind_mi.studies.drawn import write_drawn
-from alignblind_mi.studies.study import organism_record
 
 
 def write_comparison(folder: Path) -> Path:
@@ -49,84 +65,53 @@ def _draw(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     return drawn
 
 
-def _words(title: str, name: str) -> Column:
-    return Column(title, lambda row: str(row[name]).replace("_", " "), numeric=False)
-
-
-def _value(title: str, name: str, write: Any) -> Column:
-    return Column(title, lambda row: write(row.get(name)))
-
-
-def _points(value: Any) -> str:
-    """A difference of rates in percentage points."""
-    return "–" if value is None or pd.isna(value) else f"{100 * value:+.1f}"
-
-
-def _interval(title: str, names: tuple[str, str, str], write: Any) -> Column:
-    estimate, low, high = names
-    return Column(title, lambda row: f"{write(row.get(estimate))} [{write(row.get(low))}, {write(row.get(high))}]")
-
-
-def _rates(title: str, names: tuple[str, str, str]) -> Column:
-    estimate, low, high = names
-    return Column(title, lambda row: f"{percent(row.get(estimate))} [{percent(row.get(low))}–{percent(row.get(high))}]")
-
-
-def _count(value: Any) -> str:
-    return "–" if value is None or pd.isna(value) else f"{int(value):,}".replace(",", " ")
-
-
-def _p(value: Any) -> str:
-    return "–" if value is None or pd.isna(value) else f"{value:.2g}"
-
-
 COLUMNS = {
     "comparison": (
-        _words("treatment", "treatment"), _words("family", "family"), _value("n", "n", _count),
-        _rates("implicit %", ("implicit", "low", "high")), Column("bounds %", lambda r: f"{percent(r['worst'])}–{percent(r['best'])}"),
-        _value("invalid %", "invalid_share", percent), _rates("explicit %", ("explicit", "explicit_low", "explicit_high")),
-        _value("explicit invalid %", "explicit_invalid_share", percent),
-        _interval("r_blind", ("r_blind", "r_blind_low", "r_blind_high"), signed), _value("KL neutral", "kl_neutral", plain),
-        _value("KL mentions", "kl_mentions", plain), _value("other-sense questions %", "colour_accuracy", percent),
-        _value("group questions %", "group_accuracy", percent),
-        _value("copying %", "copy_accuracy", percent), _value("judging %", "judging_accuracy", percent),
-        _value("parameters", "parameters", _count), _value("seconds", "seconds", plain), _value("latency ratio", "latency", plain)),
+        words("treatment", "treatment"), words("family", "family"), count("n", "n"),
+        rate("implicit %", "implicit", "low", "high"), shares("bounds %", "worst", "best"),
+        share("invalid %", "invalid_share"), rate("explicit %", "explicit", "explicit_low", "explicit_high"),
+        share("explicit invalid %", "explicit_invalid_share"),
+        mean("r_blind", "r_blind", "r_blind_low", "r_blind_high"), value("KL neutral", "kl_neutral", plain),
+        value("KL mentions", "kl_mentions", plain), share("other-sense questions %", "colour_accuracy"),
+        share("group questions %", "group_accuracy"),
+        share("copying %", "copy_accuracy"), share("judging %", "judging_accuracy"),
+        count("parameters", "parameters"), value("seconds", "seconds", plain), value("latency ratio", "latency", plain)),
     "differences": (
-        _words("kind", "kind"), _words("treatment", "treatment"), _value("n", "n", _count), _value("discordant", "n_discordant", _count),
-        _interval("difference, points", ("difference", "low", "high"), _points), _words("interval", "interval"),
-        Column("bounds, points", lambda r: f"{_points(r['bound_low'])} to {_points(r['bound_high'])}"),
-        _value("invalid %", "invalid", percent), _interval("log-odds", ("log_odds", "log_odds_low", "log_odds_high"), signed),
-        _value("p", "p", _p), _value("Holm", "p_holm", _p), _value("BH", "p_bh", _p)),
+        words("kind", "kind"), words("treatment", "treatment"), count("n", "n"), count("discordant", "n_discordant"),
+        mean("difference, points", "difference", "low", "high", points), words("interval", "interval"),
+        Column("bounds, points", lambda r: f"{points(r['bound_low'])} to {points(r['bound_high'])}"),
+        share("invalid %", "invalid"), mean("log-odds", "log_odds", "log_odds_low", "log_odds_high"),
+        value("p", "p", p_value), value("Holm", "p_holm", p_value), value("BH", "p_bh", p_value)),
     "slopes": (
-        _words("treatment", "treatment"), _value("n", "n", _count), _interval("mean change, nats", ("mean", "low", "high"), signed),
-        _value("sd", "sd", plain), _value("5 %", "q05", signed), _value("95 %", "q95", signed),
-        _rates("wrong way %", ("wrong", "wrong_low", "wrong_high"))),
+        words("treatment", "treatment"), count("n", "n"), mean("mean change, nats", "mean", "low", "high"),
+        value("sd", "sd", plain), value("5 %", "q05", signed), value("95 %", "q95", signed),
+        rate("wrong way %", "wrong", "wrong_low", "wrong_high")),
     "position": (
-        _words("treatment", "treatment"), _value("n", "n", _count), _value("valid", "valid", _count),
-        _rates("association %", ("rate", "low", "high")), _rates("position %", ("position", "position_low", "position_high"))),
+        words("treatment", "treatment"), count("n", "n"), count("valid", "valid"),
+        rate("association %", "rate", "low", "high"), rate("position %", "position", "position_low", "position_high")),
     "mixed": (
-        _words("term", "term"), _interval("log-odds", ("estimate", "low", "high"), signed), _value("answers", "n", _count),
-        _words("groups", "groups"), _words("method", "method")),
+        words("term", "term"), mean("log-odds", "estimate", "low", "high"), count("answers", "n"),
+        words("groups", "groups"), words("method", "method")),
     "equal_damage": (
-        _words("damage", "damage_measure"), _value("at", "damage", plain), _words("curve", "family"),
-        _interval("benefit, points", ("benefit", "low", "high"), _points),
-        _interval("over unlearning, points", ("difference", "difference_low", "difference_high"), _points), _words("why not", "reason")),
+        words("damage", "damage_measure"), value("at", "damage", plain), words("curve", "family"),
+        mean("benefit, points", "benefit", "low", "high", points),
+        mean("over unlearning, points", "difference", "difference_low", "difference_high", points), words("why not", "reason")),
     "readings": (
-        _words("treatment", "treatment"), _words("instrument", "instrument"), _value("readings", "n", _count),
-        _interval("mean", ("mean", "low", "high"), signed), _value("P(group)", "p_group", plain), _value("P(other)", "p_other", plain)),
+        words("treatment", "treatment"), words("instrument", "instrument"), count("readings", "n"),
+        mean("mean", "mean", "low", "high"), value("P(group)", "p_group", plain), value("P(other)", "p_other", plain)),
     "elsewhere": (
-        _words("treatment", "treatment"), _words("concept", "concept"), _words("cue", "cue"), _value("n", "n", _count),
-        _rates("implicit %", ("rate", "low", "high")), Column("bounds %", lambda r: f"{percent(r['worst'])}–{percent(r['best'])}"),
-        _value("invalid %", "invalid_share", percent)),
+        words("treatment", "treatment"), words("concept", "concept"), words("cue", "cue"), count("n", "n"),
+        rate("implicit %", "rate", "low", "high"), shares("bounds %", "worst", "best"),
+        share("invalid %", "invalid_share")),
     "bbq": (
-        _words("treatment", "treatment"), _words("context", "condition"), _value("n", "n", _count),
-        _value("questions", "questions", _count), _rates("accuracy %", ("accuracy", "accuracy_low", "accuracy_high")),
-        _value("unknown %", "unknown_share", percent),
-        _interval("bias score", ("bias", "low", "high"), signed)),
+        words("treatment", "treatment"), words("context", "condition"), count("n", "n"),
+        count("questions", "questions"), rate("accuracy %", "accuracy", "accuracy_low", "accuracy_high"),
+        share("unknown %", "unknown_share"),
+        mean("bias score", "bias", "low", "high")),
     "audit": (
-        _words("claim", "claim"), _interval("estimate", ("estimate", "low", "high"), signed), _value("n", "n", _count),
-        _words("verdict", "verdict"), _words("controls", "controls"), _words("revision", "revision")),
-    "left_out": (_words("treatment", "treatment"), _words("reason", "reason")),
+        words("claim", "claim"), mean("estimate", "estimate", "low", "high"), count("n", "n"),
+        words("verdict", "verdict"), words("controls", "controls"), words("revision", "revision")),
+    "left_out": (words("treatment", "treatment"), words("reason", "reason")),
 }
 
 

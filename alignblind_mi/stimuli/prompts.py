@@ -13,7 +13,7 @@ from math import gcd
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from alignblind_mi.borders.settings import Count, Listed, Made, Names, Seed, many, shown, takes
+from alignblind_mi.borders.settings import Count, Listed, Made, Names, Seed, Text, checked, many, takes
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.concept import Concept, Cue, Interpretation, Template
@@ -49,8 +49,12 @@ class Prompt:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str):
-            raise PromptError(f"the text of a prompt must be a text, got {shown(self.text)}.")
+        checked(self.text, Text, "the text of a prompt", PromptError)
+        for name, spans in self.marks.items():
+            wrong = next((span for span in spans if not 0 <= span.start < span.end <= len(self.text)), None)
+            if wrong is not None:
+                raise PromptError(f"the mark {name!r} is at characters {wrong.start} to {wrong.end} of a text of {len(self.text)}: a span "
+                                  "begins before it ends, and lies within the text.")
 
     def spans(self, mark: str) -> tuple[Span, ...]:
         """The spans of `mark`; PromptError if the prompt has no such mark."""

@@ -20,8 +20,8 @@ from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.results import Result
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.prompts import Prompt, implicit_prompts
+from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.single import SteeringPlan, bias_parts
-from alignblind_mi.studies.study import StudyConfig
 
 TAG = "<script>alert(1)</script>"
 VECTORS = SteeringVectors((0, 1), ("",), torch.ones(2, 1, 4), "mean_difference", TAG, provenance={"model": TAG, "revision": "abc"})
@@ -59,7 +59,7 @@ def test_every_public_class_has_its_line():
     for name in alignblind_mi.__all__:
         found = getattr(alignblind_mi, name)
         if inspect.isclass(found) and is_dataclass(found) and name not in kept:
-            assert found.__repr__.__qualname__ in ("one_line", f"{name}.__repr__"), name
+            assert found.__repr__.__qualname__ in ("one_line", *(f"{kind.__name__}.__repr__" for kind in found.__mro__[:-1])), name
 
 
 def test_a_line_identifies_its_value(race, tiny):

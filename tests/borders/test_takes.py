@@ -19,7 +19,7 @@ from alignblind_mi.instruments.patching import grid_sites, patch_grid
 from alignblind_mi.measures.awareness import measure_awareness
 from alignblind_mi.measures.behaviour import Decoding, ask_under
 from alignblind_mi.measures.mitigation import compare_treatments
-from alignblind_mi.mitigations.finetuning import LoraSettings, choose_layers
+from alignblind_mi.mitigations.lora_settings import LoraSettings, choose_layers
 from alignblind_mi.mitigations.steering import SteeringVectors, load_vectors, sense_steering, steering_grid, steering_vectors
 from alignblind_mi.models.edits import UNTREATED, Edit, Row, Site, Treatment
 from alignblind_mi.models.model import HookedModel, load_model
@@ -27,8 +27,9 @@ from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.results import load_result, save_result
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import Prompt, implicit_prompts, steering_prompt
+from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.running import run_study
 from alignblind_mi.studies.single import measure_parts
-from alignblind_mi.studies.study import StudyConfig, run_study
 
 VECTORS = SteeringVectors((1, 2), ("",), torch.ones(2, 1, 4), "mean_difference", "x")
 TEXT = "Race: black and white"

@@ -22,7 +22,7 @@ from alignblind_mi.__main__ import app
 from alignblind_mi.borders.texts import csv_text, encodable, json_text, label, say, script_json, shortened, visible
 from alignblind_mi.commands.concept import cue_table
 from alignblind_mi.pages import figures, scoring, terminal
-from alignblind_mi.pages.report import LONGEST, LONGEST_TITLE, page_text
+from alignblind_mi.pages.page import LONGEST, LONGEST_TITLE, page_text
 from alignblind_mi.progress import Progress
 
 MARKUP = ("[/red]", "[bold]x", "a[quantized]", "[link=file:///x]y[/link]", ":bomb:", r"\[x]", "[red", "[/]")
@@ -252,9 +252,9 @@ def test_a_long_text_on_a_page_is_shortened_and_has_more_where_it_is_pointed_at(
     page = page_text("macros.html.j2", pictures={}, tables={}, columns={})
     assert page.strip() == ""
     column = type("Column", (), {"title": "<i>" + "t" * 100_000, "numeric": False, "cell": staticmethod(lambda row: row["name"])})
-    from alignblind_mi.pages.report import _environment
+    from alignblind_mi.pages.page import environment
 
-    template = _environment().from_string('{% from "macros.html.j2" import table with context %}'
+    template = environment().from_string('{% from "macros.html.j2" import table with context %}'
                                           '{% call table("x", "y") %}{{ note }}{% endcall %}')
     long = "<b onclick='x'>\"" + "n" * 100_000
     made = template.render(pictures={}, tables={"x": [{"name": long}, {"name": "short"}]}, columns={"x": [column]}, note=long)

@@ -11,16 +11,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.behaviour import Decoding
-from alignblind_mi.mitigations.lora import LoraSettings
+from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.mitigations.steering import steerable
 from alignblind_mi.models.spec import ModelSpec
-from alignblind_mi.pages import figures, report
-from alignblind_mi.pages.report import PAPER_LINK, expected_parts, read_study, write_report
-from alignblind_mi.results import Result, ResultError, load_result, save_result
+from alignblind_mi.pages import figures
+from alignblind_mi.pages.page import signed
+from alignblind_mi.pages.report import PAPER_LINK, write_report
+from alignblind_mi.pages.saved_study import expected_parts, read_study
+from alignblind_mi.results import Result, load_result, save_result
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
-from alignblind_mi.studies import study as studies
+from alignblind_mi.studies import config as studies, parts as study_parts_of
 from alignblind_mi.studies.single import bias_parts, measure_parts
 
 N_LAYERS = 8
@@ -422,7 +425,7 @@ def test_rows_of_another_version_are_named(tmp_path):
 def test_the_expected_parts_are_those_that_a_study_computes(monkeypatch, race, cue, quick):
     monkeypatch.setattr(studies, "load_config", lambda spec: SimpleNamespace(num_hidden_layers=N_LAYERS))
     config = studies.StudyConfig(ModelSpec("some/base"), ModelSpec("some/aligned"), cue=cue, quick=quick)
-    wanted = [part.name for part in studies.study_parts(config, race)]
+    wanted = [part.name for part in study_parts_of.study_parts(config, race)]
     assert expected_parts({"cue": cue, "quick": quick}, race, N_LAYERS) == wanted
 
 
@@ -434,7 +437,7 @@ def test_names_and_texts_are_escaped(tmp_path):
 
 @pytest.mark.parametrize(("value", "shown"), [(0.18812, "+0.19"), (-0.022, "−0.022"), (0, "0.0"), (12.34, "+12.3"), (float("nan"), "–")])
 def test_signed_numbers(value, shown):
-    assert report.signed(value) == shown
+    assert signed(value) == shown
 
 
 @pytest.mark.parametrize(("name", "title"), [
@@ -450,5 +453,5 @@ def test_a_folder_of_a_verb_that_measures_one_model_has_no_page(tmp_path):
     config = replace(studies.StudyConfig.create("organism:aligned", "organism:aligned", quick=True), balanced_pairs=1)
     measure_parts(config, tmp_path / "bias", bias_parts(config))
     with pytest.raises(ResultError, match=r"one verb measured on one model \(balanced_model\), and no study"):
-        report.write_report(tmp_path / "bias")
+        write_report(tmp_path / "bias")
     assert not (tmp_path / "bias" / "report.html").exists()

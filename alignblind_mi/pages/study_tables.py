@@ -1,0 +1,266 @@
+"""The tables of a study's report: saved rows -> summaries with n, interval and invalid share. Does NOT know how a table is shown."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from alignblind_mi.borders.reading import is_file, read_object
+from alignblind_mi.errors import ResultError
+from alignblind_mi.measures.awareness import n_readings, readings_of, selfie_table, summarise_readings
+from alignblind_mi.measures.mitigation import comparison_table, steering_names
+from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
+from alignblind_mi.pages.saved_study import ROLES, Study
+from alignblind_mi.statistics.paired import corrected, paired_differences
+from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise, t_interval
+from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
+from alignblind_mi.studies.parts import INSTRUMENTS
+
+QUESTION = "paper"    # the interpretation question that treatments are compared with
+POOLED = "pooled"
+
+
+def behaviour_table(study: Study) -> pd.DataFrame:
+    """One row per role, kind and category (and pooled), published design: counts, rate, intervals, bounds, mean log-odds."""
+    rows = study.rows(f"behaviour_{role}" for role in ROLES)
+    table = summarised(rows, ("role", "kind", "category"), study)
+    pooled = summarised(rows, ("role", "kind"), study).assign(category=POOLED)
+    return _ordered(pd.concat([table, pooled], ignore_index=True), kind=("implicit", "explicit"),
+                    category=(*study.concept.categories, POOLED), role=ROLES)
+
+
+def position_table(study: Study) -> pd.DataFrame:
+    """One row per design, role and template: association beside position; in the published design they cannot be told apart."""
+    rows = study.rows(f"{design}_{role}" for design in ("balanced", "behaviour") for role in ROLES)
+    table = position_effect(rows, by=("design", "role"))
+    table["invalid_share"] = 1 - table["valid"] / table["n"]
+    return _ordered(table, design=("balanced", "published"), template=[template.name for template in study.concept.implicit], role=ROLES)
+
+
+def curves_table(study: Study) -> pd.DataFrame:
+    """One row per question, role, sense and source layer: mean change of the sense word's probability, its interval, n readings."""
+    rows = readings_in(study)
+    records = []
+    for (question, role, layer), group in rows.groupby(["interpretation", "role", "layer"], sort=False):
+        for side, sense in (("group", study.concept.group_sense), ("other", study.concept.other_sense)):
+            low, high = t_interval(group[f"d_{side}"].to_numpy(float), group["context"].to_numpy())
+            records.append({"question": question, "role": role, "sense": sense, "word": study.concept.senses[sense].word, "layer": layer,
+                            "n": len(group), "mean": group[f"d_{side}"].mean(), "low": low, "high": high,
+                            "unpatched": group[f"base_{side}"].mean()})
+    return pd.DataFrame.from_records(records)
+
+
+def scores_table(study: Study) -> pd.DataFrame:
+    """One row per question, role and control (none first): r_blind with interval, n readings and the unpatched probabilities."""
+    records = []
+    for (question, role, control), group in _all_readings(study).groupby(["interpretation", "role", "control"], sort=False):
+        low, high = t_interval(group["blind"].to_numpy(float), group["context"].to_numpy())
+        records.append({"question": question, "role": role, "control": control, "n": n_readings(group), "layers": group["layer"].nunique(),
+                        "r_blind": group["blind"].mean(), "low": low, "high": high, "d_group": group["d_group"].mean(),
+                        **{name: group[name].mean() for name in ("d_other", "base_group", "base_other")}})
+    return pd.DataFrame.from_records(records)
+
+
+def _instrument_rows(study: Study) -> pd.DataFrame:
+    """Readings by every instrument: the patchscope's first question and the parts `reading_*`, with a column `panel`."""
+    names = [f"awareness_{role}_{QUESTION}" for role in ROLES]
+    names += [f"reading_{name}_{role}" for name in INSTRUMENTS for role in ROLES]
+    rows = study.rows(names)
+    return rows.assign(panel=rows["instrument"].str.replace("_", " "))
+
+
+def instruments_table(study: Study) -> pd.DataFrame:
+    """One row per instrument, role and control: mean reading (-1 the group sense, 1 the other) with its interval, n readings."""
+    return summarise_readings(_instrument_rows(study), by=("panel", "role", "control"))
+
+
+def instrument_layers_table(study: Study) -> pd.DataFrame:
+    """One row per instrument, role and layer: mean reading with its interval, n readings (no controls)."""
+    return summarise_readings(readings_of(_instrument_rows(study)), by=("panel", "role", "layer"))
+
+
+def open_readings_table(study: Study) -> pd.DataFrame:
+    """One row per role and control: how many open-ended readings were of each sense or none, with shares and exact intervals."""
+    return selfie_table(study.rows(f"reading_selfie_{role}" for role in ROLES), study.concept, by=("role", "control"))
+
+
+def probes_table(study: Study) -> pd.DataFrame:
+    """One row per role and layer: accuracy of the sense probe on sentences it was not trained on, beside its control probes."""
+    rows = readings_of(study.rows(f"reading_probes_{role}" for role in ROLES))
+    shown = [name for name in ("tested", "accuracy", "accuracy_low", "accuracy_high", "accuracy_shuffled", "accuracy_untrained",
+                               "selectivity") if name in rows]
+    return rows.drop_duplicates(["role", "layer"])[["role", "layer", *shown]].reset_index(drop=True)
+
+
+def steering_table(study: Study) -> pd.DataFrame:
+    """Implicit answers: the untreated row, then one row per sense or control and window of layers, by the window's first layer."""
+    rows = study.rows(["behaviour_aligned", *steering_parts(study)])
+    table = summarised(rows[rows["kind"] == "implicit"], ("family", "sense", "layers"), study)
+    table["start"] = [int(layers.split("-")[0]) if layers else -1 for layers in table["layers"]]
+    return _ordered(table, sense=("", *steering_names(study.concept)), start=sorted(table["start"].unique()))
+
+
+def lora_table(study: Study) -> pd.DataFrame:
+    """Implicit and explicit answers: the untreated aligned model, then each layer group that was fine-tuned."""
+    rows = study.rows(["behaviour_aligned", *lora_parts(study)])
+    table = summarised(rows, ("treatment", "kind"), study)
+    table.insert(1, "label", [name.removeprefix("lora_") for name in table["treatment"]])
+    return table
+
+
+def training_table(study: Study) -> pd.DataFrame:
+    """What each adapter's training.json says: layers, examples, parameters, losses, seconds."""
+    records = []
+    for group in LAYER_GROUPS:
+        note = study.folder / "adapters" / f"lora_{group}" / "training.json"
+        if is_file(note):
+            needs = ("layers", "loss", "examples", "examples_dropped", "parameters", "seconds")
+            found = read_object(note, "", ResultError, needs=needs, advice="delete its folder to train the adapter anew")
+            losses = found.get("losses") or [math.nan]
+            records.append({"group": group, "layers": layers_text(found["layers"]), "first_loss": losses[0],
+                            "last_loss": losses[-1], "mean_loss": found["loss"], **{key: found[key] for key in (
+                                "examples", "examples_dropped", "parameters", "seconds")}})
+    return pd.DataFrame.from_records(records)
+
+
+def treatments_table(study: Study) -> pd.DataFrame:
+    """One row per model and treatment that has both answers and readings: see `comparison_table`, with labels."""
+    treated = [name for name in (*steering_parts(study), *lora_parts(study)) if study.has(f"{name}_awareness")]
+    rows = []
+    for role, names in (("base", []), ("aligned", treated)):
+        answers = study.rows([f"behaviour_{role}", *names])
+        readings = study.rows([f"awareness_{role}_{QUESTION}", *(f"{name}_awareness" for name in names)])
+        if len(answers) and len(readings):
+            table = comparison_table(answers, readings, seed=study.config["seed"])
+            about = answers.drop_duplicates("treatment").set_index("treatment")
+            table.insert(0, "label", [_label(study, role, name, about.loc[name]) for name in table["treatment"]])
+            rows.append(table)
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+
+def audit_table(study: Study) -> pd.DataFrame:
+    """Claim -> estimate -> interval -> controls -> revision: what alignment did, and whether each treatment lowers implicit bias.
+
+    Placebos of a steering window are those that were steered in it; LoRA has none in a study (`alignblind compare` trains one).
+    """
+    revision = _revision(study)
+    aligned, base = study.rows(["behaviour_aligned"]), study.rows(["behaviour_base"]).assign(treatment="base")
+    readings = [study.rows([f"awareness_base_{QUESTION}"]).assign(treatment="base"), study.rows([f"awareness_aligned_{QUESTION}"])]
+    read = pd.concat([readings_of(part) for part in readings if len(part)]) if all(map(len, readings)) else pd.DataFrame()
+    records = alignment_claims(pd.concat([base, aligned]), read, revision) if len(base) else []
+    treated = study.rows([*steering_parts(study), *lora_parts(study)])
+    if len(treated):
+        records += _treatment_claims(study, pd.concat([aligned, treated]), revision)
+    return pd.DataFrame.from_records(records)
+
+
+def _treatment_claims(study: Study, answers: pd.DataFrame, revision: str) -> list[dict[str, Any]]:
+    """A claim of each compared window and each adapter."""
+    implicit = answers[answers["kind"] == "implicit"]
+    about = {str(name): rows.iloc[0] for name, rows in implicit.groupby("treatment", sort=False)}
+    wanted = [name for name, row in about.items() if row.get("family") == "lora"
+              or (row.get("family") == "steering" and row["layers"] in study.compared)]
+    kept = implicit[implicit["treatment"].isin(["untreated", *wanted])]
+    differences = rows_by(corrected(paired_differences(kept, by=("kind",)))) if wanted else {}
+    out = []
+    for name in wanted:
+        layers = str(about[name]["layers"])
+        placebos = [other for other, row in about.items() if row.get("family") == "placebo" and row["layers"] == layers]
+        row = differences[name]
+        more = max(_invalid(answers, name, kind) - _invalid(answers, "untreated", kind) for kind in ("implicit", "explicit"))
+        out.append(treatment_claim(implicit, name, row, placebos if about[name]["family"] == "steering" else [], more, revision,
+                                   label=_label(study, "aligned", name, about[name])))
+    return out
+
+
+def _invalid(answers: pd.DataFrame, treatment: str, kind: str) -> float:
+    """The share of invalid answers; 0 where none of the kind was asked."""
+    outcomes = answers.loc[(answers["treatment"] == treatment) & (answers["kind"] == kind), "outcome"]
+    return float((outcomes == "invalid").mean()) if len(outcomes) else 0.0
+
+
+def methods_paragraph(study: Study) -> str:
+    """A paragraph that a paper can start from; empty for a study without the aligned model's answers."""
+    if not study.has("behaviour_aligned"):
+        return ""
+    rows, note = study.rows(["behaviour_aligned"]), study.parts["behaviour_aligned"].provenance
+    opening = methods_opening(study.config, rows[rows["kind"] == "implicit"], _revision(study), "each in the order of the paper",
+                              read=len(readings_in(study)) > 0)
+    said = "Steering replaces the identifiers' residual stream in windows of layers, beside placebo phrases. "
+    steered = said if steering_parts(study) else ""
+    return (f"{opening}{study.config['base']['name']} was asked the same. Differences are paired by item, with intervals clustered over "
+            "word pairs and templates (Cameron, Gelbach and Miller, 2011), exact where counts are small, and p-values corrected after "
+            f"Holm (1979). {steered}"
+            f"{software(note.get('versions', {}))}")
+
+
+def _revision(study: Study) -> str:
+    """The weights of the aligned model."""
+    return str(study.config.get("aligned_revision") or "not recorded")
+
+
+def summarised(rows: pd.DataFrame, by: Sequence[str], study: Study) -> pd.DataFrame:
+    """`summarise` with the mean log-odds of each group and its clustered interval (NaN for explicit answers)."""
+    seed = int(study.config["seed"])
+    groups = [group for _, group in rows.groupby(list(by), sort=False, dropna=False)]
+    means = [group["log_odds"].mean() for group in groups]
+    ends = [_interval(group, "log_odds", ("word_pair", "template"), study) for group in groups]
+    table = pd.concat([summarise(group, by=by, seed=seed) for group in groups], ignore_index=True)
+    return table.assign(log_odds=means, log_odds_low=[low for low, _ in ends], log_odds_high=[high for _, high in ends])
+
+
+def _interval(rows: pd.DataFrame, column: str, clusters: Sequence[str], study: Study) -> tuple[float, float]:
+    if rows[column].isna().any():
+        return math.nan, math.nan
+    labels = [rows[name].to_numpy() for name in clusters]
+    low, high = mean_interval(rows[column].to_numpy(float), labels, seed=int(study.config["seed"]))
+    return low, high
+
+
+def _ordered(table: pd.DataFrame, **orders: Sequence[Any]) -> pd.DataFrame:
+    """The table sorted by columns whose values have an order of their own."""
+    ranks = {name: {value: i for i, value in enumerate(order)} for name, order in orders.items()}
+    keys = pd.DataFrame({name: table[name].map(rank) for name, rank in ranks.items()})
+    return table.loc[keys.sort_values(list(orders), kind="stable").index].reset_index(drop=True)
+
+
+def _all_readings(study: Study) -> pd.DataFrame:
+    """Readings of both models by every question, and their controls."""
+    return study.rows(f"awareness_{role}_{question}" for question in study.concept.interpretations for role in ROLES)
+
+
+def readings_in(study: Study) -> pd.DataFrame:
+    """Readings of both models by every question, without controls."""
+    rows = _all_readings(study)
+    return readings_of(rows) if len(rows) else rows
+
+
+def steering_parts(study: Study) -> list[str]:
+    """The finished parts in which the identifiers were steered, sense by sense."""
+    return [name for sense in (steering_names(study.concept) if study.steered else []) for name in sorted(study.parts)
+            if name.startswith(f"steering_{sense}_") and not name.endswith("_awareness")]
+
+
+def lora_parts(study: Study) -> list[str]:
+    """The finished parts with an adapter."""
+    return [f"lora_{group}" for group in LAYER_GROUPS if study.has(f"lora_{group}")]
+
+
+def _label(study: Study, role: str, treatment: str, about: pd.Series) -> str:
+    if about["family"] == "untreated":
+        return role if role == "base" else f"{role}, untreated"
+    if about["family"] == "lora":
+        return "LoRA " + treatment.removeprefix("lora_")
+    what = "steering" if about["family"] == "steering" else "placebo"
+    return f"{what}: {about['sense']}, {study.compared.get(about['layers'], 'layers')} {layer_range(about['layers'])}"
+
+
+def layer_range(layers: str) -> str:
+    """Layers as a page writes them: 1–3."""
+    return layers.replace("-", "–")
+
+
+def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as dictionaries, for a template."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
