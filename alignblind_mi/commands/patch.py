@@ -29,8 +29,8 @@ def patch(
     from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables, strongest_places
 
     config = configured(asked, asking, loading)
-    (result,) = measure_parts(config, out, patch_parts(config, listed(parts), swap=swap, max_word_pairs=max_word_pairs))
-    tables = patch_tables(result.rows)
+    results = measure_parts(config, out, patch_parts(config, listed(parts), swap=swap, max_word_pairs=max_word_pairs))
+    result, tables = results[0], patch_tables(results)
     if as_json:
         print_json(tagged(tables, result.provenance, config.seed))
         return

@@ -23,6 +23,7 @@ from alignblind_mi.instruments.patching import MIN_DIFFERENCE, PLACE, Case, Patc
 from alignblind_mi.models.edits import Site, Sites
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.tokens import place
+from alignblind_mi.progress import counted
 
 EMBEDDING: Where = (-1, "resid_post")
 
@@ -40,16 +41,18 @@ def attribution_patching(model: HookedModel, pairs: Pairs, sites: Sites, *, dire
     """
     pairs, sites = many(pairs), many(sites)
     records: list[dict[str, object]] = []
-    for i, case in enumerate(cases(model, pairs, direction)):
-        found = patches(case, sites)
-        source, target = _both_runs(model, case, {_where(patch.site) for patch in found}, steps)
-        other = float(log_odds(model, [case.sources[""]], [case.pair.answers])[0])
-        clean, corrupt = (other, target.log_odds) if direction == "denoise" else (target.log_odds, other)
-        difference = other - target.log_odds
-        for patch in found:
-            moved = float(_products(model, patch, source, target).sum())
-            records.append({**label(model, i, case, patch), "clean": clean, "corrupt": corrupt, "attribution": moved,
-                            "effect_estimate": moved / difference if abs(difference) >= min_difference else float("nan")})
+    with counted("attribution", len(pairs), "pairs") as advance:
+        for i, case in enumerate(cases(model, pairs, direction)):
+            found = patches(case, sites)
+            source, target = _both_runs(model, case, {_where(patch.site) for patch in found}, steps)
+            other = float(log_odds(model, [case.sources[""]], [case.pair.answers])[0])
+            clean, corrupt = (other, target.log_odds) if direction == "denoise" else (target.log_odds, other)
+            difference = other - target.log_odds
+            for patch in found:
+                moved = float(_products(model, patch, source, target).sum())
+                records.append({**label(model, i, case, patch), "clean": clean, "corrupt": corrupt, "attribution": moved,
+                                "effect_estimate": moved / difference if abs(difference) >= min_difference else float("nan")})
+            advance(1)
     return pd.DataFrame.from_records(records)
 
 
@@ -93,11 +96,13 @@ def unit_attribution(model: HookedModel, pairs: Pairs, mark: str | tuple[str, in
     pairs, layers = many(pairs), range(model.n_layers) if layers is None else many(layers)
     sites = grid_sites(layers, [mark], [stream])
     total = torch.zeros(len(sites), model.n_units(sites[0].layer, stream))
-    for case in cases(model, pairs, direction):
-        found = patches(case, sites)
-        source, target = _both_runs(model, case, {_where(site) for site in sites}, steps)
-        products = torch.stack([_products(model, patch, source, target).sum(0) for patch in found])
-        total += products.view(*total.shape, -1).sum(-1)
+    with counted("attribution", len(pairs), "pairs") as advance:
+        for case in cases(model, pairs, direction):
+            found = patches(case, sites)
+            source, target = _both_runs(model, case, {_where(site) for site in sites}, steps)
+            products = torch.stack([_products(model, patch, source, target).sum(0) for patch in found])
+            total += products.view(*total.shape, -1).sum(-1)
+            advance(1)
     return total / len(pairs)
 
 

@@ -18,6 +18,7 @@ from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.blocks import unembed
 from alignblind_mi.models.edits import EditError, Site
 from alignblind_mi.models.model import HookedModel
+from alignblind_mi.progress import counted
 from alignblind_mi.stimuli.prompts import Prompt, Prompts, Span, as_prompts
 
 HELD_OUT = 5    # every fifth token position is kept from the training of translators, to see what they have gained
@@ -143,13 +144,15 @@ def train_translators(model: HookedModel, prompts: Prompts, *, layers: AnyLayers
     weight, bias = (torch.zeros(shape, requires_grad=True) for shape in ((len(layers), model.d_model, model.d_model),
                                                                         (len(layers), model.d_model)))
     optimiser = torch.optim.Adam([weight, bias], lr=learning_rate)
-    for _ in range(steps):
-        index = train[torch.randint(len(train), (min(batch, len(train)),), generator=order)]
-        optimiser.zero_grad()
-        final = _answers(model, streams.final[index])
-        for j in range(len(layers)):    # layer by layer: the vocabulary exists for one of them at a time
-            (_divergence(model, streams.resid[index, j], final, weight[j], bias[j]).mean() / len(layers)).backward()
-        optimiser.step()
+    with counted("training translators", steps, "steps") as advance:
+        for _ in range(steps):
+            index = train[torch.randint(len(train), (min(batch, len(train)),), generator=order)]
+            optimiser.zero_grad()
+            final = _answers(model, streams.final[index])
+            for j in range(len(layers)):    # layer by layer: the vocabulary exists for one of them at a time
+                (_divergence(model, streams.resid[index, j], final, weight[j], bias[j]).mean() / len(layers)).backward()
+            optimiser.step()
+            advance(1)
     chosen = torch.nonzero(held)[:, 0]
     with torch.no_grad():
         before, after = (torch.stack([_held_out(model, streams, chosen, j, scale * weight[j], scale * bias[j], batch)

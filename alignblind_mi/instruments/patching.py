@@ -23,6 +23,7 @@ from alignblind_mi.instruments.contrast import Pair, Pairs, PatchError
 from alignblind_mi.models.edits import LAST, Edit, Row, Site, Sites, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.tokens import Encoded
+from alignblind_mi.progress import counted
 from alignblind_mi.statistics.rates import mean_interval
 from alignblind_mi.stimuli.prompts import Prompt, Span
 
@@ -184,15 +185,17 @@ def patch_grid(model: HookedModel, pairs: Pairs, sites: Sites, *, direction: str
     size = _pairs_at_once(model, found, 1 + len(controls))
     records: list[dict[str, object]] = []
     told = 0
-    for start in range(0, len(every), size):
-        some = range(start, min(start + size, len(every)))
-        made = _measured(model, [every[i] for i in some], [found[i] for i in some], controls, seed)
-        for i, case, (clean, corrupt), scores in zip(some, *made, strict=True):
-            records += [{**label(model, i, case, patch), "control": control, **outcome(odds, clean, corrupt, direction, min_difference)}
-                        for patch, control, odds in scores]
-        if progress is not None:
-            progress(len(records) - told)
-            told = len(records)
+    with counted(f"patching ({direction})", len(every), "pairs") as advance:
+        for start in range(0, len(every), size):
+            some = range(start, min(start + size, len(every)))
+            made = _measured(model, [every[i] for i in some], [found[i] for i in some], controls, seed)
+            for i, case, (clean, corrupt), scores in zip(some, *made, strict=True):
+                records += [{**label(model, i, case, patch), "control": control,
+                             **outcome(odds, clean, corrupt, direction, min_difference)} for patch, control, odds in scores]
+            advance(len(some))
+            if progress is not None:
+                progress(len(records) - told)
+                told = len(records)
     return pd.DataFrame.from_records(records)
 
 

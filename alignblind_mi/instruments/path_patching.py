@@ -21,6 +21,7 @@ from alignblind_mi.instruments.contrast import Pairs, PatchError
 from alignblind_mi.instruments.patching import MIN_DIFFERENCE, Case, cases, outcome
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.tokens import TokenRow
+from alignblind_mi.progress import counted
 
 COMPONENTS = ("q", "k", "v")
 Head = tuple[int, int]
@@ -47,18 +48,20 @@ def path_patch(model: HookedModel, pairs: Pairs, senders: Sequence[Head], *, rec
             raise PatchError(f"head {head} of layer {layer} does not exist: {model.spec.name} has {model.n_units(layer, 'z')} heads there.")
     pairs = many(pairs)
     records: list[dict[str, object]] = []
-    for i, case in enumerate(cases(model, pairs, direction)):
-        found, source, target = _both_answers(model, case, senders, component)
-        clean, corrupt = (source, target) if direction == "denoise" else (target, source)
-        about = {"model": model.spec.name, "treatment": model.treatment.name, "pair": str(i), **case.pair.labels, "direction": direction,
-                 "component": component}
-        for (layer, head), odds in zip(senders, found, strict=True):
-            records += [{**about, "sender_layer": layer, "sender_head": head, "layer": at, "head": other,
-                         **outcome(float(odds[at, other]), clean, corrupt, direction, min_difference)}
-                        for at in range(layer + 1, odds.shape[0]) for other in range(odds.shape[1])
-                        if receivers is None or (at, other) in receivers]
-        if progress is not None:
-            progress(1)
+    with counted("path patching", len(pairs), "pairs") as advance:
+        for i, case in enumerate(cases(model, pairs, direction)):
+            found, source, target = _both_answers(model, case, senders, component)
+            clean, corrupt = (source, target) if direction == "denoise" else (target, source)
+            about = {"model": model.spec.name, "treatment": model.treatment.name, "pair": str(i), **case.pair.labels,
+                     "direction": direction, "component": component}
+            for (layer, head), odds in zip(senders, found, strict=True):
+                records += [{**about, "sender_layer": layer, "sender_head": head, "layer": at, "head": other,
+                             **outcome(float(odds[at, other]), clean, corrupt, direction, min_difference)}
+                            for at in range(layer + 1, odds.shape[0]) for other in range(odds.shape[1])
+                            if receivers is None or (at, other) in receivers]
+            if progress is not None:
+                progress(1)
+            advance(1)
     return pd.DataFrame.from_records(records)
 
 

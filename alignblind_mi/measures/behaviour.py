@@ -14,6 +14,7 @@ from alignblind_mi.models.decoding import Generation
 from alignblind_mi.models.edits import Row, Treatment, Treatments, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
+from alignblind_mi.progress import counted
 from alignblind_mi.stimuli.answers import judge
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Design, Kind, Prompt, PromptError, Prompts, as_prompts, assignments, behaviour_prompts
@@ -69,11 +70,12 @@ def ask_under(model: HookedModel, concept: Concept, prompts: Prompts, treatments
     prompts, treatments = as_prompts(prompts), many(treatments)
     check_treatments(treatments)
     found: dict[int, pd.DataFrame] = {}
-    for adapter in dict.fromkeys(treatment.adapter for treatment in treatments):
-        some = [i for i, treatment in enumerate(treatments) if treatment.adapter == adapter]
-        view = model.under(Treatment("", adapter=adapter))
-        parts = _ask_together(view, concept, prompts, [treatments[i] for i in some], decoding, progress, partial)
-        found |= dict(zip(some, parts, strict=True))
+    with counted(f"asking {model.spec.name}", len(prompts) * len(treatments)):
+        for adapter in dict.fromkeys(treatment.adapter for treatment in treatments):
+            some = [i for i, treatment in enumerate(treatments) if treatment.adapter == adapter]
+            view = model.under(Treatment("", adapter=adapter))
+            parts = _ask_together(view, concept, prompts, [treatments[i] for i in some], decoding, progress, partial)
+            found |= dict(zip(some, parts, strict=True))
     return pd.concat([found[i] for i in range(len(treatments))], ignore_index=True)
 
 

@@ -16,6 +16,7 @@ from alignblind_mi.mitigations.steering import layer_windows, sense_steering
 from alignblind_mi.models.edits import Treatment, Treatments, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
+from alignblind_mi.progress import counted
 from alignblind_mi.statistics.rates import mean_interval, summarise, t_interval
 from alignblind_mi.stimuli.concept import Concept, Cue
 
@@ -84,12 +85,14 @@ def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, tre
     treatments = many(treatments)
     check_treatments(treatments)
     behaviour, awareness = [], []
-    for treatment in treatments:
-        treated = model.under(treatment)
-        behaviour.append(measure_behaviour(treated, concept, cue, design="published", decoding=decoding, seed=seed,
-                                           max_word_pairs=max_word_pairs))
-        if concept.has_senses(cue):
-            awareness.append(measure_awareness(treated, concept, cue, reading=reading, controls=(), seed=seed))
+    with counted("treatments", len(treatments), "treatments") as advance:
+        for treatment in treatments:
+            treated = model.under(treatment)
+            behaviour.append(measure_behaviour(treated, concept, cue, design="published", decoding=decoding, seed=seed,
+                                               max_word_pairs=max_word_pairs))
+            if concept.has_senses(cue):
+                awareness.append(measure_awareness(treated, concept, cue, reading=reading, controls=(), seed=seed))
+            advance(1)
     readings = pd.concat(awareness, ignore_index=True) if awareness else pd.DataFrame(columns=["model", "treatment"])
     return Comparison(pd.concat(behaviour, ignore_index=True), readings)
 

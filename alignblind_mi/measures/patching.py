@@ -24,6 +24,7 @@ from alignblind_mi.instruments.patching import (
 )
 from alignblind_mi.models.edits import Site
 from alignblind_mi.models.model import HookedModel
+from alignblind_mi.progress import counted
 from alignblind_mi.stimuli.concept import Concept, Cue
 
 PARTS = ("residual", "added", "heads", "screen")
@@ -68,13 +69,15 @@ def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, sw
     layers = range(model.n_layers) if layers is None else many(layers)
     grids = _grids(model, parts, layers, marks or MARKS[swap], HEAD_MARKS[swap], controls)
     found = []
-    for direction in directions:
-        rows = pd.concat([patch_grid(model, pairs, sites, direction=direction, controls=some, seed=seed, progress=progress)
-                          for sites, some in grids], ignore_index=True)
-        if "screen" in parts:
-            screen = attribution_patching(model, pairs, [site for sites, _ in grids for site in sites], direction=direction, steps=steps)
-            rows = _with_screen(rows, screen)
-        found.append(rows)
+    with counted("patching", len(pairs) * len(directions) * (len(grids) + ("screen" in parts)), "pairs"):
+        for direction in directions:
+            rows = pd.concat([patch_grid(model, pairs, sites, direction=direction, controls=some, seed=seed, progress=progress)
+                              for sites, some in grids], ignore_index=True)
+            if "screen" in parts:
+                every = [site for sites, _ in grids for site in sites]
+                screen = attribution_patching(model, pairs, every, direction=direction, steps=steps)
+                rows = _with_screen(rows, screen)
+            found.append(rows)
     return pd.concat(found, ignore_index=True)
 
 

@@ -27,7 +27,7 @@ from alignblind_mi.models.configs import load_config, load_tokenizer, quiet
 from alignblind_mi.models.edits import Treatment, adapter_name
 from alignblind_mi.models.loading import fingerprint, load_huggingface
 from alignblind_mi.models.spec import ModelSpec
-from alignblind_mi.progress import interruptible
+from alignblind_mi.progress import counted, interruptible
 from alignblind_mi.results import versions
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
-    from alignblind_mi.mitigations.trainer import ResumableTrainer, checkpoints, has_ended, seconds_of, state_of
+    from alignblind_mi.mitigations.trainer import ResumableTrainer, Told, checkpoints, has_ended, seconds_of, state_of
 
     settings = job.settings
     model, tokenizer = load_huggingface(job.spec)
@@ -227,7 +227,9 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
             callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience else [])
         trainer.remove_callback(PrinterCallback)    # losses go to training.json, not to standard output
         if not (done and has_ended(state_of(done[-1]))):
-            trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+            with counted(f"training {job.method}", None, "steps") as advance:
+                trainer.add_callback(Told(advance))
+                trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     seconds, done = trainer.seconds, checkpoints(folder)
     state = state_of(done[-1])
     kept = folder / f"checkpoint-{state.best_global_step}" if data.validation else done[-1]

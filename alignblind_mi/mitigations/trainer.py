@@ -21,6 +21,7 @@ from transformers.trainer_callback import TrainerState
 
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.weights import ADAPTER, pickles_in
+from alignblind_mi.progress import Counter
 
 OPTIMIZER, GENERATORS, STATE = "optimizer.safetensors", "generators.safetensors", "training_state.json"
 WHOLE = "whole.json"    # written last: a checkpoint without it was cut off by a kill
@@ -42,6 +43,21 @@ class Objective(Protocol):
 
     def facts(self, model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
         """What goes into training.json, measured on these batches with the finished adapter."""
+
+
+class Told(TrainerCallback):
+    """Tells a counter of the steps of a training."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter = counter
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        """A training that goes on has some steps behind it."""
+        self.counter.total = state.max_steps - state.global_step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        """One step more."""
+        self.counter(1)
 
 
 class ResumableTrainer(Trainer):

@@ -26,6 +26,7 @@ from alignblind_mi.models.plain import PlainEngine
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.models.tokens import Encoded, Reader, TokenEdit, TokenRow, encode, place, word_ids
 from alignblind_mi.models.twin import Twin
+from alignblind_mi.progress import Advance, counted
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Prompts, as_prompts
 
 M = TypeVar("M", bound="View")
@@ -181,11 +182,11 @@ class View:
     def _over(self, rows: Sequence[TokenRow], room: int | None, work: Callable[[Batch], None], reader: Reader | None = None) -> None:
         """Read all rows in batches and do the work on each; when memory runs out, go on with smaller batches and the rows that are left."""
         left = list(range(len(rows)))
-        with torch.no_grad(), switched(self.peft, self.treatment.adapter):
+        with counted(self.spec.name, len(rows)) as advance, torch.no_grad(), switched(self.peft, self.treatment.adapter):
             while left:
                 done: set[int] = set()
                 try:
-                    self._through({i: rows[i] for i in left}, room, reader, work, done)
+                    self._through({i: rows[i] for i in left}, room, reader, work, done, advance)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -194,14 +195,15 @@ class View:
                     release()
                 left = [i for i in left if i not in done]
 
-    def _through(self, rows: Mapping[int, TokenRow], room: int | None, reader: Reader | None, work: Callable[[Batch], None], done: set[int]
-                 ) -> None:
+    def _through(self, rows: Mapping[int, TokenRow], room: int | None, reader: Reader | None, work: Callable[[Batch], None], done: set[int],
+                 advance: Advance) -> None:
         """One go at some rows. A frame of its own: when it ends, well or not, no batch is held any more."""
         numbers = list(rows)
         for batch in self.engine.batches(list(rows.values()), room, reader):
             index = batch.index = [numbers[i] for i in batch.index]
             work(batch)
             done.update(index)
+            advance(len(index))
             del batch    # its cache goes before the next prompts are read
 
     @alone

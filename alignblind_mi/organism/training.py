@@ -16,6 +16,7 @@ from torch import Tensor
 from alignblind_mi.organism.corpus import Document
 from alignblind_mi.organism.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from alignblind_mi.organism.world import pieces
+from alignblind_mi.progress import counted
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -217,24 +218,26 @@ def train_stage(
     pool = int(settings.steps * settings.batch * 0.9) + 500
     documents = [encode(make_document(), vocabulary, settings.context_weight) for _ in range(pool)]
     smoothed, shown = 0.0, ""
-    for step in range(settings.steps):
-        chosen = sorted(draw.sample(range(pool), settings.batch), key=lambda i: len(documents[i].ids))
-        halves = [collate([documents[i] for i in part]) for part in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :])]
-        total = float(sum(half.weight.sum() for half in halves))
-        decay = max(0.02, 1 - step / settings.steps) if settings.decay else 1.0
-        _set_rates(optimizers, peaks, min(1.0, (step + 1) / WARM_UP_STEPS) * decay)
-        loss = torch.stack([batch_loss(model, half, total=total) for half in halves]).sum()
-        text, extra = loss.item(), extra_loss(step)
-        if extra is not None:
-            loss, shown = loss + extra, f", interchange {extra.item():.3f}"
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        smoothed = text if step == 0 else 0.95 * smoothed + 0.05 * text
-        if step % 50 == 49 or step == settings.steps - 1:
-            progress(f"{settings.name}: step {step + 1} of {settings.steps}, loss {smoothed:.3f}{shown}")
-        if step > WARM_UP_STEPS and smoothed < settings.stop_below:
-            progress(f"{settings.name}: stopped at step {step + 1}, loss {smoothed:.3f}")
-            break
+    with counted(settings.name, settings.steps, "steps") as advance:
+        for step in range(settings.steps):
+            chosen = sorted(draw.sample(range(pool), settings.batch), key=lambda i: len(documents[i].ids))
+            halves = [collate([documents[i] for i in part]) for part in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :])]
+            total = float(sum(half.weight.sum() for half in halves))
+            decay = max(0.02, 1 - step / settings.steps) if settings.decay else 1.0
+            _set_rates(optimizers, peaks, min(1.0, (step + 1) / WARM_UP_STEPS) * decay)
+            loss = torch.stack([batch_loss(model, half, total=total) for half in halves]).sum()
+            text, extra = loss.item(), extra_loss(step)
+            if extra is not None:
+                loss, shown = loss + extra, f", interchange {extra.item():.3f}"
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            smoothed = text if step == 0 else 0.95 * smoothed + 0.05 * text
+            advance(1)
+            if step % 50 == 49 or step == settings.steps - 1:
+                progress(f"{settings.name}: step {step + 1} of {settings.steps}, loss {smoothed:.3f}{shown}")
+            if step > WARM_UP_STEPS and smoothed < settings.stop_below:
+                progress(f"{settings.name}: stopped at step {step + 1}, loss {smoothed:.3f}")
+                break
     return smoothed

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from alignblind_mi.borders.reading import is_file, named, parse_toml, read_text
-from alignblind_mi.borders.settings import Made, path_text, takes
+from alignblind_mi.borders.settings import takes
 from alignblind_mi.borders.texts import html_summary, named_line, one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.concept_check import concept_problems
@@ -260,7 +260,7 @@ def concept_names() -> list[str]:
 
 
 @takes(ConceptError)
-def load_concept(source: Annotated[str | Path, Made(path_text, "a concept's name or the path of its file", str | Path)]) -> Concept:
+def load_concept(source: str | Path) -> Concept:
     """Read a concept by the name of a built-in one or from a TOML file.
 
     Errors: ConceptError if it is unknown, not TOML, or if a field is missing, misspelt or inconsistent: the message names all of them with

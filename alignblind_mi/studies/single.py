@@ -16,7 +16,7 @@ from alignblind_mi.borders.settings import Count, File, Layer, Listed, Names, Se
 from alignblind_mi.borders.writing import refuse_taken
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.instruments.contrast import SWAPS, PatchError
-from alignblind_mi.instruments.patching import CONTROLS, summarise_patching
+from alignblind_mi.instruments.patching import CONTROLS, DIRECTIONS, summarise_patching
 from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.behaviour import ask_under
 from alignblind_mi.measures.mitigation import early_window
@@ -87,23 +87,28 @@ def patch_parts(config: StudyConfig, parts: Names = ("residual",), *, swap: str 
                 ) -> list[Part]:
     """Activation patching of some parts (see `measure_patching`); with `quick` one word pair a category, two places, fewer controls.
 
-    Errors: SingleError for an unknown part, PatchError for an unknown swap.
+    One `Part` a direction and part, so that an interrupted run keeps what is finished; each brings its own rows of the `screen`.
+
+    Errors: SingleError for an unknown part, PatchError for an unknown swap, or the screen alone.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise SingleError(f"unknown part {unknown[0] if unknown else ''!r}. Known: {', '.join(PARTS)}.")
     if swap not in SWAPS:
         raise PatchError(f"unknown swap {swap!r}. Known: {', '.join(SWAPS)}.")
-    pairs = 1 if config.quick else max_word_pairs
-    compute = partial(_patched, config, tuple(parts), swap, pairs)
-    return [Part(f"patching_{swap}_{'-'.join(parts)}_{pairs}_{ROLE}", ROLE, False, compute)]
+    pairs, exact = 1 if config.quick else max_word_pairs, [part for part in PARTS if part in parts and part != "screen"]
+    if not exact:
+        raise PatchError(f"the screen alone is no part to patch: name some of {', '.join(part for part in PARTS if part != 'screen')} too.")
+    screen = [part for part in parts if part == "screen"]
+    return [Part(f"patching_{swap}_{direction}_{'-'.join((part, *screen))}_{pairs}_{ROLE}", ROLE, False,
+                 partial(_patched, config, (part, *screen), direction, swap, pairs)) for direction in DIRECTIONS for part in exact]
 
 
-def _patched(config: StudyConfig, parts: Sequence[str], swap: str, pairs: int, model: HookedModel, advance: Callable[[int], None]
-             ) -> pd.DataFrame:
+def _patched(config: StudyConfig, parts: Sequence[str], direction: str, swap: str, pairs: int, model: HookedModel,
+             advance: Callable[[int], None]) -> pd.DataFrame:
     quick = {"controls": QUICK_CONTROLS, "marks": HEAD_MARKS.get(swap)} if config.quick else {}
-    return measure_patching(model, load_concept(config.concept), config.cue, swap=swap, parts=parts, max_word_pairs=pairs,
-                            seed=config.seed, progress=advance, **quick)    # type: ignore[arg-type]
+    return measure_patching(model, load_concept(config.concept), config.cue, swap=swap, parts=parts, directions=[direction],
+                            max_word_pairs=pairs, seed=config.seed, progress=advance, **quick)    # type: ignore[arg-type]
 
 
 @takes(SingleError)
@@ -155,9 +160,11 @@ def awareness_tables(results: Results) -> dict[str, pd.DataFrame]:
 
 
 @takes(SingleError)
-def patch_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def patch_tables(rows: pd.DataFrame | Results) -> dict[str, pd.DataFrame]:
     """What patches do: `places` (see `summarise_patching`; every direction, control, stream, mark, layer and head) and, of the residual
-    stream at all identifiers, `depth` (see `depth_profile`)."""
+    stream at all identifiers, `depth` (see `depth_profile`). Takes rows, or the results of `patch_parts`."""
+    if not isinstance(rows, pd.DataFrame):
+        rows = pd.concat([result.rows for result in many(rows)], ignore_index=True)
     tables = {"places": summarise_patching(rows, ("model", "treatment", "direction", "control", "stream", "mark", "layer", "head"))}
     if (rows["stream"] == "resid_post").any():
         tables["depth"] = depth_profile(rows, mark="all_identifiers" if (rows["mark"] == "all_identifiers").any() else "identifiers")
