@@ -35,6 +35,15 @@ def test_notebook_runs(path):
     assert all("unpkg.com" not in view.split("CircuitsVis.render(")[-1] for view in views)
 
 
+@pytest.mark.slow
+def test_the_quickstart_shows_the_planted_reading_and_not_its_mean_with_the_controls():
+    cells = nbformat.read(executed.executed(NOTEBOOKS[0]), as_version=4).cells
+    (said,) = [cell.outputs[-1]["data"]["text/plain"] for cell in cells if "measure_awareness" in cell.source]
+    shown = {line.split()[0]: float(line.split()[1]) for line in said.splitlines() if line.startswith("organism:")}
+    assert 0.8 <= shown["organism:aligned"] <= 1    # its gate
+    assert abs(shown["organism:base"]) <= 0.15
+
+
 def a_notebook(folder: Path, code: str) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / "one.ipynb"
