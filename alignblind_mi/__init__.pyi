@@ -41,7 +41,7 @@ from .measures.behaviour import Decoding as Decoding, ask_under as ask_under, me
 from .measures.mitigation import compare_treatments as compare_treatments, early_window as early_window, late_window as late_window
 from .measures.patching import depth_profile as depth_profile, effect_span as effect_span, measure_patching as measure_patching
 from .measures.side_effects import measure_side_effects as measure_side_effects
-from .mitigations.finetuning import choose_layers as choose_layers, trained_treatment as trained_treatment
+from .mitigations.finetuning import trained_treatment as trained_treatment
 from .mitigations.lora import (
     PAPER as PAPER,
     LoraSettings as LoraSettings,
@@ -52,6 +52,7 @@ from .mitigations.lora import (
     placebo_examples as placebo_examples,
     train_lora as train_lora,
 )
+from .mitigations.lora_settings import choose_layers as choose_layers
 from .mitigations.steering import (
     SteeringVectors as SteeringVectors,
     layer_windows as layer_windows,
@@ -87,9 +88,11 @@ from .statistics.power import (
     smallest_difference as smallest_difference,
 )
 from .statistics.rates import position_effect as position_effect, summarise as summarise
-from .stimuli.answers import Outcome as Outcome, judge as judge, judge_explicit as judge_explicit, judge_implicit as judge_implicit
+from .stimuli.agreement import judge_explicit as judge_explicit
+from .stimuli.answers import judge as judge, judge_implicit as judge_implicit
 from .stimuli.concept import Concept as Concept, load_concept as load_concept
 from .stimuli.concept_check import concept_problems as concept_problems
+from .stimuli.outcome import Outcome as Outcome
 from .stimuli.prompts import (
     Prompt as Prompt,
     behaviour_prompts as behaviour_prompts,
@@ -102,7 +105,10 @@ from .stimuli.prompts import (
 from .stimuli.readings import classify as classify, read_interpretations as read_interpretations
 from .studies.comparison import run_comparison as run_comparison
 from .studies.comparison_verdicts import comparison_tables as comparison_tables, read_comparison as read_comparison
+from .studies.config import StudyConfig as StudyConfig, recommended_lora as recommended_lora
 from .studies.doctor import check_up as check_up
+from .studies.parts import Part as Part, study_parts as study_parts
+from .studies.running import load_study as load_study, run_parts as run_parts, run_study as run_study
 from .studies.single import (
     awareness_parts as awareness_parts,
     awareness_tables as awareness_tables,
@@ -111,15 +117,6 @@ from .studies.single import (
     measure_parts as measure_parts,
     patch_parts as patch_parts,
     patch_tables as patch_tables,
-)
-from .studies.study import (
-    Part as Part,
-    StudyConfig as StudyConfig,
-    load_study as load_study,
-    recommended_lora as recommended_lora,
-    run_parts as run_parts,
-    run_study as run_study,
-    study_parts as study_parts,
 )
 from .studies.study_file import read_study_file as read_study_file
 

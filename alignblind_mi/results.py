@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Label = Literal["stereotyped", "reversed", "rejected", "invalid"]
 OUTCOMES: tuple[Label, ...] = ("stereotyped", "reversed", "rejected", "invalid")    # of an answer
+STUDY = "study.json"    # of a results folder: what its rows are of
 LOCK, HOLDER = ".lock", ".running"    # of a study folder: held while a process writes in it; which process that is
 PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")    # made of several names and doses
 LONGEST_PART = 200    # letters
@@ -123,7 +124,7 @@ def json_value(value: Any) -> Any:
 
 def folder_kind(folder: Path) -> str:
     """What a results folder holds by its own note: comparison, calibration, or (anything else) study."""
-    note = folder / "study.json"
+    note = folder / STUDY
     try:
         found = json.loads(note.read_text("utf-8")) if is_file(note) else {}
     except (OSError, ValueError, RecursionError):
@@ -155,7 +156,7 @@ class StudyFolder:
     def open(cls, path: Path, config: Mapping[str, Any]) -> "StudyFolder":
         """Open or begin a folder. Errors: ResultError if it holds another configuration's results, or anything else."""
         if not _is_begun(path, config):
-            write_text(path / "study.json", json.dumps(dict(config), indent=1))
+            write_text(path / STUDY, json.dumps(dict(config), indent=1))
         return cls(path)
 
     @classmethod
@@ -216,7 +217,7 @@ class StudyFolder:
 
 def _is_begun(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether the folder holds a study, of this configuration. Errors: ResultError for another one, or a folder of anything else."""
-    note = path / "study.json"
+    note = path / STUDY
     try:
         if path.exists() and not path.is_dir():
             raise ResultError(f"{path} is not a folder: give another --out.")

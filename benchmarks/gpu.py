@@ -20,8 +20,8 @@ from alignblind_mi.models.decoding import Stop, decode, sampler
 from alignblind_mi.models.embedded import organism_path
 from alignblind_mi.models.engine import Engine
 from alignblind_mi.models.tokens import TokenEdit, TokenRow, place
+from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.forecast import NoText, study_load
-from alignblind_mi.studies.study import StudyConfig
 
 LENGTH, NEW = 64, 40
 

@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi import AlignblindError, StudyConfig, load_concept, load_study, run_parts, study_parts
+from alignblind_mi.errors import ResultError
 from alignblind_mi.pages.page import save_shown
 from alignblind_mi.pages.report import COLUMNS, draw, summary_tables
 from alignblind_mi.pages.saved_study import read_study
-from alignblind_mi.results import ResultError
 
 WITHOUT_SENSES = ("behaviour", "balanced")    # parts that every concept has
 PASSED_ON = ("dtype", "device", "device_map", "quantization", "engine")

@@ -14,7 +14,7 @@ from alignblind_mi import load_concept
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.pages.page import percent, save_shown
 from alignblind_mi.pages.study_tables import POOLED
-from alignblind_mi.studies.study import check_vocabulary
+from alignblind_mi.studies.running import check_vocabulary
 
 SHOWN = ["cue", "kind", "category", "role", "n", "stereotyped", "reversed", "rejected", "invalid", "rate", "low", "high", "cluster_low",
          "cluster_high", "worst", "best"]

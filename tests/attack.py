@@ -412,7 +412,8 @@ def _out_cases(verb: str, option: Any) -> Iterator[Case]:
 
             taken = expect if kind not in ("empty text", "a missing folder") else "either"    # the working folder; one that is made
             writes = () if taken == "refuse" else (named, "=1+1", ".lock", ".running", "study.json")
-            yield Case(verb, option.opts[0], kind, run, taken, named=(named, ".", "=1+1"), writes=writes)
+            here = (".lock", "study.json") if kind == "empty text" else ()
+            yield Case(verb, option.opts[0], kind, run, taken, named=(named, ".", "=1+1"), writes=writes, here=here)
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------------------
@@ -774,7 +775,7 @@ def yaml_cases() -> Iterator[Case]:
     """A study file with a bad value of every setting, and files that are none."""
     from attack_inputs import DEEP, MISSING, TEXT, study_yaml
 
-    from alignblind_mi.studies.study import StudyConfig
+    from alignblind_mi.studies.config import StudyConfig
 
     def case(
         verb: str, label: str, write: Callable[[Place], str | bytes], expect: str = "refuse", named: tuple[str, ...] = ("thestudy",)

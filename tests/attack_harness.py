@@ -74,6 +74,7 @@ class Case:
     named: tuple[str, ...] = ()
     codes: tuple[int, ...] = (2,)
     writes: tuple[str, ...] = ()  # in the case's folder: what may be changed there though it was there before
+    here: tuple[str, ...] = ()  # in the working folder: what may be new
     on_stdout: bool = False  # problems are listed on standard output
     limit: float | None = None
 
@@ -337,7 +338,8 @@ def _judge_files(ending: Ending, place: Place, before: dict[str, str], watched: 
     if mine:
         ending.fault("files", "; ".join(shown(one, 120) for one in mine[:4]))
     for folder, earlier in zip(watched, shared, strict=True):
-        elsewhere = changes(earlier, snapshot(folder, digest=False))
+        found = changes(earlier, snapshot(folder, digest=False))
+        elsewhere = [one for one in found if one not in [f"{name} is new" for name in case.here]]
         if elsewhere:
             ending.fault("files", f"in {folder.name}: " + "; ".join(shown(one, 120) for one in elsewhere[:4]))
 
@@ -457,7 +459,7 @@ def names_of(value: str) -> tuple[str, ...]:
     """Ways in which a sentence may say a value: itself, as Python or escapes write it, as a number; of a long one its beginning."""
     found = [value, repr(value)[1:-1], shown(value, 10_000), value.removeprefix("organism:")]
     found += [repr(value.removeprefix("organism:"))[1:-1]]
-    found += [part for part in value.split(",") if part] if "," in value else []
+    found += [part for one in value.split(",") if (part := one.strip("()[] "))] if "," in value else []    # a list, or one of its members
     found += [value[value.index("-") :]] if value[:1].isdigit() and "-" in value else []    # typer reads 0-9 as -9
     with contextlib.suppress(ValueError):
         found.append(repr(float(value)))

@@ -27,6 +27,15 @@ SHARE: tuple[Any, ...] = (*REAL, 2.0)
 TEXT: tuple[Any, ...] = ("abc", "a\0b", "\ud800x", "a\nb", "[/]", "../x", "x" * 5000, 7, None, b"x", [])
 SEED: tuple[Any, ...] = (NAN, -1, BIG, HUGE, "abc", None, 1.5)  # of settings
 DRAWN: tuple[Any, ...] = (NAN, "abc", None, 1.5)  # of a function that makes a text of its seed: any whole number will do
+# Where names are asked for, one text alone is a list of one (`settings.Names`), never its letters: these are right, and "abc" is not.
+ALONE = {
+    "by": "model",
+    "kinds": "implicit",
+    "parts": "residual",
+    "directions": "denoise",
+    "controls": "random",
+    "positions": "identifiers",
+}
 WRONG_TYPE = 3  # what stands in the place of an exit code for a type error of the call's own
 
 Call = Callable[[], Any]
@@ -51,7 +60,8 @@ def act(call: Call) -> int:
 
 def _without_ours(said: str) -> str:
     """A message in which what we gave ourselves is harmless: an exception repeats a value as it is, whoever shows it makes it printable."""
-    return re.sub(r"([x9])\1{200,}", r"\1...", said).replace("odd\nline", "odd line").replace("a\nb", "a b").replace("\0", "NUL")
+    short = re.sub(r"(([x9])\2{11})\2{200,}", r"\1...", said)    # as much as `names_of` looks for is left
+    return short.replace("odd\nline", "odd line").replace("a\nb", "a b").replace("\0", "NUL")
 
 
 class Attack:
@@ -477,7 +487,7 @@ def file_cases(to: Attack) -> None:
     from alignblind_mi.borders.writing import write_bytes, write_text
     from alignblind_mi.pages.report import write_report
     from alignblind_mi.pages.scoring import score
-    from alignblind_mi.studies.study import StudyConfig
+    from alignblind_mi.studies.config import StudyConfig
 
     frame = pd.DataFrame({"a": [1]})
     readers: dict[str, Callable[[Path], Any]] = {
@@ -611,7 +621,7 @@ def file_cases(to: Attack) -> None:
                 value,
                 lambda place, name=name, value=value: lambda: score([place.inputs / "released.json"], **{name: value}),
                 named=() if not isinstance(value, str) else None,
-                expect="refuse",
+                expect="either" if (name, value) == ("by", ALONE["by"]) else "refuse",
             )
     _config_cases(to, StudyConfig, {"run_study": run_study, "run_comparison": run_comparison})
 
@@ -705,7 +715,7 @@ def model_cases(to: Attack) -> None:
         train_translators,
         train_unlearning,
     )
-    from alignblind_mi.mitigations.lora import LoraSettings
+    from alignblind_mi.mitigations.lora_settings import LoraSettings
 
     race = load_concept("race")
     prompts = implicit_prompts(race, "default", max_word_pairs=1)[:2]
@@ -773,7 +783,7 @@ def model_cases(to: Attack) -> None:
     on("generate", "max_new_tokens", WHOLE, lambda m, v, p: m.generate(rows, v), stage="full")
     on("generate", "temperature", REAL, lambda m, v, p: m.generate(rows, 1, temperature=v), stage="full")
     on("generate", "seed", DRAWN, lambda m, v, p: m.generate(rows, 1, temperature=1.0, seed=v), stage="full")
-    on("generate", "stop", ([""], [7], 7, "abc"), lambda m, v, p: m.generate(rows, 1, stop=v), stage="full")
+    on("generate", "stop", ([""], [7], 7, "abc"), lambda m, v, p: m.generate(rows, 1, stop=v), stage="full", sound=("abc",))
     on("generate", "draws", ([], ["a"], 7, ["a", "a"]), lambda m, v, p: m.generate(rows, 1, draws=v), stage="full", sound=(["a", "a"],))
     on(
         "generate",
@@ -829,6 +839,7 @@ def model_cases(to: Attack) -> None:
         ("implicit", (), ("abc",), ("implicit", "implicit"), 7),
         lambda m, v, p: measure_behaviour(m, race, "default", kinds=v, max_word_pairs=1, decoding=Decoding(max_new_tokens=1)),
         stage="full",
+        sound=(ALONE["kinds"],),
     )
     on("measure_behaviour", "design", ("abc", "", 7), lambda m, v, p: measure_behaviour(m, race, "default", design=v, max_word_pairs=1))
     on("measure_behaviour", "max_word_pairs", (0, -1, NAN, "abc"), lambda m, v, p: measure_behaviour(m, race, "default", max_word_pairs=v))
@@ -862,6 +873,7 @@ def model_cases(to: Attack) -> None:
         (("abc",), "random", 7),
         lambda m, v, p: measure_awareness(m, race, "default", controls=v),
         stage="full",
+        sound=(ALONE["controls"],),
     )
     on(
         "measure_awareness",
@@ -917,6 +929,7 @@ def model_cases(to: Attack) -> None:
                 m, race, "default", **{"parts": ("residual",), "max_word_pairs": 1, "layers": (0,), "controls": (), name: v}
             ),
             stage="full",
+            sound=(ALONE[name],) if name in ALONE else (),
         )
     for name, values in {
         "layer": (99, -1, NAN),
@@ -971,7 +984,13 @@ def model_cases(to: Attack) -> None:
         "strength": (NAN, INF, -INF, "abc", None, 1e300, 1e39),
         "positions": (("abc",), ("identifiers", "identifiers"), ("prompt", "last"), "identifiers", ("",)),
     }.items():
-        on("SteeringVectors.treatment", name, values, lambda m, v, p, name=name: vectors(p).treatment(**{name: v}))
+        on(
+            "SteeringVectors.treatment",
+            name,
+            values,
+            lambda m, v, p, name=name: vectors(p).treatment(**{name: v}),
+            sound=(ALONE[name],) if name in ALONE else (),
+        )
     on("noise_like", "seed", DRAWN, lambda m, v, p: noise_like(vectors(p).treatment(), seed=v))
     on("combine", "treatments", ((Treatment("a", adapter="x"), Treatment("b", adapter="y")), ("abc",), ()), lambda m, v, p: combine(*v))
     for label in ("under a file", "NUL", "over-long name", "foreign folder", "lone surrogate"):

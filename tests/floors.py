@@ -25,7 +25,7 @@ def room(file: Path) -> str:
 
 
 def module(file: Path) -> str:
-    """A module's name below the package, such as `studies.study`."""
+    """A module's name below the package, such as `studies.parts`."""
     return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 

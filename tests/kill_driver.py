@@ -38,9 +38,9 @@ from alignblind_mi import (
     train_lora,
 )
 from alignblind_mi.studies import comparison
+from alignblind_mi.studies.parts import Part
 from alignblind_mi.studies.rivals import Plan, plan_rivals
 from alignblind_mi.studies.single import SteeringPlan, awareness_parts, bias_parts, measure_parts, steer_parts
-from alignblind_mi.studies.study import Part
 
 torch.set_num_threads(1)
 assert alignblind_mi.mitigations.finetuning

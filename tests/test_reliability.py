@@ -21,9 +21,11 @@ from doubles import tiny_llama
 
 from alignblind_mi import results
 from alignblind_mi.borders.writing import one_process, write_text
-from alignblind_mi.errors import AlignblindError
-from alignblind_mi.results import Result, ResultError, StudyFolder, load_result, save_result
-from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts
+from alignblind_mi.errors import AlignblindError, ResultError
+from alignblind_mi.results import Result, StudyFolder, load_result, save_result
+from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.parts import Part
+from alignblind_mi.studies.running import load_study, run_parts
 
 TESTS = Path(__file__).parent
 FOREIGN = ("taken/thesis.txt", "taken/deep/data.csv", ".half.part/notes.txt", "early.txt", ".early.part.txt")    # as in kill_driver.py

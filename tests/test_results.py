@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 from alignblind_mi.borders.writing import write_text
-from alignblind_mi.results import Result, ResultError, StudyFolder, load_result, save_result, versions
+from alignblind_mi.errors import ResultError
+from alignblind_mi.results import Result, StudyFolder, load_result, save_result, versions
 
 ROWS = pd.DataFrame({"n": [1, 2], "word": ["a", None], "x": [0.5, float("nan")]})
 

@@ -22,10 +22,10 @@ from alignblind_mi import (
 )
 from alignblind_mi.__main__ import app
 from alignblind_mi.borders.writing import name_problem
-from alignblind_mi.errors import AlignblindError
+from alignblind_mi.errors import AlignblindError, ResultError
 from alignblind_mi.models.adapters import scaled_adapter
 from alignblind_mi.organism.build import build_organism
-from alignblind_mi.results import Result, ResultError, StudyFolder, check_parts, load_result, save_result
+from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, save_result
 from alignblind_mi.studies.drawn import RECORD, is_drawn, write_drawn
 
 ROWS = pd.DataFrame({"n": [1, 2]})

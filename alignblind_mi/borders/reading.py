@@ -84,6 +84,8 @@ def read_bytes(path: Path | str, what: str, kind: type[AlignblindError], *, limi
 
 def check_file(path: Path | str, what: str, kind: type[AlignblindError], *, limit: int = TABLE, advice: str = "") -> None:
     """Whether a file may be opened: a regular one of at most `limit` bytes. Errors: `kind` as `read_bytes`."""
+    if not str(path):    # pathlib takes it for the working folder
+        raise _unreadable("''", what, kind, advice, "no file has an empty name")
     try:
         status = Path(path).stat()
     except (OSError, ValueError) as error:

@@ -57,6 +57,26 @@ class Listed:
     once: bool = True
 
 
+@dataclass(frozen=True)
+class Plain:
+    """That a text has no half of a character (a lone surrogate), which no tokenizer, file or page takes; with `name` it is a name as well:
+    not empty, and without characters that cannot be printed."""
+
+    name: bool = False
+
+    def problem(self, text: str) -> str:
+        """Why a text is none such, as the end of a sentence; empty for one that is."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return "has half a character (a lone surrogate) in it"
+        if self.name and not text.strip():
+            return "is empty"
+        return "has a character in it that cannot be printed" if self.name and not text.isprintable() else ""
+
+
+Text = Annotated[str, Plain()]
+Name = Annotated[str, Plain(name=True)]
 Count = Annotated[int, Bound(1, MOST)]
 Whole = Annotated[int, Bound(0, MOST)]
 Tokens = Annotated[int, Bound(1, 100_000)]
@@ -76,8 +96,10 @@ Share = Annotated[float, Bound(0.0, 1.0)]
 PartialShare = Annotated[float, Bound(0.0, 1.0, open_high=True)]
 Chance = Annotated[float, Bound(0.0, 1.0, open_low=True, open_high=True)]
 Names = Annotated[Sequence[str], Listed()]    # one or many: a text alone is a list of one
-Words = Annotated[Sequence[str], Listed(once=False)]    # the same, where one may stand there twice
+SomeNames = Annotated[Sequence[str], Listed(some=True)]
+Words = Annotated[Sequence[Text], Listed(once=False)]    # the same, where one may stand there twice
 Layers = Annotated[Sequence[Layer], Listed(some=True)]
+AnyLayers = Annotated[Sequence[Layer], Listed()]    # the same, where none are right too
 Strengths = Annotated[Sequence[Strength], Listed(some=True)]
 Mentions = Annotated[Sequence[Annotated[int, Bound(-MOST, MOST)]], Listed(some=True)]
 
@@ -90,7 +112,7 @@ def checked(value: Any, hint: Any, name: str, kind: type[AlignblindError], *, bo
 
     Types that say nothing of numbers, texts or lists of them are not looked into. Errors: `kind` for any other value.
     """
-    base, _ = _parts(hint)
+    base, marks = _parts(hint)
     if get_origin(base) in (Union, UnionType):
         return _any_of(value, get_args(base), hint, name, kind, bounds)
     if get_origin(base) is Literal:
@@ -104,7 +126,16 @@ def checked(value: Any, hint: Any, name: str, kind: type[AlignblindError], *, bo
         plain = get_origin(base) or base
         if not isinstance(value, plain):
             raise kind(f"{name} must be {said(base)}, got {shown(value)}.")
+        if bounds and base is str:
+            _check_text(value, marks, name, kind)
     return value
+
+
+def _check_text(value: str, marks: Sequence[Any], name: str, kind: type[AlignblindError]) -> None:
+    for mark in marks:
+        problem = mark.problem(value) if isinstance(mark, Plain) else ""
+        if problem:
+            raise kind(f"{name} {problem}: expected {'a name' if mark.name else 'a plain text'}, got {shown(value)}.")
 
 
 def said(hint: Any) -> str:
@@ -260,5 +291,5 @@ def takes(kind: type[AlignblindError]) -> Callable[[Callable[P, R]], Callable[P,
 def _says(hint: Any) -> bool:
     """Whether a type bounds anything."""
     _, marks = _parts(hint)
-    bounds = get_origin(hint) is Literal or any(isinstance(mark, (Bound, Listed)) for mark in marks)
+    bounds = get_origin(hint) is Literal or any(isinstance(mark, (Bound, Listed, Plain)) for mark in marks)
     return bounds or any(_says(part) for part in get_args(hint))

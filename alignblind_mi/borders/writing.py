@@ -58,6 +58,8 @@ def refuse_taken(path: Path, *, what: str = "file", mine: Callable[[Path], bool]
     path, kind = Path(path), kind or ResultError
     untouched = f"give another {what} (nothing was touched)"
     try:
+        if b"\0" in os.fsencode(path):    # pathlib says of such names that nothing is there
+            raise ValueError("it has a null character in it")
         if path.is_symlink():
             raise kind(f"{path} is a symbolic link, which is neither followed nor replaced: {untouched}.")
         if path.exists():
@@ -74,8 +76,9 @@ def refuse_taken(path: Path, *, what: str = "file", mine: Callable[[Path], bool]
         for part in path.absolute().relative_to(there.absolute()).parts:
             (there / part).exists()    # an OSError where a name is longer than the file system takes
     except (OSError, ValueError) as error:    # ValueError: a name with a null byte
-        raise kind(f"{str(path)[:100]!r} cannot be a {what}: {getattr(error, 'strerror', None) or error}. Give another {what}."
-                          ) from error
+        halves = isinstance(error, UnicodeEncodeError)
+        reason = "it has half a character (a lone surrogate) in it" if halves else getattr(error, "strerror", None) or error
+        raise kind(f"{str(path)[:100]!r} cannot be a {what}: {reason}. Give another {what}.") from error
 
 
 def remove_own(folder: Path, known: re.Pattern[str]) -> None:

@@ -5,48 +5,18 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import (
-    AsJson,
-    Chatting,
-    ConceptName,
-    CueName,
-    Device,
-    DeviceMap,
-    Dtype,
-    EngineOption,
-    Model,
-    Out,
-    Quantized,
-    Quick,
-    RemoteCode,
-    Seed,
-    System,
-    Temperature,
-    Unpickling,
-    listed,
-)
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
+from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, configured, listed, with_options
 
 
+@with_options
 def awareness(
-    model: Model = "organism:aligned",
-    concept: ConceptName = DEFAULT_CONCEPT,
-    cue: CueName = "",
+    *,
+    asked: One,
     out: Out = Path("awareness"),
     instruments: Annotated[str, typer.Option(help="Comma-separated: patchscope, selfie, lens, probes (default: all there is).")] = "",
     reading: Annotated[str, typer.Option(help="The patchscope's question, an interpretation of the concept.")] = "paper",
-    quick: Quick = False,
-    chat: Chatting = False,
-    system: System = "",
-    temperature: Temperature = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantized = None,
-    engine: EngineOption = "auto",
-    trust_remote_code: RemoteCode = False,
-    allow_pickle: Unpickling = False,
+    asking: Asking,
+    loading: Loading,
     as_json: AsJson = False,
 ) -> None:
     """How identifiers are read, by each instrument beside its controls: from the group sense (-1) to the other sense (1).
@@ -55,11 +25,8 @@ def awareness(
     """
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import awareness_parts, awareness_tables, measure_parts
-    from alignblind_mi.studies.study import StudyConfig
 
-    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
-                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    config = configured(asked, asking, loading)
     results = measure_parts(config, out, awareness_parts(config, listed(instruments), reading))
     tables = awareness_tables(results)
     if as_json:
@@ -69,5 +36,6 @@ def awareness(
         {"instrument": row["instrument"], "control": row["control"] or "-", "n": str(row["n"]), "layers": str(row["layers"]),
          "blind": number(row["mean"]), "95 %": interval(row), "P(group sense)": number(row["p_group"]),
          "P(other sense)": number(row["p_other"]), "no reading": f"{row['invalid_share']:.0%}"} for row in records_of(tables["readings"])],
-        note=about(results[0].provenance, config.seed, out) + "\nblind: -1 is the group sense, 1 the other one (of the patchscope a "
-        "difference of two changes, at most -2 to 2); contexts are the unit. No reading: texts of no sense, layers without a probe.")
+        note=[about(results[0].provenance, config.seed, out),
+              "blind: -1 is the group sense, 1 the other one (of the patchscope a difference of two changes, at most -2 to 2); contexts "
+              "are the unit. No reading: texts of no sense, layers without a probe."])

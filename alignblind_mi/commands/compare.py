@@ -6,54 +6,22 @@ from typing import Annotated, no_type_check
 import typer
 
 from alignblind_mi.borders.texts import say
-from alignblind_mi.commands.options import (
-    Aligned,
-    Base,
-    Chatting,
-    ConceptName,
-    CueName,
-    Device,
-    DeviceMap,
-    Dtype,
-    EngineOption,
-    Out,
-    Quantized,
-    Quick,
-    RemoteCode,
-    Seed,
-    StudyFile,
-    System,
-    Temperature,
-    Unpickling,
-    refuse_beside,
-)
+from alignblind_mi.commands.options import Asking, Loading, Out, Pair, StudyFile, configured, from_file, with_options
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 
+@with_options
 @no_type_check
 def compare(
+    *,
     context: typer.Context,
     file: StudyFile = None,
-    base: Base = "organism:base",
-    aligned: Aligned = "organism:aligned",
-    concept: ConceptName = DEFAULT_CONCEPT,
-    cue: CueName = "",
+    pair: Pair,
     out: Out = Path("comparison"),
     bbq: Annotated[Path | None, typer.Option(help="BBQ's JSONL file or folder (CC-BY-4.0, not in this package): asked as well.")] = None,
     bbq_items: Annotated[int, typer.Option(help="BBQ items drawn of each category and condition.")] = 100,
-    quick: Quick = False,
-    chat: Chatting = False,
-    system: System = "",
-    temperature: Temperature = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantized = None,
-    engine: EngineOption = "auto",
-    trust_remote_code: RemoteCode = False,
-    allow_pickle: Unpickling = False,
+    asking: Asking,
+    loading: Loading,
 ) -> None:
     """Compare steering, LoRA, unlearning, prompts and placebos; write OUT/comparison.json and OUT/comparison.html.
 
@@ -66,16 +34,8 @@ def compare(
     from alignblind_mi.pages.comparison_page import write_comparison
     from alignblind_mi.stimuli.concept import load_concept
     from alignblind_mi.studies.comparison import run_comparison
-    from alignblind_mi.studies.study import StudyConfig
-    from alignblind_mi.studies.study_file import read_study_file
 
-    if file is not None:
-        refuse_beside(file, context, allowed=("out", "bbq", "bbq_items"))
-        config = read_study_file(file)
-    else:
-        config = StudyConfig.create(base, aligned, concept=concept, cue=cue, quick=quick, seed=seed, temperature=temperature, chat=chat,
-                                    system=system, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                    engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "bbq", "bbq_items"))
     if bbq is None and bbq_items != 100:
         raise AlignblindError(f"--bbq-items {bbq_items} was given without --bbq: give BBQ's files, or leave it out.")
     data, digest = {}, ""

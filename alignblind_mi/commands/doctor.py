@@ -6,37 +6,22 @@ from typing import Annotated
 import typer
 
 from alignblind_mi.borders.texts import say
-from alignblind_mi.commands.options import (
-    AsJson,
-    ConceptName,
-    CueName,
-    Device,
-    DeviceMap,
-    Dtype,
-    EngineOption,
-    Quantized,
-    RemoteCode,
-    Unpickling,
-)
+from alignblind_mi.commands.options import AsJson, ConceptName, CueName, Loading, with_options
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 
 
+@with_options
 def doctor(
+    *,
     model: Annotated[str, typer.Argument(help="Hugging Face id, checkpoint folder, organism:base or organism:aligned.")],
     concept: ConceptName = DEFAULT_CONCEPT,
     cue: CueName = "",
     adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter folder (PEFT) to check with the model.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     drift: Annotated[bool, typer.Option(help="Also load the model in other numbers and compare, where they fit.")] = True,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantized = None,
-    engine: EngineOption = "auto",
-    trust_remote_code: RemoteCode = False,
-    allow_pickle: Unpickling = False,
+    loading: Loading,
     as_json: AsJson = False,
 ) -> None:
     """Check a model before an expensive run, and say what to do. Exit code 1 if a check fails, 2 for bad input.
@@ -45,12 +30,10 @@ def doctor(
 
     Example: alignblind doctor meta-llama/Meta-Llama-3-8B --cue names
     """
-    from alignblind_mi.models.spec import ModelSpec
     from alignblind_mi.pages.terminal import number, print_json, print_table, records_of
     from alignblind_mi.studies.doctor import check_up
 
-    spec = ModelSpec(model, revision=revision, dtype=dtype, device=device, device_map=device_map, quantization=quantization, engine=engine,
-                     trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    spec = loading.spec(model, revision=revision)
     found = records_of(check_up(spec, concept, cue=cue, adapter=adapter, drift=drift, progress=lambda line: say(line, err=True)))
     if as_json:
         print_json(found)
@@ -58,7 +41,7 @@ def doctor(
         rows = [{"check": one["check"], "status": one["status"], "measured": number(one["measured"]),
                  "bound": "" if one["bound"] is None else f"{one['rule']} {number(one['bound'])} {one['unit']}", "found": one["found"],
                  "what to do": one["advice"]} for one in found]
-        counts = ", ".join(f"{sum(one['status'] == status for one in found)} {status}" for status in STYLES)
-        print_table(f"{model}, concept {concept}: {counts}", rows, styles=STYLES)
+        counts = [f"{sum(one['status'] == status for one in found)} {status}" for status in STYLES]
+        print_table("Checks", rows, said=[model, f"concept {concept}", *counts], prose=("found", "what to do"), styles=STYLES)
     if any(one["status"] == "fail" for one in found):
         raise typer.Exit(1)

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from alignblind_mi.borders.texts import say
-from alignblind_mi.commands.options import ConceptName, Device, DeviceMap, Dtype, Model, Quantized, RemoteCode, Seed, Unpickling, listed
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
+from alignblind_mi.commands.options import Loading, One, Seed, Without, listed, with_options
 
 
+@with_options
 def lora(
-    model: Model = "organism:aligned",
-    concept: ConceptName = DEFAULT_CONCEPT,
+    *,
+    asked: Annotated[One, Without("cue")],
     layers: Annotated[str | None, typer.Option(help="early, middle, late, all, or numbers such as 0-3,7 (default: early; npo and "
                                                     "gradient_ascent: all).")] = None,
     kind: Annotated[str, typer.Option(help="aware, blind (the mirror image), placebo, npo or gradient_ascent (unlearning).")] = "aware",
@@ -27,12 +27,7 @@ def lora(
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better one (needs --validation-share).")] = 0,
     seed: Seed = 0,
     merge: Annotated[Path | None, typer.Option(help="Also write a plain checkpoint with the adapter merged into the weights.")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantized = None,
-    trust_remote_code: RemoteCode = False,
-    allow_pickle: Unpickling = False,
+    loading: Annotated[Loading, Without("engine")],
 ) -> None:
     """Train a LoRA adapter as a mitigation, its rival or its placebo; a PEFT folder that load_model(adapters=[...]) takes.
 
@@ -49,10 +44,9 @@ def lora(
     from alignblind_mi.mitigations.unlearning import METHODS, UnlearningSettings, train_unlearning
     from alignblind_mi.models.adapters import merge_adapter
     from alignblind_mi.models.loading import check_model
-    from alignblind_mi.models.spec import ModelSpec
     from alignblind_mi.organism.build import one_thread
     from alignblind_mi.stimuli.concept import load_concept
-    from alignblind_mi.studies.study import check_organism, organism_record, recommended_lora
+    from alignblind_mi.studies.config import check_organism, organism_record, recommended_lora
 
     if kind not in (*KINDS, *METHODS):
         raise AlignblindError(f"unknown kind {kind!r}. Known: {', '.join((*KINDS, *METHODS))}.")
@@ -60,20 +54,19 @@ def lora(
         refuse_taken(merge, what="--merge")
         if merge.absolute() == out.absolute() or out.absolute() in merge.absolute().parents or merge.absolute() in out.absolute().parents:
             raise AlignblindError(f"--merge {merge} and --out {out} lie in one another: give the checkpoint a folder of its own.")
-        if quantization is not None:
-            raise AlignblindError(f"--merge {merge} cannot be made of weights in {quantization}: quantised weights cannot carry an adapter "
-                                  "exactly; leave --quantization or --merge out.")
-    spec = ModelSpec(model, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                     trust_remote_code=trust_remote_code, allow_pickle=allow_pickle).resolved()
-    data = load_concept(concept)
+        if loading.quantization is not None:
+            raise AlignblindError(f"--merge {merge} cannot be made of weights in {loading.quantization}: quantised weights cannot carry an "
+                                  "adapter exactly; leave --quantization or --merge out.")
+    spec = loading.spec(asked.model).resolved()
+    data = load_concept(asked.concept)
     check_model(spec)
     check_organism(spec, data)
     data.both_senses()    # what is trained about
-    asked: dict[str, Any] = {
+    given: dict[str, Any] = {
         "rank": rank, "learning_rate": learning_rate, "epochs": epochs,
         "modules": None if modules is None else tuple(listed(modules))}
     settings = replace(recommended_lora(spec, seed), activation_weight=activation_weight, validation_share=validation_share,
-                       patience=patience, **{name: value for name, value in asked.items() if value is not None})
+                       patience=patience, **{name: value for name, value in given.items() if value is not None})
     with one_thread() if organism_record(spec) else nullcontext():    # an organism's sums have one order
         if kind in METHODS:
             train_unlearning(spec, data, out, method=kind, layers=layers or "all", settings=UnlearningSettings(lora=settings))
@@ -88,7 +81,7 @@ def _say(out: Path) -> None:
     """What was trained, from its training.json."""
     import json
 
-    from alignblind_mi.mitigations.finetuning import layers_text
+    from alignblind_mi.mitigations.lora_settings import layers_text
 
     note = json.loads((out / "training.json").read_text("utf-8"))
     early = "" if note["steps"] == note["steps_planned"] else f" (of {note['steps_planned']}: stopped early)"

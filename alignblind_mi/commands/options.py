@@ -1,12 +1,23 @@
-"""Option types that several verbs share: one help text each. Does NOT know what a verb does."""
+"""Options that several verbs share: one help text each, and the kinds of them that come together. Does NOT know what a verb does.
 
-from collections.abc import Sequence
+A verb takes a kind as one parameter (`loading: Loading`), and `with_options` puts the kind's options in its place on the command line.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import Field, asdict, dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
+
+if TYPE_CHECKING:
+    from alignblind_mi.models.spec import ModelSpec
+    from alignblind_mi.studies.config import StudyConfig
 
 Model = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, organism:base or organism:aligned.")]
 Base = Annotated[str, typer.Option(help="Hugging Face id, checkpoint folder, or organism:base.")]
@@ -30,6 +41,123 @@ Out = Annotated[Path, typer.Option(help="Results folder; what is in it already i
 StudyFile = Annotated[Path | None, typer.Argument(help="A YAML file with all settings (instead of options).", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")]
 
+AsOneJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+# ---- kinds of options ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class One:
+    """The model that a verb asks, and about what."""
+
+    model: Model = "organism:aligned"
+    concept: ConceptName = DEFAULT_CONCEPT
+    cue: CueName = ""
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """The models of a study: this one in both places."""
+        return self.model, self.model
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models that a verb asks, and about what."""
+
+    base: Base = "organism:base"
+    aligned: Aligned = "organism:aligned"
+    concept: ConceptName = DEFAULT_CONCEPT
+    cue: CueName = ""
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """The models of a study."""
+        return self.base, self.aligned
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked."""
+
+    quick: Quick = False
+    chat: Chatting = False
+    system: System = ""
+    temperature: Temperature = None
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded and run: the fields of a `ModelSpec`."""
+
+    dtype: Dtype = None
+    device: Device = None
+    device_map: DeviceMap = None
+    quantization: Quantized = None
+    engine: EngineOption = "auto"
+    trust_remote_code: RemoteCode = False
+    allow_pickle: Unpickling = False
+
+    def spec(self, name: str, *, revision: str | None = None) -> "ModelSpec":
+        """A model that is loaded so. Errors: ModelError for a value that does not exist."""
+        from alignblind_mi.models.spec import ModelSpec
+
+        return ModelSpec(name, revision=revision, **asdict(self))
+
+
+KINDS = (One, Pair, Asking, Loading)
+
+
+class Without:
+    """Names of a kind's options that a verb does not have: `Annotated[Loading, Without("engine")]`; they keep their defaults."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+def with_options(act: Callable[..., None]) -> Callable[..., None]:
+    """The verb `act` with the options of each kind that it takes in the kind's place: so typer reads it, and so Python may call it."""
+    parts = {one.name: (one, *_kind(one.annotation)) for one in inspect.signature(act).parameters.values()}
+    flat = [own for one, kind, options in parts.values() for own in ([_parameter(option) for option in options] if kind else [one])]
+    signature = inspect.Signature([one.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for one in flat])
+
+    @wraps(act)
+    def verb(*given: Any, **named: Any) -> None:
+        bound = signature.bind(*given, **named)
+        bound.apply_defaults()
+        values = bound.arguments
+        act(**{name: kind(**{option.name: values[option.name] for option in options}) if kind else values[name]
+               for name, (_, kind, options) in parts.items()})
+
+    verb.__dict__["__signature__"] = signature
+    verb.__annotations__ = {one.name: one.annotation for one in flat}
+    return verb
+
+
+def _kind(annotation: Any) -> "tuple[type[Any] | None, list[Field[Any]]]":
+    """The kind of options that a parameter stands for, if any, and those of its options that the verb has."""
+    kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if kind not in KINDS:
+        return None, []
+    left_out = {name for mark in marks for name in mark.names}
+    return kind, [option for option in fields(kind) if option.name not in left_out]
+
+
+def _parameter(option: "Field[Any]") -> inspect.Parameter:
+    return inspect.Parameter(option.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=option.default, annotation=option.type)
+
+
+def configured(asked: One | Pair, asking: Asking, loading: Loading) -> "StudyConfig":
+    """The configuration of a study that is asked for by options. Errors: as `StudyConfig.create`."""
+    from alignblind_mi.studies.config import StudyConfig
+
+    base, aligned = asked.models
+    return StudyConfig.create(base, aligned, concept=asked.concept, cue=asked.cue, **asdict(asking), **asdict(loading))
+
+
+# ---- what is given -------------------------------------------------------------------------------------------------------
+
 
 def listed(text: str) -> list[str]:
     """The names of a comma-separated option; none where it is not given. Errors: AlignblindError for commas without names."""
@@ -37,6 +165,17 @@ def listed(text: str) -> list[str]:
     if not all(names):
         raise AlignblindError(f"{text!r} has commas without a name: give names with one comma between them, or leave the option out.")
     return names
+
+
+def from_file(file: Path, context: Any, *, allowed: Sequence[str]) -> "StudyConfig":
+    """The configuration in a study file; no option but those `allowed` is given beside it.
+
+    Errors: as `refuse_beside` and `read_study_file`.
+    """
+    from alignblind_mi.studies.study_file import read_study_file
+
+    refuse_beside(file, context, allowed=allowed)
+    return read_study_file(file)
 
 
 def refuse_beside(file: Path, context: Any, *, allowed: Sequence[str]) -> None:

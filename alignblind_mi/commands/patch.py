@@ -5,49 +5,19 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import (
-    AsJson,
-    Chatting,
-    ConceptName,
-    CueName,
-    Device,
-    DeviceMap,
-    Dtype,
-    EngineOption,
-    Model,
-    Out,
-    Quantized,
-    Quick,
-    RemoteCode,
-    Seed,
-    System,
-    Temperature,
-    Unpickling,
-    listed,
-)
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
+from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, configured, listed, with_options
 
 
+@with_options
 def patch(
-    model: Model = "organism:aligned",
-    concept: ConceptName = DEFAULT_CONCEPT,
-    cue: CueName = "",
+    *,
+    asked: One,
     out: Out = Path("patch"),
     parts: Annotated[str, typer.Option(help="Comma-separated: residual, added (attention and MLP), heads.")] = "residual",
     swap: Annotated[str, typer.Option(help="What two prompts differ in: context (a phrase before) or identifiers.")] = "context",
     max_word_pairs: Annotated[int, typer.Option(help="Word pairs of each category.")] = 2,
-    quick: Quick = False,
-    chat: Chatting = False,
-    system: System = "",
-    temperature: Temperature = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantized = None,
-    engine: EngineOption = "auto",
-    trust_remote_code: RemoteCode = False,
-    allow_pickle: Unpickling = False,
+    asking: Asking,
+    loading: Loading,
     as_json: AsJson = False,
 ) -> None:
     """Activation patching in both directions with its controls: what is enough (denoise), what is needed (noise), layer by layer.
@@ -57,11 +27,8 @@ def patch(
     from alignblind_mi.measures.patching import effect_span
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables, strongest_places
-    from alignblind_mi.studies.study import StudyConfig
 
-    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
-                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    config = configured(asked, asking, loading)
     (result,) = measure_parts(config, out, patch_parts(config, listed(parts), swap=swap, max_word_pairs=max_word_pairs))
     tables = patch_tables(result.rows)
     if as_json:
@@ -72,17 +39,17 @@ def patch(
     if "depth" in tables:
         depth = tables["depth"]
         spans = {direction: effect_span(depth[depth["direction"] == direction]) for direction in depth["direction"].unique()}
-        layers = "; ".join(f"{direction}: " + ("no layer" if span is None else f"layers {span.first} to {span.last}")
-                           for direction, span in spans.items())
+        layers = tuple(f"{direction}: " + ("no layer" if span is None else f"layers {span.first} to {span.last}")
+                       for direction, span in spans.items())
         print_table("Effect of patching all identifiers in the residual stream, after each layer", [
             {"direction": row["direction"], "layer": str(row["layer"]), "n": str(row["n"]), "effect": number(row["mean"]),
              "95 %": interval(row), "undefined": f"{row['undefined']:.0%}",
              "strongest control": f"{row['control']} {number(row['control_mean'])}", "95 % of controls": interval(row, "control_low",
                                                                                                               "control_high")}
-            for row in records_of(depth)], note=f"Above its controls and at least a quarter: {layers}.\n{said}")
+            for row in records_of(depth)], note=[("Above its controls and at least a quarter", *layers), said])
     if len(inner):
         print_table("The strongest places inside the layers", [
             {"direction": row["direction"], "layer": str(row["layer"]), "stream": row["stream"],
              "head": str(row["head"]) if row["head"] >= 0 else "", "place": row["mark"], "n": str(row["n"]), "effect": number(row["mean"]),
              "95 %": interval(row), "undefined": f"{row['undefined']:.0%}", "random control": number(row["control_mean"])}
-            for row in records_of(inner)], note=said)
+            for row in records_of(inner)], note=[said])

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from alignblind_mi.borders.texts import json_text, say
+from alignblind_mi.commands.options import AsOneJson
 
 
 def power(
@@ -19,7 +20,7 @@ def power(
     word_pairs: Annotated[int, typer.Option(help="Word pairs at hand: prints their power, and the smallest fall they show.")] = 0,
     wanted: Annotated[float, typer.Option("--power", help="The chance to find the difference.")] = 0.8,
     alpha: Annotated[float, typer.Option(help="Level of the two-sided test.")] = 0.05,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsOneJson = False,
 ) -> None:
     """How many items does a difference of rates need (paired on the same items)? With --word-pairs: what can these show?
 

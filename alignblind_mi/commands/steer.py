@@ -5,32 +5,13 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import (
-    AsJson,
-    Chatting,
-    ConceptName,
-    CueName,
-    Device,
-    DeviceMap,
-    Dtype,
-    EngineOption,
-    Model,
-    Out,
-    Quantized,
-    Quick,
-    RemoteCode,
-    Seed,
-    System,
-    Temperature,
-    Unpickling,
-)
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
+from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, configured, with_options
 
 
+@with_options
 def steer(
-    model: Model = "organism:aligned",
-    concept: ConceptName = DEFAULT_CONCEPT,
-    cue: CueName = "",
+    *,
+    asked: One,
     sense: Annotated[str, typer.Option(help="The sense to steer towards (default: the group sense); replacement takes controls too.")] = "",
     method: Annotated[str, typer.Option(help="replacement (the paper's), mean_difference, pca, probe, contrast, noise.")] = "replacement",
     how: Annotated[str, typer.Option(help="replace, add or ablate (default: replace for replacement, else add).")] = "",
@@ -40,18 +21,8 @@ def steer(
     positions: Annotated[str, typer.Option(help="identifiers, prompt, last, generated; comma-separated (default: the method's own).")] = "",
     out: Out = Path("steering"),
     gguf: Annotated[Path | None, typer.Option(help="Also write a control vector for llama.cpp (needs the extra `gguf`).")] = None,
-    quick: Quick = False,
-    chat: Chatting = False,
-    system: System = "",
-    temperature: Temperature = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantized = None,
-    engine: EngineOption = "auto",
-    trust_remote_code: RemoteCode = False,
-    allow_pickle: Unpickling = False,
+    asking: Asking,
+    loading: Loading,
     as_json: AsJson = False,
 ) -> None:
     """Find the vectors of a sense, save OUT/vectors_*.safetensors, and ask the model with them, without, and with noise of their norms.
@@ -61,11 +32,8 @@ def steer(
     from alignblind_mi.mitigations.steering import check_gguf, load_vectors
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, vectors_file
-    from alignblind_mi.studies.study import StudyConfig
 
-    config = StudyConfig.create(model, model, concept=concept, cue=cue, quick=quick, seed=seed, chat=chat, system=system,
-                                temperature=temperature, dtype=dtype, device=device, device_map=device_map, quantization=quantization,
-                                engine=engine, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    config = configured(asked, asking, loading)
     plan = SteeringPlan.create(config, sense=sense, method=method, how=how, layers=layers, strengths=strengths, positions=positions)
     if gguf is not None:
         check_gguf(gguf, plan.method, "resid_post", [layer for group in plan.layers for layer in group])
@@ -73,7 +41,7 @@ def steer(
     vectors = vectors_file(plan, out)
     if gguf is not None:
         load_vectors(vectors).export_gguf(gguf)
-    tables = steer_tables(result.rows, seed=seed)
+    tables = steer_tables(result.rows, seed=config.seed)
     if as_json:
         print_json(tagged(tables, result.provenance, config.seed))
         return
@@ -83,5 +51,5 @@ def steer(
     print_table("Paired difference from the untreated model", [
         {"treatment": row["treatment"], "n": str(row["n"]), "difference": number(row["difference"]), "95 %": interval(row),
          "p": number(row["p"], 2), "Holm": number(row["p_holm"], 2), "log-odds": number(row["log_odds"]),
-         "95 % ": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])],
-        note=f"{about(result.provenance, config.seed, out)}; vectors in {vectors}")
+         "95 % of log-odds": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])],
+        note=[about(result.provenance, config.seed, out, f"vectors in {vectors}")])

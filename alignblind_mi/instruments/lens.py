@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Count, Layer, LearningRate, Seed, Words, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, LearningRate, Seed, Words, takes
 from alignblind_mi.models.blocks import unembed
 from alignblind_mi.models.edits import EditError, Site
 from alignblind_mi.models.model import HookedModel
@@ -62,7 +62,7 @@ def token_marks(model: HookedModel, prompt: Prompt) -> tuple[Prompt, list[str]]:
 
 
 @takes(EditError)
-def logit_lens(model: HookedModel, prompts: Sequence[Prompt], words: Words, *, layers: Sequence[Layer] | None = None,
+def logit_lens(model: HookedModel, prompts: Sequence[Prompt], words: Words, *, layers: AnyLayers | None = None,
                translators: Translators | None = None) -> pd.DataFrame:
     """Layers x tokens x words: the log-probability (nats) and probability of single-token words as the next token at every place.
 
@@ -117,7 +117,7 @@ def _record(model: HookedModel, prompt: Prompt, layers: Sequence[int]) -> tuple[
 
 
 @takes(EditError)
-def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: Sequence[Layer] | None = None, steps: Count = 200,
+def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: AnyLayers | None = None, steps: Count = 200,
                       batch: Count = 256, learning_rate: LearningRate = 1e-3, seed: Seed = 0) -> Translators:
     """Train a translator for each layer on the tokens of `prompts`: least KL divergence (nats) from the model's final answer.
 

@@ -18,9 +18,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Layer, Listed, Names, Seed, Weight, takes
+from alignblind_mi.borders.settings import AnyLayers, Listed, Names, Seed, Weight, takes
 from alignblind_mi.instruments.contrast import Pair, PatchError
-from alignblind_mi.models.edits import Edit, Row, Site, random_like
+from alignblind_mi.models.edits import LAST, Edit, Row, Site, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.tokens import Encoded
 from alignblind_mi.statistics.rates import mean_interval
@@ -38,7 +38,7 @@ PLACE = ("direction", "layer", "stream", "mark", "occurrence", "position", "unit
 
 
 @takes(PatchError)
-def grid_sites(layers: Sequence[Layer], marks: Annotated[Sequence[str | tuple[str, int]], Listed()], streams: Names = ("resid_post",), *,
+def grid_sites(layers: AnyLayers, marks: Annotated[Sequence[str | tuple[str, int]], Listed()], streams: Names = ("resid_post",), *,
                units: tuple[int, ...] = ()) -> list[Site]:
     """Sites over layers x marks x streams. A mark is a name (all of its mentions are patched together) or a name and a mention from 0.
 
@@ -50,7 +50,7 @@ def grid_sites(layers: Sequence[Layer], marks: Annotated[Sequence[str | tuple[st
 
 
 @takes(PatchError)
-def head_sites(model: HookedModel, layers: Sequence[Layer], marks: Annotated[Sequence[str | tuple[str, int]], Listed()]) -> list[Site]:
+def head_sites(model: HookedModel, layers: AnyLayers, marks: Annotated[Sequence[str | tuple[str, int]], Listed()]) -> list[Site]:
     """One site per head, layer and mark: a head's output before the output projection (stream `z`)."""
     return [site for layer in layers for head in range(model.n_units(layer, "z"))
             for site in grid_sites([layer], marks, ["z"], units=(head,))]
@@ -279,7 +279,7 @@ def record_each(model: HookedModel, asked: Sequence[tuple[Row, tuple[Site, ...]]
     for sites, index in groups.items():
         _check_tokens([asked[i][0] for i in index], sites)
         sizes: dict[int, list[Site]] = {}
-        size_of = cache(lambda layer, stream, units: model.site_size(Site(layer, "", stream, units=units)))
+        size_of = cache(lambda layer, stream, units: model.site_size(Site(layer, LAST, stream, units=units)))
         for site in sites:
             sizes.setdefault(size_of(site.layer, site.stream, site.units), []).append(site)
         for part in sizes.values():

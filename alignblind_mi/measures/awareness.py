@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Count, Layer, Mentions, Names, Seed, Temperature, Tokens, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, Layer, Mentions, Names, Seed, Temperature, Tokens, takes
 from alignblind_mi.instruments.lens import Translators, lens_readings
 from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
 from alignblind_mi.instruments.probes import shuffled, train_probes
@@ -22,13 +22,14 @@ from alignblind_mi.measures.sources import CONTROLS, TEXT_LAYER, Contexts, Recor
 from alignblind_mi.models.edits import Row, acts_in
 from alignblind_mi.models.model import HookedModel, untrained
 from alignblind_mi.models.spec import ModelError
-from alignblind_mi.statistics.rates import exact_interval, label_shares, relative_change, t_interval
+from alignblind_mi.statistics.rates import exact_interval, label_shares, relative_change, require, t_interval
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Prompt, fill, interpretation_prompt
 from alignblind_mi.stimuli.readings import classify, reading_names
 
 TARGET_LAYER = 2    # where the paper injects, on Llama 3
 SELFIE_TOKENS = 20
+_READING = ["context", "mark", "mention", "identifier"]    # columns that tell readings apart
 VECTOR_CONTROLS = tuple(name for name in CONTROLS if name != "text")    # instruments that only read have nothing to ask of a text
 SHUFFLES, UNTRAINED = 10, 3    # control probes, whose accuracies are averaged
 UNTRAINED_UP_TO = 2_000_000_000    # parameters up to which a model of random weights is made beside the model
@@ -52,7 +53,7 @@ def _row(model: HookedModel, source: Source, instrument: str, layer: int, said: 
 
 @takes(ModelError)
 def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, reading: str = "paper", target_layer: Layer = TARGET_LAYER,
-                      mentions: Mentions = (0,), layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20,
+                      mentions: Mentions = (0,), layers: AnyLayers | None = None, max_word_pairs: Count | None = 20,
                       controls: Names = CONTROLS, mapping: Mapping | None = None, seed: Seed = 0) -> pd.DataFrame:
     """Readings of the identifiers of the balanced implicit prompts, at every layer, by one interpretation question.
 
@@ -62,6 +63,7 @@ def measure_awareness(model: HookedModel, concept: Concept, cue: str | Cue, *, r
 
     Errors: ConceptError for an unknown reading or control; EditError for a layer that does not exist; ModelError for a sense of two tokens.
     """
+    concept.interpretation(reading)    # refused before anything is recorded
     recorded = record_sources(model, concept, cue, mentions=mentions, layers=layers, max_word_pairs=max_word_pairs, controls=controls,
                               seed=seed)
     return ask_sources(recorded, concept, reading=reading, target_layer=target_layer, mapping=mapping)
@@ -110,7 +112,7 @@ def _in_text(recorded: Recorded, source: Source, question: str) -> Row:
 
 @takes(ModelError)
 def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prompt: str = "paper", target_layer: Layer = TARGET_LAYER,
-                   mentions: Mentions = (0,), layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20,
+                   mentions: Mentions = (0,), layers: AnyLayers | None = None, max_word_pairs: Count | None = 20,
                    controls: Names = CONTROLS, max_new_tokens: Tokens = SELFIE_TOKENS, temperature: Temperature = 0.0, seed: Seed = 0
                    ) -> pd.DataFrame:
     """Open-ended readings: the residual stream is put into the placeholders of a concept's SelfIE prompt, and the model goes on writing.
@@ -121,6 +123,7 @@ def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prom
 
     Errors: ConceptError for an unknown prompt or senses without a lexicon; ModelError if the tokenizer does not know the prompt.
     """
+    concept.selfie_prompt(prompt)    # refused before anything is recorded
     recorded = record_sources(model, concept, cue, mentions=mentions, layers=layers, max_word_pairs=max_word_pairs, controls=controls,
                               seed=seed)
     return interpret_sources(recorded, concept, prompt=prompt, target_layer=target_layer, max_new_tokens=max_new_tokens,
@@ -166,7 +169,7 @@ def _reading(text: str, concept: Concept) -> dict[str, object]:
 
 @takes(ModelError)
 def measure_lens(model: HookedModel, concept: Concept, cue: str | Cue, *, translators: Translators | None = None,
-                 mentions: Mentions = (0,), layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20,
+                 mentions: Mentions = (0,), layers: AnyLayers | None = None, max_word_pairs: Count | None = 20,
                  controls: Names = VECTOR_CONTROLS, seed: Seed = 0) -> pd.DataFrame:
     """The sense words as the identifier's next token, by the logit lens or (with `translators`) the tuned lens.
 
@@ -206,7 +209,7 @@ class ProbeReadings:
 
 @takes(ModelError)
 def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Mentions = (0,),
-                   layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20, controls: Names = VECTOR_CONTROLS,
+                   layers: AnyLayers | None = None, max_word_pairs: Count | None = 20, controls: Names = VECTOR_CONTROLS,
                    random_weights: bool | None = None, seed: Seed = 0) -> ProbeReadings:
     """Probes for the sense, trained on the concept's `train` contexts, tested on its `test` contexts, applied to the ambiguous prompts.
 
@@ -303,7 +306,11 @@ def summarise_readings(rows: pd.DataFrame, by: Names = ("model", "treatment", "i
 
     An interval needs two contexts and is NaN without; it ends where the instrument's scale does. Add "layer" to `by` for a
     profile over depth.
+
+    Errors: StatisticsError for rows that are no readings.
     """
+    numbers = ["blind", "p_group", "p_other"]
+    require(rows, [*by, *_READING, "instrument", "layer", *numbers], numbers=numbers)
     records = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
         group = group.dropna(subset=["blind"])    # a probe finds nothing at some layers
@@ -317,13 +324,14 @@ def summarise_readings(rows: pd.DataFrame, by: Names = ("model", "treatment", "i
 
 def n_readings(rows: pd.DataFrame) -> int:
     """Different readings: each of them is read once at every layer."""
-    return len(rows[["context", "mark", "mention", "identifier"]].drop_duplicates())
+    return len(rows[_READING].drop_duplicates())
 
 
 @takes(ModelError)
 def selfie_table(rows: pd.DataFrame, concept: Concept, by: Names = ("model", "treatment", "control", "layer")) -> pd.DataFrame:
     """How many open-ended readings were of each sense, per layer: `by`, n, a count for each reading, `<sense>_share` with its exact
-    interval, and the share of readings of no sense."""
+    interval, and the share of readings of no sense. Errors: StatisticsError for a missing column."""
+    require(rows, [*by, "reading"])
     names, records = reading_names(concept), []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
         records.append({**dict(zip(by, key, strict=True)), "n": len(group), **label_shares(group["reading"].tolist(), names)})

@@ -87,7 +87,7 @@ def read_bbq(paths: Path | str | Sequence[Path | str], *, metadata: Path | str |
     files = [file for path in given for file in (sorted(path.glob("*.jsonl")) if is_folder(path) else [path])]
     if not files:
         raise BBQError(f"no .jsonl file in {', '.join(map(str, given)) or 'nothing'}: give BBQ's files or their folder.")
-    targets = None if metadata is None else _targets(Path(metadata))
+    targets = None if metadata is None else _targets(metadata)
     items = [item for file in files for item in _read(file, targets) if not categories or item.category in categories]
     unknown = sorted(set(categories) - {item.category for item in items})
     if unknown or not items:
@@ -150,7 +150,7 @@ def _plain(group: str) -> str:
     return re.sub(r"[\W_]", "", group).casefold()
 
 
-def _targets(file: Path) -> dict[tuple[str, str], int | None]:
+def _targets(file: Path | str) -> dict[tuple[str, str], int | None]:
     """The `target_loc` of every item in BBQ's additional_metadata.csv."""
     text = read_text(file, "", BBQError, limit=TABLE, advice="it cannot be used: give BBQ's additional_metadata.csv")
     try:

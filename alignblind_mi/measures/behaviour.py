@@ -11,7 +11,7 @@ import pandas as pd
 
 from alignblind_mi.borders.settings import Count, Listed, Seed, Temperature, Tokens, check_fields, takes
 from alignblind_mi.models.decoding import Generation
-from alignblind_mi.models.edits import Row, Treatment
+from alignblind_mi.models.edits import Row, Treatment, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.stimuli.answers import judge
@@ -62,7 +62,10 @@ def ask_under(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], t
     """The rows of `ask` under each of several treatments, the same as one after the other.
 
     Treatments by edits and prefixes are run together, so that they share what is computed before their first edit; each adapter has a run.
+
+    Errors: EditError for no treatment, and for two of one name.
     """
+    check_treatments(treatments)
     found: dict[int, pd.DataFrame] = {}
     for adapter in dict.fromkeys(treatment.adapter for treatment in treatments):
         some = [i for i, treatment in enumerate(treatments) if treatment.adapter == adapter]

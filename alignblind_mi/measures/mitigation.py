@@ -12,7 +12,7 @@ from alignblind_mi.borders.settings import Count, Seed, takes
 from alignblind_mi.measures.awareness import blind_score, measure_awareness, n_readings, readings_of
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
 from alignblind_mi.mitigations.steering import layer_windows, sense_steering
-from alignblind_mi.models.edits import Treatment
+from alignblind_mi.models.edits import Treatment, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.statistics.rates import mean_interval, summarise, t_interval
@@ -63,7 +63,10 @@ def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, tre
     """Measure implicit and explicit bias and awareness under each treatment, on the same prompts (published design).
 
     A concept or cue without senses has no readings: the table is of behaviour alone.
+
+    Errors: EditError for no treatment, and for two of one name.
     """
+    check_treatments(treatments)
     behaviour, awareness = [], []
     for treatment in treatments:
         treated = model.under(treatment)

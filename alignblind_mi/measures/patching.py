@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import Count, Layer, Listed, Names, Seed, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, Listed, Names, Seed, SomeNames, takes
 from alignblind_mi.instruments.attribution import attribution_patching
 from alignblind_mi.instruments.contrast import Contexts, PatchError, contrast_pairs
 from alignblind_mi.instruments.patching import (
@@ -43,8 +43,8 @@ Marks = Annotated[Sequence[Mark], Listed()]
 
 @takes(PatchError)
 def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, swap: str = "context", contexts: Contexts | None = None,
-                     parts: Names = PARTS, directions: Names = DIRECTIONS, controls: Names = CONTROLS,
-                     layers: Sequence[Layer] | None = None, marks: Marks | None = None, categories: Names = (),
+                     parts: Names = PARTS, directions: SomeNames = DIRECTIONS, controls: Names = CONTROLS,
+                     layers: AnyLayers | None = None, marks: Marks | None = None, categories: Names = (),
                      max_word_pairs: Count = 2, steps: int = SCREEN_STEPS, seed: Seed = 0, progress: Callable[[int], None] | None = None
                      ) -> pd.DataFrame:
     """Patch the contrast pairs of a cue at every layer; `max_word_pairs` a category bounds them.

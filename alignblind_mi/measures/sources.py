@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Count, Layer, Mentions, Names, Seed, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, Mentions, Names, Seed, takes
 from alignblind_mi.models.edits import Site, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
-from alignblind_mi.stimuli.prompts import Prompt, Span, filled, implicit_prompts, option_roles
+from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span, filled, implicit_prompts, option_roles
 
 CONTROLS = ("random", "wrong_token", "anchor_group", "anchor_other", "text")
 TEXT_LAYER = -1
@@ -42,8 +42,12 @@ class Source:
 
     @property
     def span(self) -> Span:
-        """Where the identifier stands."""
-        return self.prompt.spans(self.role)[self.mention]
+        """Where the identifier stands. Errors: PromptError for a mention that the prompt has not."""
+        spans = self.prompt.spans(self.role)
+        if not -len(spans) <= self.mention < len(spans):
+            raise PromptError(f"mention {self.mention} does not exist: the prompts name each identifier {len(spans)} times, counted from 0 "
+                              "(or from -1 at the end).")
+        return spans[self.mention]
 
     def seen(self) -> str:
         """All the text that a causal model has read at this token: sources that share it are one reading."""
@@ -163,7 +167,7 @@ def _renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
 
 @takes(ConceptError)
 def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Mentions = (0,),
-                   layers: Sequence[Layer] | None = None, max_word_pairs: Count | None = 20, controls: Names = (), seed: Seed = 0
+                   layers: AnyLayers | None = None, max_word_pairs: Count | None = 20, controls: Names = (), seed: Seed = 0
                    ) -> Recorded:
     """The residual streams that every instrument reads, once for all of them.
 

@@ -8,230 +8,44 @@ module does NOT know what the examples say, nor what a loss is for.
 import contextlib
 import hashlib
 import json
-import random
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from alignblind_mi.borders.reading import foreign, is_file, named, read_object
-from alignblind_mi.borders.settings import (
-    Count,
-    Layer,
-    LearningRate,
-    Listed,
-    Names,
-    PartialShare,
-    Rank,
-    Seed,
-    Tokens,
-    Weight,
-    Whole,
-    check_fields,
-    checked,
-    shown,
-    takes,
-)
+from alignblind_mi.borders.reading import is_file, named, read_object
+from alignblind_mi.borders.settings import shown
 from alignblind_mi.borders.writing import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, write_text
-from alignblind_mi.errors import AlignblindError
-from alignblind_mi.models.blocks import decoder_layers
+from alignblind_mi.mitigations.examples import Item, collate
+from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings, check_modules, layers_text
 from alignblind_mi.models.configs import load_config, load_tokenizer, quiet
 from alignblind_mi.models.edits import Treatment, adapter_name
 from alignblind_mi.models.loading import fingerprint, load_huggingface
 from alignblind_mi.models.spec import ModelSpec
-from alignblind_mi.models.tokens import Encoded
 from alignblind_mi.progress import interruptible
 from alignblind_mi.results import versions
-from alignblind_mi.stimuli.prompts import Prompt, Span
 
 if TYPE_CHECKING:
     from alignblind_mi.mitigations.trainer import Objective
 
-# Shares of depth. Early and late are the paper's split (layers 0-19 and 20-31 of 32); middle is 10-21 of 32.
-LAYER_GROUPS = {"early": (0.0, 0.625), "middle": (0.3125, 0.6875), "late": (0.625, 1.0), "all": (0.0, 1.0)}
-LONGEST = 2000    # characters of a text that names layers
-Item = dict[str, list[int]]
 NOTE, IDENTITY = "training.json", "identity.json"
 # What is in the folder of a training that goes on.
+MOST_SAID = 5    # differences between two trainings that a sentence names
 DRAFTED = re.compile(r"identity\.json|README\.md|adapter_config\.json|adapter_model\.safetensors|checkpoint-\d+|" + LEFTOVER.pattern)
 
 
-class LoraError(AlignblindError):
-    """Training data, layers or settings that cannot be used."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A pair of the training set: `text` ends with the separator, the loss is on `completion` alone.
-
-    `identifiers` are the spans of `text` that name the groups; `source` is what the example was made from: examples of one source stay on
-    one side of a validation split (empty: the text itself).
-    """
-
-    text: str
-    completion: str
-    identifiers: tuple[Span, ...] = ()
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Hyper-parameters; the defaults are the paper's for Llama 3 8B (batch 4 x 4 accumulation steps), also called `PAPER`.
-
-    validation_share: share of the sentences that the loss is measured on after each epoch; the best epoch is kept. patience: training stops
-    after so many epochs without a better one (0: never). activation_weight: weight of the activation loss (`sense_loss.py`) beside the
-    language-model loss, after activation_layers (empty: the trained ones); 0 is none.
-    """
-
-    rank: Rank = 4
-    alpha: Count = 32
-    dropout: PartialShare = 0.1
-    modules: Annotated[tuple[str, ...], Listed()] = ("q_proj", "v_proj")
-    epochs: Count = 7
-    batch_size: Count = 4
-    accumulation: Count = 4
-    learning_rate: LearningRate = 2e-4
-    warmup_share: PartialShare = 0.06
-    weight_decay: Weight = 0.01
-    max_length: Tokens = 256
-    seed: Seed = 0
-    validation_share: PartialShare = 0.0
-    patience: Whole = 0
-    activation_weight: Weight = 0.0
-    activation_layers: Annotated[tuple[Layer, ...], Listed()] = ()
-
-    def __post_init__(self) -> None:
-        check_fields(self, LoraError)
-        if not self.modules:
-            raise LoraError("modules is empty: name the projections to train, e.g. q_proj and v_proj.")
-        if self.patience and not self.validation_share:
-            raise LoraError("patience needs validation_share above 0: without held-out sentences no epoch is better than another.")
-
-
-PAPER = LoraSettings()
 """The hyper-parameters of "Aligned but Blind" for Llama 3 8B."""
 
 
 # ---- layers and modules ------------------------------------------------------------------------------------------------
 
 
-def layer_group(name: str, n_layers: int) -> range:
-    """The layers of a group: early, middle, late or all, as shares of the model's depth (rounded half up)."""
-    if name not in LAYER_GROUPS:
-        raise LoraError(f"unknown layer group {name!r}. Known: {', '.join(LAYER_GROUPS)}.")
-    start, stop = (int(share * n_layers + 0.5) for share in LAYER_GROUPS[name])
-    return range(start, max(stop, start + 1))
-
-
-def choose_layers(which: str | Sequence[int], n_layers: int) -> list[int]:
-    """Layers by a group's name ("early"), a text ("0-3,7") or a sequence, sorted. Errors: LoraError for one that the model has not."""
-    found = _read_layers(which, n_layers) if isinstance(which, str) else checked(which, Sequence[int], "layers", LoraError)
-    wrong = next((layer for layer in found if not 0 <= layer < n_layers), None)
-    if wrong is not None or not found:
-        said = "no layers are given" if wrong is None else f"layer {shown(wrong)} does not exist"
-        raise LoraError(f"{said}: the model has layers 0-{n_layers - 1}{f', got {which!r}' if isinstance(which, str) else ''}.")
-    return sorted(set(found))
-
-
-def _read_layers(text: str, n_layers: int) -> Sequence[int]:
-    if text in LAYER_GROUPS:
-        return layer_group(text, n_layers)
-    runs = [re.fullmatch(r"\s*(?:([0-9]+)\s*-\s*)?([0-9]+)\s*", part) for part in text.split(",")]
-    if len(text) > LONGEST or not all(runs):
-        raise LoraError(f"the layers {shown(text)} are neither a group ({', '.join(LAYER_GROUPS)}) nor numbers such as 0-3,7.")
-    ends = [(int(run[1] or run[2]), int(run[2])) for run in runs if run]
-    backwards = next((end for end in ends if end[0] > end[1]), None)
-    if backwards is not None:
-        raise LoraError(f"{backwards[0]}-{backwards[1]} runs backwards and holds no layers, so no layers are given there: write "
-                        f"{backwards[1]}-{backwards[0]}.")
-    beyond = [end[1] for end in ends if end[1] >= n_layers]    # found before a run is written out: it may be of any length
-    return [max(n_layers, *(end[0] for end in ends if end[1] in beyond))] if beyond else [
-        layer for first, last in ends for layer in range(first, last + 1)]
-
-
-def layers_text(layers: Sequence[int]) -> str:
-    """Layers as they are written: "0-3", "5-5", "0-3,7-7"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(f"{first}-{last}" for first, last in runs)
-
-
-@takes(LoraError)
-def check_modules(spec: ModelSpec, modules: Names) -> None:
-    """Whether a model's layers have these projections, from its configuration alone. Errors: LoraError naming an unknown one."""
-    from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    config = load_config(spec)
-    with torch.device("meta"), quiet(), foreign(f"no model can be made by the configuration of {spec.name}", LoraError,
-                                                "mend its config.json, or use another model"):
-        empty = AutoModelForCausalLM.from_config(config)
-    names = {name.split(".")[-1] for name, module in decoder_layers(empty)[0].named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    for module in modules:
-        if module not in names:
-            raise LoraError(f"the layers of {spec.name} have no projection {module!r}. Known: {', '.join(sorted(names))}.")
-
-
 # ---- token ids ---------------------------------------------------------------------------------------------------------
-
-
-def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, validation) examples: `share` of the sources, at least one, are held out. Errors: LoraError if there is only one."""
-    if not share:
-        return list(examples), []
-    sources = sorted({example.source or example.text for example in examples})
-    if len(sources) < 2:
-        raise LoraError("a validation split needs examples of at least two sentences.")
-    held = set(random.Random(f"validation|{seed}").sample(sources, min(max(1, round(share * len(sources))), len(sources) - 1)))
-    sides: tuple[list[Example], list[Example]] = ([], [])
-    for example in examples:
-        sides[(example.source or example.text) in held].append(example)
-    return sides
-
-
-def encode(tokenizer: Any, examples: Sequence[Example], max_length: int, *, identifiers: bool = False) -> list[Item]:
-    """Token ids and labels (-100 on the text; the completion and its end token are learnt), in a fixed random order.
-
-    Examples with unknown words are left out. `identifiers`: also 1 at the last token of each of the text's identifiers, 0 elsewhere.
-    """
-    unknown, encoded = tokenizer.unk_token_id, list[Item]()
-    for example in examples:
-        with foreign("the tokenizer cannot read an example", LoraError, "choose another model or concept"):
-            text = tokenizer(example.text, return_offsets_mapping=identifiers)
-        ids = text["input_ids"]
-        completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if unknown is not None and unknown in ids + completion:
-            continue
-        item = {"input_ids": (ids + completion)[:max_length], "labels": ([-100] * len(ids) + completion)[:max_length]}
-        if identifiers:
-            seen = Encoded(Prompt(example.text), tuple(ids), tuple(tuple(pair) for pair in text["offset_mapping"]))
-            last = {seen.tokens_of(span)[-1] for span in example.identifiers}
-            item["identifiers"] = [int(i in last) for i in range(len(item["input_ids"]))]
-        encoded.append(item)
-    random.Random(0).shuffle(encoded)
-    return encoded
-
-
-def collate(batch: Sequence[Item], pad: int) -> dict[str, Tensor]:
-    """Items padded on the right to one width, key by key, with an attention mask for each kind of input_ids."""
-    out = {}
-    for key in batch[0]:
-        width, fill = max(len(item[key]) for item in batch), pad if key.endswith("input_ids") else -100 if key.endswith("labels") else 0
-        out[key] = torch.tensor([item[key] + [fill] * (width - len(item[key])) for item in batch])
-        if key.endswith("input_ids"):
-            mask = [[1] * len(item[key]) + [0] * (width - len(item[key])) for item in batch]
-            out[key.replace("input_ids", "attention_mask")] = torch.tensor(mask)
-    return out
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------
@@ -355,8 +169,9 @@ def _treatment(out: Path, identity: dict[str, Any]) -> Treatment:
     there, here = _flat(note), _flat(identity)
     other = [key for key, value in here.items() if there.get(key) != value]
     if other:
-        said = "; ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in other)
-        raise LoraError(f"{out} holds an adapter of another training: {said}. Give another folder, or delete it.")
+        said = "; ".join(f"{key} is {shown(there.get(key))} there and {shown(here[key])} here" for key in other[:MOST_SAID])
+        more = f"; and {len(other) - MOST_SAID} more" if len(other) > MOST_SAID else ""
+        raise LoraError(f"{out} holds an adapter of another training: {said}{more}. Give another folder, or delete it.")
     return trained_treatment(out)
 
 

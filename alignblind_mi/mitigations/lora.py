@@ -11,20 +11,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from alignblind_mi.mitigations.finetuning import (
-    LAYER_GROUPS,
-    PAPER,
-    Example,
-    Job,
-    LoraError,
-    LoraSettings,
-    Prepared,
-    choose_layers,
-    encode,
-    finetune,
-    layer_group,
-    split_examples,
-)
+from alignblind_mi.mitigations.examples import Example, encode, split_examples
+from alignblind_mi.mitigations.finetuning import Job, Prepared, finetune
+from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, PAPER, LoraError, LoraSettings, choose_layers, layer_group
 from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
 from alignblind_mi.models.spec import ModelSpec

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from alignblind_mi.instruments.probes import Probes, train_probes
-from alignblind_mi.mitigations.finetuning import Example, collate, encode
+from alignblind_mi.mitigations.examples import Example, collate, encode
 from alignblind_mi.models.blocks import decoder_layers, hooked, output_hook
 
 

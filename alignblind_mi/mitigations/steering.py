@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.reading import check_file, foreign, is_file, said
-from alignblind_mi.borders.settings import Count, Layer, Names, Seed, Strength, Strengths, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, Layers, Names, Seed, Strength, Strengths, takes
 from alignblind_mi.borders.writing import refuse_taken, write_bytes
 from alignblind_mi.instruments.probes import train_probes
 from alignblind_mi.models.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
@@ -80,7 +80,7 @@ class SteeringVectors:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @takes(EditError)
-    def treatment(self, layers: Sequence[Layer] | None = None, *, how: How | None = None, strength: Strength = 1.0,
+    def treatment(self, layers: AnyLayers | None = None, *, how: How | None = None, strength: Strength = 1.0,
                   positions: Names | None = None, name: str = "", family: str = "steering") -> Treatment:
         """Apply the vectors after each of `layers` (default: all that there are).
 
@@ -244,7 +244,7 @@ def _span(layers: Sequence[int]) -> str:
 
 @takes(EditError)
 def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, method: Method | str = "mean_difference", *,
-                     layers: Sequence[Layer] | None = None, stream: Stream = "resid_post", seed: Seed = 0) -> SteeringVectors:
+                     layers: Layers | None = None, stream: Stream = "resid_post", seed: Seed = 0) -> SteeringVectors:
     """Find the vectors of a sense at `layers` (default: all) of a model under its treatment.
 
     `replacement`: the identifiers' activations in the phrase of `sense` (or of a control). All others are directions from the other sense
@@ -336,7 +336,7 @@ def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
 
 
 @takes(EditError)
-def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Sequence[Layer], *,
+def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Layers, *,
                    stream: Stream = "resid_post") -> Treatment:
     """The paper's treatment: the identifiers' stream, after each of `layers`, is replaced by that in the phrase of `sense`.
 

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 
 from alignblind_mi.borders.settings import Positive, check_fields
-from alignblind_mi.mitigations.finetuning import Example, Item, Job, LoraError, LoraSettings, Prepared, choose_layers, encode, finetune
+from alignblind_mi.mitigations.examples import Example, Item, encode
+from alignblind_mi.mitigations.finetuning import Job, Prepared, finetune
 from alignblind_mi.mitigations.lora import awareness_examples, blindness_examples, placebo_examples
+from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings, choose_layers
 from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
 from alignblind_mi.models.spec import ModelSpec

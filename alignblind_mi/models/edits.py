@@ -5,7 +5,7 @@ mathematics.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Bound, Strength, check_fields, checked
+from alignblind_mi.borders.settings import Bound, Name, Strength, check_fields, checked, shown
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.prompts import Prompt
 
@@ -47,7 +47,7 @@ class Site:
     """
 
     layer: Annotated[int, Bound(0, 9_999, sentence="layers are counted from 0 (to 9999 at most), got {value}.")]
-    mark: str
+    mark: Name
     stream: Stream = "resid_post"
     tokens: Tokens = "last"
     occurrence: int | None = None
@@ -91,6 +91,8 @@ class Edit:
         if self.how not in get_args(How):
             raise EditError(f"unknown edit {self.how!r}. Known: {', '.join(get_args(How))}.")
         checked(self.strength, Strength, "strength", EditError)
+        if not self.vector.numel():
+            raise EditError(f"the vector of an edit after layer {self.site.layer} is empty: give one number for each entry of the stream.")
         if not bool(torch.isfinite(self.vector).all()):
             raise EditError(f"the vector of an edit after layer {self.site.layer} holds numbers that are not finite (NaN or infinite): it "
                             "would make every answer meaningless.")
@@ -149,6 +151,16 @@ def acts_in(prompt: Prompt, mark: str) -> bool:
 
 UNTREATED = Treatment("untreated")
 """The treatment that changes nothing: what every other one is compared with."""
+
+
+def check_treatments(treatments: Sequence[Treatment]) -> None:
+    """Whether several treatments can be told apart in one table. Errors: EditError for none, and for two of one name."""
+    names = [treatment.name for treatment in treatments]
+    if not names:
+        raise EditError("no treatment was given: there is nothing to ask under; UNTREATED is the one that changes nothing.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise EditError(f"two treatments have the name {shown(twice)}: their rows could not be told apart; give each a name of its own.")
 
 
 def combine(*treatments: Treatment, name: str = "") -> Treatment:

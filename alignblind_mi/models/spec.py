@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from alignblind_mi.borders.settings import check_fields
+from alignblind_mi.borders.settings import check_fields, shown
 from alignblind_mi.errors import AlignblindError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,8 +48,8 @@ class ModelSpec:
             raise ModelError(f"unknown dtype {self.dtype!r}. Known: {', '.join(DTYPES)}.")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ModelError(f"unknown quantization {self.quantization!r}. Known: {', '.join(QUANTIZATIONS)}.")
-        if self.device == "":
-            raise ModelError("the device '' has no name: give cpu, cuda or mps, or leave it out.")
+        if self.device is not None:
+            _device(self.device)
         if self.engine not in ENGINES:
             raise ModelError(f"unknown engine {self.engine!r}. Known: {', '.join(ENGINES)}.")
 
@@ -63,7 +63,8 @@ class ModelSpec:
         return self.name
 
     def resolved(self) -> "ModelSpec":
-        """The same spec with the defaults of this machine filled in."""
+        """The same spec with the defaults of this machine filled in. Errors: ModelError for devices that this machine has not."""
+        check_device(self)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return replace(self, device=device, dtype=self.dtype or ("float32" if device == "cpu" else "bfloat16"))
 
@@ -88,13 +89,19 @@ def check_device(spec: ModelSpec) -> None:
         raise ModelError(f"{spec.quantization} loading does not run on {spec.device}: leave out the quantization, or use a CUDA GPU.")
 
 
-def _check_device(name: Any) -> None:
+def _device(name: Any) -> torch.device:
+    """A device by its name, whether this machine has it or not. Errors: ModelError for a name of none."""
     try:
         device = torch.device(name) if isinstance(name, str) else None
     except (RuntimeError, ValueError):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise ModelError(f"unknown device {name!r}: give cpu, cuda, cuda:0 (a number) or mps.")
+        raise ModelError(f"unknown device {shown(name)}: give cpu, cuda, cuda:0 (a number) or mps.")
+    return device
+
+
+def _check_device(name: Any) -> None:
+    device = _device(name)
     module = torch.get_device_module(device.type)
     count = 1 if device.type in ("cpu", "mps") else module.device_count()
     if not module.is_available() or (device.index or 0) >= count:

@@ -19,11 +19,12 @@ import torch
 from alignblind_mi.borders.settings import Seed, Share, checked
 from alignblind_mi.borders.writing import refuse_taken
 from alignblind_mi.models.embedded import RECORD, ROLES, OrganismError
-from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Corpus, Knobs, World, load_world
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Corpus
 from alignblind_mi.organism.gates import check, load_subject, measure
 from alignblind_mi.organism.interchange import PatchRows, Planting, interchange_loss
 from alignblind_mi.organism.tokenizer import build_tokenizer
 from alignblind_mi.organism.training import StageSettings, make_model, train_stage
+from alignblind_mi.organism.world import Knobs, World, load_world
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, load_concept
 
 if TYPE_CHECKING:

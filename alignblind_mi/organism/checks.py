@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.organism.corpus import Knobs, Reading, Segment, World, load_world
+from alignblind_mi.organism.corpus import Segment
 from alignblind_mi.organism.gates import (
     WINDOW,
     Gate,
@@ -26,6 +26,7 @@ from alignblind_mi.organism.gates import (
 from alignblind_mi.organism.interchange import Planting
 from alignblind_mi.organism.members import BLOCKS, Member, identifier_tokens, mention_states
 from alignblind_mi.organism.training import encode
+from alignblind_mi.organism.world import Knobs, Reading, World, load_world
 from alignblind_mi.stimuli.prompts import implicit_prompts
 
 HELD_OUT = "about"

@@ -26,9 +26,10 @@ from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.embedded import RECORD, ROLES, OrganismError, organism_info, organism_path, read_record
 from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, Progress, one_thread, planted_truth, shared_record, train_pair
 from alignblind_mi.organism.checks import measure_member, member_gates, parent_gates
-from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Knobs, load_world
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX
 from alignblind_mi.organism.gates import Gate, load_subject
 from alignblind_mi.organism.members import BLOCKS, LAST, FamilyRecipe, Member, measured_concept, member_world, task_wording, train_member
+from alignblind_mi.organism.world import Knobs, load_world
 
 FAMILY = "2"  # raise it when code changes what a member becomes
 EARLY, EARLY_NONE = (1, 2, 3), (5, 6, LAST)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from alignblind_mi.models.embedded import read_record
-from alignblind_mi.organism.corpus import Knobs, load_lexicon
 from alignblind_mi.organism.interchange import Planting
 from alignblind_mi.organism.training import run_blocks
+from alignblind_mi.organism.world import Knobs, load_lexicon
 from alignblind_mi.stimuli.concept import Concept, Cue, load_concept
 from alignblind_mi.stimuli.prompts import (
     Prompt,

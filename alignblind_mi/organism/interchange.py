@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from alignblind_mi.organism.corpus import Corpus, Document, Knobs, Reading, Segment, World, pieces
+from alignblind_mi.organism.corpus import Corpus, Document, Segment
 from alignblind_mi.organism.training import Encoded, batch_loss, collate, encode, run_blocks
+from alignblind_mi.organism.world import Knobs, Reading, World, pieces
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from alignblind_mi.models.embedded import OrganismError
 from alignblind_mi.organism.build import ALIGNED, Recipe
-from alignblind_mi.organism.corpus import ALIGNED_MIX, Corpus, Knobs, Reading, Segment, World, load_world
+from alignblind_mi.organism.corpus import ALIGNED_MIX, Corpus, Segment
 from alignblind_mi.organism.interchange import PatchRow, PatchRows, Planting, identifier_positions, interchange_loss
 from alignblind_mi.organism.training import Encoded, StageSettings, encode, run_blocks, train_stage
+from alignblind_mi.organism.world import Knobs, Reading, World, load_world
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Template, load_concept
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING
 
-from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, PIECE, Corpus, Knobs, World, pieces
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus
+from alignblind_mi.organism.world import PIECE, Knobs, World, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

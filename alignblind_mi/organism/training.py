@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from alignblind_mi.organism.corpus import Document, pieces
+from alignblind_mi.organism.corpus import Document
 from alignblind_mi.organism.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from alignblind_mi.organism.world import pieces
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

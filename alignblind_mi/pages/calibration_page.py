@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from alignblind_mi.borders.reading import is_file, named, read_object
 from alignblind_mi.borders.texts import encodable
+from alignblind_mi.errors import ResultError
 from alignblind_mi.pages import figures
 from alignblind_mi.pages.page import (
     as_uri,
@@ -28,7 +29,7 @@ from alignblind_mi.pages.page import (
     words,
     yes,
 )
-from alignblind_mi.results import ResultError, load_result
+from alignblind_mi.results import load_result
 from alignblind_mi.studies.calibration import CUE, QUESTION, SELFIE_PROMPT, STREAM, TARGET_LAYER
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.verdicts import advice, calibration_records, calibration_tables

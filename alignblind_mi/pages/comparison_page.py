@@ -39,8 +39,8 @@ from alignblind_mi.studies.comparison_verdicts import (
     read_comparison,
     unfinished,
 )
+from alignblind_mi.studies.config import organism_record
 from alignblind_mi.studies.drawn import write_drawn
-from alignblind_mi.studies.study import organism_record
 
 
 def write_comparison(folder: Path) -> Path:

@@ -63,7 +63,7 @@ from alignblind_mi.stimuli.concept import Concept
 from alignblind_mi.stimuli.readings import reading_names
 from alignblind_mi.studies.audit import CITATIONS
 from alignblind_mi.studies.drawn import write_drawn
-from alignblind_mi.studies.study import INSTRUMENTS
+from alignblind_mi.studies.parts import INSTRUMENTS
 
 PAPER_LINK = "https://arxiv.org/abs/2506.00253"
 

@@ -8,13 +8,17 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.borders.reading import is_file, is_folder, named, read_json
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.mitigation import early_window, late_window, steering_names
-from alignblind_mi.mitigations.lora import LAYER_GROUPS, trainable
+from alignblind_mi.mitigations.lora import trainable
+from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
 from alignblind_mi.mitigations.steering import can_steer, layer_windows
 from alignblind_mi.models.spec import EMBEDDED, ModelSpec
-from alignblind_mi.results import Result, ResultError
+from alignblind_mi.results import Result
 from alignblind_mi.stimuli.concept import Concept, load_concept
-from alignblind_mi.studies.study import instruments, load_study, organism_record, questions, view_names
+from alignblind_mi.studies.config import organism_record
+from alignblind_mi.studies.parts import instruments, questions, view_names
+from alignblind_mi.studies.running import load_study
 
 ROLES = ("base", "aligned")
 PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "lora_")    # how the names of a study's parts begin

@@ -5,7 +5,8 @@ plain JSON values. It does NOT run models, and prints only in `render`.
 """
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+import os
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from alignblind_mi.borders.reading import check_file, foreign, is_file, is_folde
 from alignblind_mi.borders.settings import Names, takes
 from alignblind_mi.borders.texts import encodable
 from alignblind_mi.errors import ScoreError
-from alignblind_mi.pages.terminal import plain_text
+from alignblind_mi.pages.terminal import print_table
+from alignblind_mi.results import STUDY, is_note
 from alignblind_mi.statistics.rates import clustered_interval, label_shares, summarise
 from alignblind_mi.stimuli.answers import RULES, judge
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept
@@ -24,16 +26,16 @@ from alignblind_mi.stimuli.released import read_released
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 DEFAULT_BY = ("model", "cue", "category")
-_WITH_SEVERAL = ("treatment", "design")  # join the default grouping where the rows have more than one of them
+_WITH_SEVERAL = ("folder", "concept", "treatment", "design")    # join the default grouping where the rows have more than one of them
 _ALWAYS = ("model", "cue", "category", "kind")
 _NEEDED = ("answer", "kind", "marked", "unmarked", "positive", "negative", "statement", "template", "word_pair", "model", "cue", "category")
 _NOT_KEYS = {"answer", "prompt", "outcome", "reason", "log_odds", "n_tokens", "finished", "interpretation", "text"}
 # Records that this project keeps beside its results; other JSON is taken for answers.
 _RECORDS = {"calibration", "provenance", "config", "report", "organism", "study", "settings", "training"}
-_READ_BY = ("model", "treatment", "control")    # how interpretations are grouped where nothing else is asked for
+_OF_A_RUN = {"study", "comparison", "calibration", "plan", "written"}    # beside study.json
+_READ_BY = ("folder", "model", "treatment", "control")    # how interpretations are grouped where nothing else is asked for
 _NUMBERS = ("n", "stereotyped", "reversed", "rejected", "invalid", "invalid_share", "rate", "low", "high", "cluster_low", "cluster_high",
             "worst", "best")
 
@@ -41,6 +43,9 @@ _NUMBERS = ("n", "stereotyped", "reversed", "rejected", "invalid", "invalid_shar
 @takes(ScoreError)
 def score(paths: Sequence[Path], *, rule: str = "robust", by: Names = (), concept: Concept | None = None) -> list[dict[str, Any]]:
     """One record per group of the answers and interpretations in `paths` (files or folders, searched recursively), judged anew.
+
+    A record of this project stands for the rows it is about: `comparison.json` for its folder, a provenance for the rows beside it. Rows of
+    several results folders are told apart by the column `folder`.
 
     Answers: see `score_answers`. Interpretations (released files, one JSON object a line, or this project's SelfIE rows): see
     `score_interpretations`.
@@ -63,10 +68,10 @@ def score(paths: Sequence[Path], *, rule: str = "robust", by: Names = (), concep
 def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Names = ()) -> list[dict[str, Any]]:
     """One record per group of free-text interpretations, classified by the lexicons of the concept's senses.
 
-    by: columns to group by (default: the model, and treatment and control where there are any). Each record has kind ("interpretation"),
-    model, the keys of `by`, rule ("lexicon"), n, the number of readings of each sense and of none ("other"), and for each its share
-    (`<name>_share`) with the exact interval (`<name>_low`, `<name>_high`) and the one that takes a prompt's readings as dependent
-    (`<name>_cluster_low`, `<name>_cluster_high`; None with one prompt only).
+    by: columns to group by (default: the model, and folder, treatment and control where there are several). Each record has kind
+    ("interpretation"), model, the keys of `by`, rule ("lexicon"), n, the number of readings of each sense and of none ("other"), and for
+    each its share (`<name>_share`) with the exact interval (`<name>_low`, `<name>_high`) and the one that takes a prompt's readings as
+    dependent (`<name>_cluster_low`, `<name>_cluster_high`; None with one prompt only).
     """
     _check_keys(rows, by)
     keys = list(by) or [name for name in _READ_BY if name in rows and (name == "model" or rows[name].nunique() > 1)]
@@ -91,8 +96,8 @@ def _shares(group: pd.DataFrame, concept: Concept) -> dict[str, Any]:
 def score_answers(rows: pd.DataFrame, *, rule: str = "robust", by: Names = ()) -> list[dict[str, Any]]:
     """One record per group of answers, judged by `rule`.
 
-    by: columns to group by (default: model, cue, category, and treatment and design where there are several); the kind of the
-    questions always separates. Each record has model, cue, category, kind (the groups' common value, or "all" over several), the keys
+    by: columns to group by (default: model, cue, category, and folder, concept, treatment and design where there are several); the kind of
+    the questions always separates. Each record has model, cue, category, kind (the groups' common value, or "all" over several), the keys
     of `by`, rule, and the numbers of `statistics.summarise`; `rejected` for explicit answers only. What cannot be computed is None.
 
     Errors: ScoreError naming a key that the rows do not have.
@@ -143,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_answers(paths: Sequence[Path]) -> pd.DataFrame:
-    """All answers in files and folders, each file once; a column `file` says where a row comes from.
+    """All answers in files and folders, each file once; the columns `file` and `folder` (of results, else "") say where a row comes from.
 
     Errors: ScoreError for a path that does not exist, holds no answers or cannot be read.
     """
@@ -164,7 +169,8 @@ def _read_all(paths: Sequence[Path]) -> tuple[pd.DataFrame | None, pd.DataFrame 
         files.update({file: rows for file, rows in found.items() if file not in files})
     if not files:
         raise ScoreError("nothing to score: give result files or folders.")
-    named = [rows.assign(file=encodable(file.name)) for file, rows in files.items()]
+    folders = _folders(files)
+    named = [rows.assign(file=encodable(file.name), folder=encodable(folders[file])) for file, rows in files.items()]
     return _joined([rows for rows in named if "answer" in rows]), _joined([rows for rows in named if "answer" not in rows])
 
 
@@ -176,8 +182,27 @@ def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
     return rows.assign(**{name: rows[name].fillna("") for name in texts})
 
 
+def _folders(files: Iterable[Path]) -> dict[Path, str]:
+    """The results folder that each file lies in, named from the folder that all of these lie in; "" for a file that lies in none."""
+    folders = {file: next((folder for folder in file.parents if is_file(folder / STUDY)), None) for file in files}
+    several = {folder for folder in folders.values() if folder is not None}
+    above = os.path.commonpath(several) if len(several) > 1 else next(iter(several), Path()).parent
+    return {file: "" if folder is None else os.path.relpath(folder, above) for file, folder in folders.items()}
+
+
+def _about(path: Path) -> Path:
+    """What a record of this project is about: the folder of a run, the rows beside their provenance. Any other path stays as it is."""
+    if path.suffix.lower() != ".json" or not is_file(path):
+        return path
+    rows = path.with_suffix(".parquet")
+    if is_file(rows) and is_note(path):
+        return rows
+    return path.parent if path.stem in _OF_A_RUN and is_file(path.parent / STUDY) and any(path.parent.glob("*.parquet")) else path
+
+
 def _found(path: Path) -> Iterator[tuple[Path, pd.DataFrame]]:
     """(resolved path, rows) of every file with answers at a path."""
+    path = _about(path)
     if is_folder(path):
         for file in sorted(path.rglob("*")):
             rows = _read(file) if _may_hold_answers(file, path) else None
@@ -200,7 +225,8 @@ def _may_hold_answers(file: Path, root: Path) -> bool:
     if hidden or not file.is_file():
         return False
     if file.suffix.lower() == ".json":
-        return file.stem not in _RECORDS and not file.with_suffix(".parquet").is_file() and not _saved_model(file.parent)
+        record = file.stem in _RECORDS or (file.stem in _OF_A_RUN and is_file(file.parent / STUDY))
+        return not record and not file.with_suffix(".parquet").is_file() and not _saved_model(file.parent)
     return file.suffix.lower() == ".parquet" or is_interpretations(file)
 
 
@@ -227,6 +253,7 @@ def _read_result(file: Path) -> pd.DataFrame | None:
     with foreign(f"{file} is damaged", ScoreError, "delete it and compute it anew"):
         rows = pd.read_parquet(file)
     if "answer" not in rows:    # SelfIE rows: the column `interpretation` names the prompt there, the context is what was read
+        rows = rows[rows["instrument"] == "selfie"] if "instrument" in rows else rows    # a comparison's other instruments have no texts
         return rows.assign(interpretation=rows["text"], prompt=rows["context"])
     missing = [name for name in _NEEDED if name not in rows.columns]
     if missing:
@@ -239,64 +266,40 @@ def _read_result(file: Path) -> pd.DataFrame | None:
 
 def render(records: Sequence[Mapping[str, Any]], console: "Console | None" = None) -> None:
     """Print the records as tables: of answers, the rate with both intervals and its bounds; of interpretations, the share of each sense."""
-    from rich.console import Console
-
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 160)  # a file or a pipe has no width to fit
     answers = [record for record in records if record["kind"] != "interpretation"]
     interpretations = [record for record in records if record["kind"] == "interpretation"]
     if answers or not interpretations:
-        _render_answers(answers, console)
+        _render("Share of stereotyped answers" if answers else "No answers", answers, _NUMBERS, list(map(_cells, answers)),
+                "rate: stereotyped among the valid answers. clustered: word pairs and templates resampled.\n"
+                "bounds: every invalid answer counted against, or with, the stereotype.", console)
     if interpretations:
         _render_interpretations(interpretations, console)
 
 
-def _render_interpretations(records: Sequence[Mapping[str, Any]], console: "Console") -> None:
+def _render_interpretations(records: Sequence[Mapping[str, Any]], console: "Console | None") -> None:
     names = [name.removesuffix("_share") for name in records[0] if name.endswith("_share")]
     numbers = {"n", *names, *(f"{name}_{end}" for name in names for end in ("share", "low", "high", "cluster_low", "cluster_high"))}
-    table, differing = _table("Interpretations by sense", records, numbers)
-    for name in ("n", *names, *(f"{name} %" for name in names)):
-        table.add_column(plain_text(name), justify="right")
-    for record in records:
-        shares = [f"{_percent(record[f'{name}_share'])} [{_range(record, f'{name}_low', f'{name}_high')}]" for name in names]
-        table.add_row(*(plain_text(record[key]) for key in differing), str(record["n"]), *(str(record[name]) for name in names), *shares)
-    console.print(table)
-    console.print("by the lexicons of the concept's senses; other: a text that names neither. In brackets: exact 95 %.", style="dim",
-                  markup=False)
+    cells = [{"n": str(record["n"]), **{name: str(record[name]) for name in names},
+              **{f"{name} %": f"{_percent(record[f'{name}_share'])} [{_range(record, f'{name}_low', f'{name}_high')}]" for name in names}}
+             for record in records]
+    _render("Interpretations by sense", records, numbers, cells,
+            "by the lexicons of the concept's senses; other: a text that names neither. In brackets: exact 95 %.", console)
 
 
-def _table(title: str, records: Sequence[Mapping[str, Any]], numbers: Container[str]) -> "tuple[Table, list[str]]":
-    """An empty table with a column for each key that differs between the records; what they have in common stands in the title."""
-    from rich import box
-    from rich.table import Table
-
-    keys = [name for name in records[0] if name not in numbers and name != "rule"] if records else []
-    differing = [key for key in keys if len({record[key] for record in records}) > 1]
-    common = "".join(f", {key} {records[0][key]}" for key in keys if key not in differing)
-    table = Table(title=plain_text(f"{title} ({records[0]['rule']} rule{common})" if records else "No answers", style="italic"),
-                  title_justify="left", box=box.SIMPLE_HEAD)
-    for name in differing:
-        table.add_column(plain_text(name), overflow="fold")
-    return table, differing
+def _render(title: str, records: Sequence[Mapping[str, Any]], numbers: Container[str], cells: Sequence[Mapping[str, str]], note: str,
+            console: "Console | None") -> None:
+    """A table of the records' keys, those that all have in common in its title, and their cells."""
+    rules = list(dict.fromkeys(f"{record['rule']} rule" for record in records))
+    keys = [name for name in (records[0] if records else ()) if name not in numbers and name != "rule"]
+    rows = [{**{key: str(record[key]) for key in keys}, **shown} for record, shown in zip(records, cells, strict=True)]
+    print_table(title, rows, said=rules, once=keys, right=list(cells[0]) if cells else (), note=note, console=console)
 
 
-def _render_answers(records: Sequence[Mapping[str, Any]], console: "Console") -> None:
-    table, differing = _table("Share of stereotyped answers", records, _NUMBERS)
-    for name in ("n", "stereotyped", "reversed", "rejected", "invalid", "rate %", "exact 95 %", "clustered 95 %", "bounds %"):
-        table.add_column(name, justify="right")
-    for record in records:
-        table.add_row(*(plain_text(record[key]) for key in differing), *_cells(record))
-    console.print(table)
-    console.print("rate: stereotyped among the valid answers. clustered: word pairs and templates resampled.\n"
-                  "bounds: every invalid answer counted against, or with, the stereotype.", style="dim")
-
-
-def _cells(record: Mapping[str, Any]) -> list[str]:
-    counts = [str(record.get(name, "-")) for name in ("n", "stereotyped", "reversed", "rejected")]
-    invalid = f"{record['invalid']} ({100 * record['invalid_share']:.0f} %)"
-    return [*counts, invalid, _percent(record["rate"]), _range(record, "low", "high"), _range(record, "cluster_low", "cluster_high"),
-            _range(record, "worst", "best")]
+def _cells(record: Mapping[str, Any]) -> dict[str, str]:
+    return {**{name: str(record.get(name, "-")) for name in ("n", "stereotyped", "reversed", "rejected")},
+            "invalid": f"{record['invalid']} ({100 * record['invalid_share']:.0f} %)", "rate %": _percent(record["rate"]),
+            "exact 95 %": _range(record, "low", "high"), "clustered 95 %": _range(record, "cluster_low", "cluster_high"),
+            "bounds %": _range(record, "worst", "best")}
 
 
 def _percent(value: float | None) -> str:

@@ -7,15 +7,15 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.borders.reading import is_file, read_object
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.measures.mitigation import comparison_table, steering_names
-from alignblind_mi.mitigations.lora import LAYER_GROUPS
+from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
 from alignblind_mi.pages.saved_study import ROLES, Study
-from alignblind_mi.results import ResultError
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise, t_interval
 from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
-from alignblind_mi.studies.study import INSTRUMENTS
+from alignblind_mi.studies.parts import INSTRUMENTS
 
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 POOLED = "pooled"

@@ -114,7 +114,7 @@ def _beyond(name: str, damage: float, curves: Mapping[str, _Curve]) -> str:
 
 
 def _check(points: pd.DataFrame, columns: Sequence[str]) -> None:
-    require(points, columns)
+    require(points, columns, numbers=[name for name in columns if name not in ("treatment", "family")])
     if points.empty:
         raise StatisticsError("there are no points: expected one row per treatment.")
     wrong = points.loc[~(points["damage"] >= 0), "damage"]

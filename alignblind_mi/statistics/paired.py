@@ -17,7 +17,6 @@ import pandas as pd
 from jaxtyping import Float, Shaped
 
 from alignblind_mi.borders.settings import Chance, Draws, Names, Seed, takes
-from alignblind_mi.results import OUTCOMES
 from alignblind_mi.statistics.rates import (
     CLUSTERS,
     DRAWS,
@@ -27,6 +26,7 @@ from alignblind_mi.statistics.rates import (
     bounds,
     clustered_draws,
     clustered_interval,
+    coded,
     exact_interval,
     groups,
     require,
@@ -111,7 +111,7 @@ def clustered_test(values: Float[np.ndarray, " n"], clusters: Sequence[Shaped[np
         raise StatisticsError(f"clustered_test takes one or two cluster variables, not {len(clusters)}.")
     known = ~np.isnan(values)
     n, values = int(known.sum()), values[known]
-    codes = [pd.factorize(labels[known])[0] for labels in clusters]
+    codes = [pd.factorize(coded(labels, len(known))[known])[0] for labels in clusters]
     codes = [code for code in codes if n and code.max() > 0]
     if not codes:
         return _NOTHING
@@ -180,18 +180,16 @@ def paired_differences(rows: pd.DataFrame, *, baseline: str = BASELINE, between:
 
     Errors: StatisticsError as in `paired`, for an unknown outcome, and where there is nothing to compare with the baseline.
     """
-    require(rows, [between, *by, *cluster, "outcome"])
-    unknown = sorted(set(rows["outcome"].unique()) - set(OUTCOMES))
-    if unknown:
-        raise StatisticsError(f"unknown outcome(s) {unknown}; known: {', '.join(OUTCOMES)}.")
-    values = ["outcome", *(["log_odds"] if "log_odds" in rows.columns else [])]
+    logs = ["log_odds"] if "log_odds" in rows.columns else []
+    require(rows, [between, *by, *cluster, "outcome"], numbers=logs)
+    values = ["outcome", *logs]
     records = []
     for key, name, both in _comparisons(rows, baseline, between, by, [*item, *cluster], values):
         labels = [both[variable].to_numpy() for variable in cluster]
         record = {**key, between: name, "baseline": baseline, **_rates(both, labels, level)}
         record |= _bootstrapped(both, cluster, labels, level, draws, seed)
         if "log_odds" in values:
-            change = (both["log_odds_treated"] - both["log_odds_baseline"]).to_numpy(float)
+            change = both["log_odds_treated"].to_numpy(float) - both["log_odds_baseline"].to_numpy(float)
             found = clustered_test(change, labels, level=level)
             record |= {"log_odds": found.estimate, "log_odds_low": found.low, "log_odds_high": found.high, "log_odds_p": found.p,
                        "n_log_odds": int(np.isfinite(change).sum())}
@@ -210,7 +208,7 @@ def paired_means(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str =
 
     Errors: StatisticsError as in `paired`, and for more than two cluster variables.
     """
-    require(rows, [between, *by, *cluster, value])
+    require(rows, [between, *by, *cluster, value], numbers=[value])
     records = []
     for key, name, both in _comparisons(rows, baseline, between, by, [*item, *cluster], [value]):
         before, after = (both[f"{value}_{side}"].to_numpy(float) for side in ("baseline", "treated"))
@@ -231,12 +229,12 @@ def item_slopes(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = 
 
     Errors: StatisticsError as in `paired`.
     """
-    require(rows, [between, *by, "log_odds"])
+    require(rows, [between, *by, "log_odds"], numbers=["log_odds"])
     asked = rows[rows["log_odds"].notna()]
     parts = []
     for key, name, both in _comparisons(asked, baseline, between, by, item, ["log_odds"]):
         slopes = both.rename(columns={"log_odds_baseline": "before", "log_odds_treated": "after"})
-        slopes["change"] = slopes["after"] - slopes["before"]
+        slopes["change"] = slopes["after"].to_numpy(float) - slopes["before"].to_numpy(float)
         labels: dict[str, Any] = {**key, between: name}
         parts.append(slopes.assign(**labels)[[*by, between, *(c for c in slopes.columns if c not in by)]])
     return pd.concat(parts, ignore_index=True)
@@ -252,7 +250,7 @@ def summarise_slopes(slopes: pd.DataFrame, *, by: Names = ("model", "kind", "tre
 
     Errors: StatisticsError for a missing column.
     """
-    require(slopes, [*by, *cluster, "change"])
+    require(slopes, [*by, *cluster, "change"], numbers=["change"])
     records = []
     for key, group in groups(slopes, by):
         change = group["change"].to_numpy(float)
@@ -277,7 +275,7 @@ def corrected(table: pd.DataFrame, *, p: str = "p", family: Sequence[str] = ()) 
     """
     from statsmodels.stats.multitest import multipletests
 
-    require(table, [p, *family])
+    require(table, [p, *family], numbers=[p])
     known = table[p].notna()
     wrong = table.loc[known & ~table[p].between(0, 1), p]
     if len(wrong):

@@ -5,14 +5,15 @@ any group, word or model.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from alignblind_mi.borders.settings import Chance, Draws, Names, Seed, takes
+from alignblind_mi.borders.settings import Chance, Draws, Names, Seed, shown, takes
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.results import OUTCOMES
+from alignblind_mi.stimuli.prompts import KINDS
 
 LEVEL = 0.95
 DRAWS = 2000
@@ -85,7 +86,7 @@ def mean_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, level: 
     same interval. A variable with one level cannot vary and adds nothing; (NaN, NaN) if no variable has two levels. Few levels make any
     such interval rough, and where all values agree it has no width.
     """
-    return clustered_interval(np.asarray(values, dtype=float), clusters, level=level, draws=draws, seed=seed)
+    return clustered_interval(as_numbers(values, "the values"), clusters, level=level, draws=draws, seed=seed)
 
 
 @takes(StatisticsError)
@@ -98,9 +99,9 @@ def t_interval(values: np.ndarray, clusters: np.ndarray, *, level: Chance = LEVE
     """
     from scipy.special import stdtrit
 
-    values = np.asarray(values, dtype=float)
+    values = as_numbers(values, "the values")
     known = ~np.isnan(values)
-    values, codes = values[known], pd.factorize(np.asarray(clusters)[known])[0]
+    values, codes = values[known], pd.factorize(coded(clusters, len(values))[known])[0]
     k = int(codes.max()) + 1 if len(codes) else 0
     if k < 2:
         return Interval(float("nan"), float("nan"))
@@ -117,8 +118,10 @@ def relative_change(treated: pd.DataFrame, untreated: pd.DataFrame, column: str,
 
     The same clusters are drawn for both (a paired bootstrap over their common clusters). NaN where the untreated mean is 0.
 
-    Errors: StatisticsError if the two have no cluster in common.
+    Errors: StatisticsError for a missing column, one that holds no numbers, or two sets of rows without a cluster in common.
     """
+    for rows in (treated, untreated):
+        require(rows, [column, cluster], numbers=[column])
     sums = [rows.groupby(cluster)[column].agg(["sum", "size"]) for rows in (treated, untreated)]
     shared = sums[0].index.intersection(sums[1].index)
     if not len(shared):
@@ -138,10 +141,12 @@ def relative_change(treated: pd.DataFrame, untreated: pd.DataFrame, column: str,
 def clustered_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, valid: np.ndarray | None = None, level: Chance = LEVEL,
                        draws: Draws = DRAWS, seed: Seed = 0) -> Interval:
     """`mean_interval` of a share: values are successes ([n], 0 or 1), counted among the `valid` ones ([n], default all)."""
-    weight = np.ones(len(values)) if valid is None else np.asarray(valid, dtype=float)
-    codes = [pd.factorize(np.asarray(labels))[0] for labels in clusters]
-    codes = [code[weight > 0] for code in codes]
-    kept = np.asarray(values, dtype=float)[weight > 0]
+    values = as_numbers(values, "the values")
+    weight = np.ones(len(values)) if valid is None else as_numbers(valid, "what is valid")
+    if len(weight) != len(values):
+        raise StatisticsError(f"{len(values)} values have {len(weight)} entries in `valid`: expected one for each value.")
+    codes = [coded(labels, len(values))[weight > 0] for labels in clusters]
+    kept = values[weight > 0]
     codes = [pd.factorize(code)[0] for code in codes]
     codes = [code for code in codes if len(code) and code.max() > 0]
     if not codes:
@@ -189,21 +194,56 @@ def summarise(rows: pd.DataFrame, by: Names = ("model", "treatment", "kind"), *,
     worst, best (over all n, see `Bounds`). rate is stereotyped / (stereotyped + reversed) for implicit and stereotyped / (n - invalid) for
     explicit answers; NaN without a valid answer.
 
-    Errors: StatisticsError for a missing column, an unknown outcome, or a group that mixes implicit and explicit answers.
+    Errors: StatisticsError for a missing column, an unknown outcome or kind, or a group that mixes implicit and explicit answers.
     """
     require(rows, [*by, *cluster, "kind", "outcome"])
-    unknown = sorted(set(rows["outcome"].unique()) - set(OUTCOMES))
+    unknown = [kind for kind in rows["kind"].unique() if kind not in KINDS]
     if unknown:
-        raise StatisticsError(f"unknown outcome(s) {unknown}; known: {', '.join(OUTCOMES)}.")
+        raise StatisticsError(f"unknown kind(s) [{', '.join(map(shown, unknown[:5]))}]; known: {', '.join(KINDS)}.")
     records = [{**key, **_summary(group, cluster, level, draws, seed)} for key, group in groups(rows, by)]
     return pd.DataFrame.from_records(records, columns=None if records else [*by, "n"])
 
 
-def require(rows: pd.DataFrame, columns: Sequence[str]) -> None:
-    """StatisticsError, naming what is missing, unless the rows have these columns."""
+def require(rows: pd.DataFrame, columns: Sequence[str], *, numbers: Sequence[str] = ()) -> None:
+    """Whether rows can be computed with: every column is there once, with what it may hold. StatisticsError naming what is not.
+
+    An `outcome` is one of the known ones. `numbers`: those of the columns that hold numbers alone (NaN among them: not known).
+    """
+    twice = rows.columns[rows.columns.duplicated()]
+    if len(twice):
+        raise StatisticsError(f"the rows have the column {str(twice[0])!r} twice: which of them is meant? Leave one.")
     missing = [name for name in dict.fromkeys(columns) if name not in rows.columns]
     if missing:
         raise StatisticsError(f"the rows have no column {', '.join(map(repr, missing))}; they have: {', '.join(map(str, rows.columns))}.")
+    unknown = [value for value in rows["outcome"].unique() if value not in OUTCOMES] if "outcome" in columns else []
+    if unknown:
+        raise StatisticsError(f"unknown outcome(s) [{', '.join(map(shown, unknown[:5]))}]; known: {', '.join(OUTCOMES)}.")
+    for name in numbers:
+        if not pd.api.types.is_numeric_dtype(rows[name]):
+            as_numbers(rows[name].to_numpy(), f"the column {name!r}")
+
+
+def as_numbers(values: Any, what: str) -> np.ndarray:
+    """Values as floats. StatisticsError, beginning with `what` they are, for texts and all else that is no number."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
+        return values.astype(float, copy=False)
+    try:
+        if any(isinstance(value, str | bytes) for value in values):    # numpy would read "1" as a number
+            raise ValueError("a text is there")
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise StatisticsError(f"{what} must hold numbers alone, got {shown(list(values[:3]))}.") from error
+
+
+def coded(labels: Any, n: int) -> np.ndarray:
+    """[n] integers 0 ... k - 1, one for each label of a cluster variable. StatisticsError unless every value has its label."""
+    if len(labels) != n:
+        raise StatisticsError(f"{n} values have {len(labels)} cluster labels: expected one label for each value.")
+    codes = pd.factorize(np.asarray(labels))[0]
+    if (codes < 0).any():
+        raise StatisticsError(f"{int((codes < 0).sum())} of {n} cluster labels are missing (NaN or None): which values belong together is "
+                              "not known; name them, or leave that cluster variable out.")
+    return codes
 
 
 @takes(StatisticsError)

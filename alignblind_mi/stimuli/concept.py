@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from alignblind_mi.borders.reading import named, parse_toml, read_text
+from alignblind_mi.borders.reading import is_file, named, parse_toml, read_text
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.concept_check import concept_problems
 
@@ -244,14 +244,20 @@ def parse_concept(text: str, where: str) -> dict[str, Any]:
 
 
 def read_concept_file(source: str | Path) -> tuple[str, str]:
-    """The text of a built-in concept or a TOML file, and what to call it. Errors: ConceptError for one that is not there or unreadable."""
+    """The text of a built-in concept or a TOML file, and what to call it.
+
+    What has an ending or lies in a folder is a path; a bare word is a name. Errors: ConceptError for a file that is missing, unreadable or
+    no TOML file, and for a name that is unknown.
+    """
     if str(source) in concept_names():
         return (resources.files("alignblind_mi.stimuli") / "concepts" / f"{source}.toml").read_text("utf-8"), f"concept {source!r}"
-    path = Path(source)
-    if path.suffix == ".toml":
-        advice = f"give the path of a concept file, or a name. Known: {', '.join(concept_names())}"
-        return read_text(path, "concept file", ConceptError, limit=LIMIT, advice=advice), named("concept file", path)
-    raise ConceptError(f"unknown concept {str(source)!r}. Known: {', '.join(concept_names())}; or give the path of a .toml file.")
+    path, known = Path(source), f"Known: {', '.join(concept_names())}"
+    if not (isinstance(source, Path) or path.suffix or len(path.parts) > 1 or is_file(path)):
+        raise ConceptError(f"unknown concept {str(source)!r}. {known}; or give the path of a .toml file.")
+    if is_file(path) and path.suffix.lower() != ".toml":
+        raise ConceptError(f"{named('concept file', path)} does not end in .toml: give the path of a TOML file, or a name. {known}.")
+    text = read_text(path, "concept file", ConceptError, limit=LIMIT, advice=f"give the path of a concept file, or a name. {known}")
+    return text, named("concept file", path)
 
 
 def _build(data: dict[str, Any], digest: str) -> Concept:

@@ -4,18 +4,15 @@ Works on the tables of a TOML file as they were read, so that a misspelt or miss
 It does NOT know models or tokenizers, nor how a sound concept is used.
 """
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from alignblind_mi.borders.writing import name_problem
+from alignblind_mi.stimuli.concept_fields import _FIELDS, FILE, entries, fits, list_place, shown, size_problems, table_problems
 
-Kind = Literal["text", "texts", "flag", "table", "tables", "list"]
 FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
-LONGEST_TEXT, LONGEST_WORD = 20_000, 200    # characters of any text; of a name, an identifier and a word
-MOST_WORDS, MOST_TEXTS = 500, 2_000    # entries of a list of words (each positive one is asked with each negative one); of any other list
 LEAST_CONTEXTS = 6    # sentences a sense and split: fewer tell nothing of sentences that a probe has not seen
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 SCALES = ("", "likert", "agree")
@@ -26,47 +23,6 @@ REQUIRED_FIELDS = {"implicit": {"first", "second", "word1", "word2"}, "explicit"
 ASSIGNMENT_FIELDS = {"word1", "option1", "word2", "option2"}
 SENSE_TABLES = ("controls", "interpretations", "selfie", "contexts", "awareness")    # what only a concept with senses can use
 
-_IS: dict[Kind, tuple[Callable[[Any], bool], str]] = {
-    "text": (lambda v: isinstance(v, str), "a text in quotes"),
-    "texts": (lambda v: isinstance(v, list) and all(isinstance(one, str) for one in v), "a list of texts in quotes"),
-    "flag": (lambda v: isinstance(v, bool), "true or false"),
-    "table": (lambda v: isinstance(v, dict), "a table"),
-    "tables": (lambda v: isinstance(v, dict) and all(isinstance(one, dict) for one in v.values()), "tables with a name each"),
-    "list": (lambda v: isinstance(v, list) and all(isinstance(one, dict) for one in v), "a list of tables in double brackets"),
-}
-
-
-class _Field(NamedTuple):
-    kind: Kind
-    required: bool = False
-
-
-_TEXT, _WANTED = _Field("text"), _Field("text", True)
-_TEXTS, _LISTED = _Field("texts"), _Field("texts", True)
-_FILE = {
-    "name": _WANTED, "description": _TEXT, "group_sense": _TEXT, "other_sense": _TEXT, "assignment": _WANTED,
-    "cues": _Field("tables", True), "categories": _Field("tables", True), "senses": _Field("tables"), "controls": _Field("tables"),
-    "interpretations": _Field("tables"), "selfie": _Field("tables"), "contexts": _Field("tables"), "instructions": _Field("tables"),
-    "awareness": _Field("table"), "implicit": _Field("list", True), "explicit": _Field("list", True),
-}
-_QUESTION = {"text": _WANTED, "placeholder": _WANTED}
-_TEMPLATE = {"name": _WANTED, "text": _WANTED, "scale": _TEXT, "published": _Field("table", True)}
-_FIELDS: dict[str, dict[str, _Field]] = {
-    "cues": {"marked": _LISTED, "unmarked": _LISTED, "prefix": _TEXT, "pairing": _TEXT, "description": _TEXT, "categories": _TEXTS,
-             "senses": _Field("flag")},
-    "categories": {"positive": _LISTED, "negative": _LISTED, "released_as": _TEXT, "description": _TEXT},
-    "senses": {"word": _WANTED, "steering": _WANTED, "words": _TEXTS, "lexicon": _TEXTS},
-    "controls": {"steering": _WANTED},
-    "interpretations": _QUESTION,
-    "selfie": _QUESTION,
-    "contexts": {"train": _LISTED, "test": _LISTED},
-    "instructions": {"text": _WANTED, "placebo": _Field("flag")},
-    "awareness": {"separator": _WANTED, "sentences": _LISTED, "restatements": _LISTED, "others": _TEXTS},
-    "implicit": _TEMPLATE,
-    "explicit": _TEMPLATE,
-    "published": {"first": _WANTED, "word1": _WANTED},
-}
-
 
 def concept_problems(data: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with the content of a concept file, in the order of its tables; empty when it is sound.
@@ -74,14 +30,14 @@ def concept_problems(data: Mapping[str, Any]) -> list[str]:
     Each is one sentence without its full stop that begins with the place: "[cues.default] marked: ...". What is missing, misspelt or of
     a wrong type is said once, and what depends on it is not judged.
     """
-    too_large = _size_problems("", data, 0)
+    too_large = size_problems("", data, 0)
     if too_large:
         return too_large    # nothing else is looked at: it could take for ever
-    found = _table_problems("", data, _FILE)
-    sound = {name: value for name, value in data.items() if name in _FILE and _fits(value, _FILE[name].kind)}
+    found = table_problems("", data, FILE)
+    sound = {name: value for name, value in data.items() if name in FILE and fits(value, FILE[name].kind)}
     for name, value in sound.items():
-        for place, entry, fields in _entries(name, value):
-            found += _table_problems(place, entry, fields)
+        for place, entry, fields in entries(name, value):
+            found += table_problems(place, entry, fields)
     checks = (_name_problems, _cue_problems, _category_problems, _template_problems, _assignment_problems, _sense_problems,
               _question_problems, _context_problems, _instruction_problems, _awareness_problems)
     for check in checks:
@@ -96,9 +52,9 @@ def template_fields(text: str) -> set[str]:
     """
     rest = FIELD.sub("", text)
     if rest.count("{") != rest.count("}"):
-        raise ValueError(f"the braces of {_shown(text)} do not pair up")
+        raise ValueError(f"the braces of {shown(text)} do not pair up")
     if "{" in rest:
-        raise ValueError(f"{_shown(text)} has braces that are no plain field such as {{x}}: no number, conversion, format, "
+        raise ValueError(f"{shown(text)} has braces that are no plain field such as {{x}}: no number, conversion, format, "
                          "attribute or index may stand in them")
     return set(FIELD.findall(text))
 
@@ -106,82 +62,7 @@ def template_fields(text: str) -> set[str]:
 # ---- size ----------------------------------------------------------------------------------------------------------------
 
 
-WORDS = {"marked", "unmarked", "positive", "negative", "word", "words", "lexicon", "placeholder", "name"}    # fields that hold words
-
-
-def _size_problems(place: str, value: Any, depth: int, field: str = "") -> list[str]:
-    """Texts, lists and tables that are larger than anything that can be asked; levels below those of the format are not looked at."""
-    longest, most = (LONGEST_WORD, MOST_WORDS) if field in WORDS else (LONGEST_TEXT, MOST_TEXTS)
-    if isinstance(value, str):
-        said = f"{place}: a text of {len(value)} characters is too long; at most {longest} are allowed here"
-        return [said] if len(value) > longest else []
-    if not isinstance(value, (dict, list)) or depth > 4:
-        return []
-    if len(value) > most:
-        return [f"{place or 'the file'}: {len(value)} entries are too many; at most {most} are allowed here"]
-    if isinstance(value, list):
-        return [said for one in value for said in _size_problems(place, one, depth + 1, field)][:1]
-    found: list[str] = []
-    for name, one in value.items():
-        if len(name) > LONGEST_WORD:
-            found.append(f"{place or 'the file'}: the name {_shown(name)} is too long; at most {LONGEST_WORD} characters are allowed")
-        else:
-            found += _size_problems(f"{place}.{name}".lstrip("."), one, depth + 1, name)
-    return found
-
-
 # ---- form ----------------------------------------------------------------------------------------------------------------
-
-
-def _fits(value: Any, kind: Kind) -> bool:
-    return _IS[kind][0](value)
-
-
-def _entries(name: str, value: Any) -> list[tuple[str, Mapping[str, Any], dict[str, _Field]]]:
-    """The tables of a top-level field: (place, table, its fields)."""
-    kind = _FILE[name].kind
-    if kind == "tables":
-        return [(f"[{name}.{key}]", entry, _FIELDS[name]) for key, entry in value.items()]
-    if kind == "list":
-        tables = [(_list_place(name, i, entry), entry, _FIELDS[name]) for i, entry in enumerate(value)]
-        orders = [(f"{place} published", entry["published"], _FIELDS["published"]) for place, entry, _ in tables
-                  if isinstance(entry.get("published"), dict)]
-        return tables + orders
-    return [(f"[{name}]", value, _FIELDS[name])] if kind == "table" else []
-
-
-def _list_place(name: str, index: int, entry: Mapping[str, Any]) -> str:
-    given = entry.get("name")
-    return f"[[{name}]] {given!r}" if isinstance(given, str) else f"[[{name}]] number {index + 1}"
-
-
-def _table_problems(place: str, table: Mapping[str, Any], fields: Mapping[str, _Field]) -> list[str]:
-    """Unknown, missing and mistyped fields of one table."""
-    found, unknown = [], [name for name in table if name not in fields]
-    lacking = [name for name, field in fields.items() if field.required and name not in table]
-    for name in unknown:
-        near = difflib.get_close_matches(name, lacking or [other for other in fields if other not in table], 1)
-        found.append(f"{_at(place, name)}: this field is unknown or misspelt" + (f"; did you mean {near[0]!r}?" if near else
-                                                                               f"; known here: {', '.join(fields)}"))
-    found += [f"{_at(place, name)}: the field {name!r} is missing" for name in lacking]
-    for name, value in table.items():
-        if name in fields and not _fits(value, fields[name].kind):
-            found.append(f"{_at(place, name)}: must be {_IS[fields[name].kind][1]}, not {_shown(value)}")
-        elif name in fields and fields[name].required and not value:
-            found.append(f"{_at(place, name)}: is empty")
-    return found
-
-
-def _at(place: str, name: str) -> str:
-    return f"{place} {name}".strip()
-
-
-def _shown(value: Any) -> str:
-    try:
-        shown = repr(value)
-    except (RecursionError, ValueError):    # nested too deeply; a number of thousands of digits
-        shown = f"a value of the type {type(value).__name__}"
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 class _Sound:
@@ -202,7 +83,7 @@ class _Sound:
 
     def templates(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
         """(place, template) of a kind."""
-        return [(_list_place(kind, i, entry), self._own(entry, kind)) for i, entry in enumerate(self.data.get(kind, []))]
+        return [(list_place(kind, i, entry), self._own(entry, kind)) for i, entry in enumerate(self.data.get(kind, []))]
 
     @property
     def both(self) -> tuple[str, str]:
@@ -211,7 +92,7 @@ class _Sound:
 
     @staticmethod
     def _own(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
-        return {key: value for key, value in entry.items() if key in _FIELDS[name] and _fits(value, _FIELDS[name][key].kind)}
+        return {key: value for key, value in entry.items() if key in _FIELDS[name] and fits(value, _FIELDS[name][key].kind)}
 
 
 def _fields_of(place: str, text: str, judge: Callable[[set[str]], str]) -> list[str]:
@@ -226,12 +107,12 @@ def _fields_of(place: str, text: str, judge: Callable[[set[str]], str]) -> list[
 def _exactly(wanted: set[str], text: str) -> Callable[[set[str]], str]:
     names = " and ".join(f"{{{name}}}" for name in sorted(wanted))
     many = f"the fields {names}" if len(wanted) > 1 else f"the one field {names}"
-    return lambda fields: "" if fields == wanted else f"{_shown(text)} must have {many}"
+    return lambda fields: "" if fields == wanted else f"{shown(text)} must have {many}"
 
 
 def _among(known: set[str], text: str) -> Callable[[set[str]], str]:
     names = "the fields " + " and ".join(f"{{{name}}}" for name in sorted(known)) + " only" if known else "no fields"
-    return lambda fields: "" if fields <= known else f"{_shown(text)} may have {names}"
+    return lambda fields: "" if fields <= known else f"{shown(text)} may have {names}"
 
 
 def _repeated(place: str, words: Sequence[str]) -> list[str]:
@@ -256,12 +137,12 @@ def _name_problems(file: _Sound) -> list[str]:
     """Names become parts of file names: each must be a plain one (`name_problem`), and another one in small letters too."""
     name = file.text("name")
     found = [] if not name or re.fullmatch(r"[\w-]+", name) else [f"name: {name!r} must be one word of letters, digits, _ and -"]
-    found += [f"name: {_shown(name)} {problem}" for problem in [name_problem(name)] if name and not found and problem]
+    found += [f"name: {shown(name)} {problem}" for problem in [name_problem(name)] if name and not found and problem]
     for table, value in file.data.items():
-        kind = _FILE[table].kind
+        kind = FILE[table].kind
         names = list(value) if kind == "tables" else [entry.get("name") for entry in value] if kind == "list" else []
         given = [one for one in names if isinstance(one, str) and (one or kind == "tables")]
-        found += [f"[{table}] {_shown(one)}: the name {problem}" for one in given if (problem := name_problem(one))]
+        found += [f"[{table}] {shown(one)}: the name {problem}" for one in given if (problem := name_problem(one))]
         small = Counter(one.lower() for one in dict.fromkeys(given))
         found += [f"[{table}] {one!r}: some file systems do not tell it from another name in small letters" for one in given
                   if small[one.lower()] > 1]
@@ -335,7 +216,7 @@ def _template_judge(kind: str) -> Callable[[set[str]], str]:
 def _assignment_problems(file: _Sound) -> list[str]:
     text = file.text("assignment")
     wanted = "{word1}, {option1}, {word2} and {option2}"
-    return _fields_of("assignment", text, lambda fields: "" if fields == ASSIGNMENT_FIELDS else f"{_shown(text)} must have the fields "
+    return _fields_of("assignment", text, lambda fields: "" if fields == ASSIGNMENT_FIELDS else f"{shown(text)} must have the fields "
                       + wanted) if text else []
 
 
@@ -383,7 +264,7 @@ def _question_problems(file: _Sound) -> list[str]:
             if text and placeholder and _inside(placeholder, text.replace("{x}", " ")) and placeholder.isalnum():
                 found.append(f"{place} placeholder: {placeholder!r} is also a word of the text")
             if table == "interpretations" and text:
-                found += [f"{place} text: {_shown(text)} does not name the sense word {word!r}" for word in words.values()
+                found += [f"{place} text: {shown(text)} does not name the sense word {word!r}" for word in words.values()
                           if word and not _inside(word, text)]
     return found
 
@@ -401,7 +282,7 @@ def _context_problems(file: _Sound) -> list[str]:
             if 0 < len(texts) < LEAST_CONTEXTS:
                 found.append(f"{place} {split}: at least {LEAST_CONTEXTS} sentences are needed, not {len(texts)}")
         both = [text for text in contexts.get("train", []) if text in contexts.get("test", [])]
-        found += [f"{place}: {_shown(text)} is in both train and test" for text in dict.fromkeys(both)]
+        found += [f"{place}: {shown(text)} is in both train and test" for text in dict.fromkeys(both)]
     if file.tables("contexts"):
         found += [f"[contexts.{name}]: is missing; probes need sentences of both senses" for name in file.both
                   if name in senses and name not in file.tables("contexts")]
@@ -427,4 +308,4 @@ def _awareness_problems(file: _Sound) -> list[str]:
 
 
 def _mentions(text: str) -> Callable[[set[str]], str]:
-    return lambda fields: "" if fields and fields <= {"x", "y"} else f"{_shown(text)} must have the field {{x}} or {{y}}, and no other"
+    return lambda fields: "" if fields and fields <= {"x", "y"} else f"{shown(text)} must have the field {{x}} or {{y}}, and no other"

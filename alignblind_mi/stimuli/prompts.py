@@ -13,7 +13,7 @@ from math import gcd
 from types import MappingProxyType
 from typing import Literal
 
-from alignblind_mi.borders.settings import Count, Names, Seed, takes
+from alignblind_mi.borders.settings import Count, Names, Seed, Text, checked, takes
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.concept import Concept, Cue, Interpretation, Template
 from alignblind_mi.stimuli.concept_check import FIELD, template_fields
@@ -44,6 +44,14 @@ class Prompt:
     text: str
     marks: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked(self.text, Text, "the text of a prompt", PromptError)
+        for name, spans in self.marks.items():
+            wrong = next((span for span in spans if not 0 <= span.start < span.end <= len(self.text)), None)
+            if wrong is not None:
+                raise PromptError(f"the mark {name!r} is at characters {wrong.start} to {wrong.end} of a text of {len(self.text)}: a span "
+                                  "begins before it ends, and lies within the text.")
 
     def spans(self, mark: str) -> tuple[Span, ...]:
         """The spans of `mark`; PromptError if the prompt has no such mark."""

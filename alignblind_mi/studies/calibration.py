@@ -38,8 +38,8 @@ from alignblind_mi.models.embedded import OrganismError
 from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.organism.checks import NO_EFFECT
-from alignblind_mi.organism.family import Member, build_family, cache_folder, calibration_family, failed_gates, family_concept
-from alignblind_mi.organism.members import measured_concept
+from alignblind_mi.organism.family import build_family, cache_folder, calibration_family, failed_gates, family_concept
+from alignblind_mi.organism.members import Member, measured_concept
 from alignblind_mi.progress import Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, stamp
 from alignblind_mi.stimuli.concept import Concept, load_concept

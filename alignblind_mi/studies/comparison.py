@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.borders.reading import read_object
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
 from alignblind_mi.measures.behaviour import ask, measure_behaviour
 from alignblind_mi.measures.side_effects import measure_side_effects
@@ -25,12 +26,14 @@ from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.progress import Advance, Progress, interruptible
-from alignblind_mi.results import Result, ResultError, StudyFolder, check_parts, stamp
+from alignblind_mi.results import Result, StudyFolder, check_parts, stamp
 from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, implicit_prompts
+from alignblind_mi.studies.config import StudyConfig, organism_record
 from alignblind_mi.studies.drawn import write_drawn
+from alignblind_mi.studies.parts import instruments
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, plan_rivals
-from alignblind_mi.studies.study import Models, StudyConfig, check_fits, check_vocabulary, instruments, organism_record
+from alignblind_mi.studies.running import Models, check_fits, check_vocabulary
 
 MEASURED = ("answers", "readings", "effects", "elsewhere")
 PAIRS, QUICK_PAIRS = 10, 2    # word pairs a category

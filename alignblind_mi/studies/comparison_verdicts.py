@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 
 from alignblind_mi.borders.reading import is_file, named, read_object
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.bbq import summarise_bbq
 from alignblind_mi.measures.mitigation import comparison_table
-from alignblind_mi.results import ResultError, json_value, load_result
+from alignblind_mi.results import json_value, load_result
 from alignblind_mi.statistics.frontier import equal_damage, pareto
 from alignblind_mi.statistics.mixed import mixed_logistic
 from alignblind_mi.statistics.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes

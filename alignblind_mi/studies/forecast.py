@@ -23,7 +23,9 @@ from alignblind_mi.models.plain import PlainEngine
 from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
 from alignblind_mi.models.tokens import TokenRow
 from alignblind_mi.stimuli.concept import load_concept
-from alignblind_mi.studies.study import Load, StudyConfig, check_fits, lora_groups, study_parts
+from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.parts import Load, lora_groups, study_parts
+from alignblind_mi.studies.running import check_fits
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.55}    # of a block's weight; 4bit with its scales
 TRIAL_ROWS, TRIAL_TOKENS, TRIAL_STEPS = {"cpu": 32, "cuda": 512}, 64, 8

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from alignblind_mi.measures.mitigation import early_window, late_window
-from alignblind_mi.mitigations.lora import LoraSettings, examples_of, train_lora, trainable
+from alignblind_mi.mitigations.lora import examples_of, train_lora, trainable
+from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.mitigations.steering import can_steer, layer_windows, noise_like, sense_steering, steering_vectors
 from alignblind_mi.mitigations.unlearning import UnlearningSettings, train_unlearning
 from alignblind_mi.models.adapters import scaled_adapter

@@ -21,7 +21,7 @@ from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.behaviour import ask_under
 from alignblind_mi.measures.mitigation import early_window
 from alignblind_mi.measures.patching import HEAD_MARKS, PARTS, depth_profile, measure_patching
-from alignblind_mi.mitigations.finetuning import choose_layers
+from alignblind_mi.mitigations.lora_settings import choose_layers
 from alignblind_mi.mitigations.steering import (
     Method,
     Positions,
@@ -40,7 +40,9 @@ from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
-from alignblind_mi.studies.study import Part, StudyConfig, instruments, observations, run_parts
+from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.parts import Part, instruments, observations
+from alignblind_mi.studies.running import run_parts
 
 ROLE = "model"    # what the one model is called in the rows and in the names of the parts
 QUICK_CONTROLS = CONTROLS[:2]

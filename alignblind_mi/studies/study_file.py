@@ -18,7 +18,7 @@ from alignblind_mi.borders.reading import SAID as LONGEST, has_halves, read_text
 from alignblind_mi.borders.settings import checked, shown
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.spec import ModelSpec
-from alignblind_mi.studies.study import StudyConfig
+from alignblind_mi.studies.config import StudyConfig
 
 LIMIT = 256 << 10    # bytes of the largest study file that is read
 NUMBERS = {"tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9]*)$"),

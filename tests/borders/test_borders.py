@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from alignblind_mi.borders.reading import foreign, read_object, said
-from alignblind_mi.errors import AlignblindError
+from alignblind_mi.errors import AlignblindError, ResultError
 from alignblind_mi.measures.bbq import read_bbq
 from alignblind_mi.mitigations.steering import load_vectors
 from alignblind_mi.models import template_process
@@ -20,7 +20,6 @@ from alignblind_mi.models.loading import check_model
 from alignblind_mi.models.model import load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.pages.scoring import score
-from alignblind_mi.results import ResultError
 from alignblind_mi.stimuli.concept import ConceptError, load_concept
 from alignblind_mi.studies.study_file import read_study_file
 from tests.doubles import CHAT, TINY_CHAT, make_adapter, tiny_llama

@@ -19,19 +19,21 @@ import torch
 from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
+from alignblind_mi.borders.settings import AnyLayers, Name, Names, SomeNames, Text, Words, checked
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
-from alignblind_mi.mitigations.finetuning import LoraSettings, choose_layers
+from alignblind_mi.mitigations.lora_settings import LoraSettings, choose_layers
 from alignblind_mi.mitigations.steering import SteeringVectors, steering_grid
 from alignblind_mi.mitigations.unlearning import UnlearningSettings
 from alignblind_mi.models.chat import Chat
 from alignblind_mi.models.edits import Edit, EditError, Site
+from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.statistics.power import Plan, items_needed
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept_check import concept_problems
 from alignblind_mi.stimuli.prompts import behaviour_prompts, fill, filled, implicit_prompts
 from alignblind_mi.studies.calibration import CalibrationConfig
-from alignblind_mi.studies.study import StudyConfig
+from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.study_file import read_study_file
 
 NAN, INF, DIGITS = float("nan"), float("inf"), "9" * 5000
@@ -186,6 +188,31 @@ def test_absurd_sizes_are_refused_with_their_bound(path, change):
     problems = concept_problems(changed(path, change))
     assert any("at most" in one for one in problems)
     assert all(len(one) < 300 for one in problems)
+
+
+@pytest.mark.parametrize(("hint", "given", "said"), [
+    (Name, "", "is empty"), (Name, " ", "is empty"), (Name, "a\0b", "cannot be printed"), (Name, "a\nb", "cannot be printed"),
+    (Name, "\ud800", "half a character"), (Text, "\ud800", "half a character"), (Words, ["a", "\udfff"], r"x\[1\] has half a character"),
+    (Names | None, ["a", "a"], "twice"), (SomeNames, [], "empty"), (AnyLayers | None, [1, 1], "twice")])
+def test_texts_names_and_lists_that_mean_nothing_are_said(hint, given, said):
+    with pytest.raises(EditError, match=said):
+        checked(given, hint, "x", EditError)
+
+
+def test_texts_that_are_plain_stay_as_they_are():
+    for text in ("", "a\0b", "a\nb", "\U0001f600"):
+        assert checked(text, Text, "x", EditError) == text
+    assert checked("abc", Words, "x", EditError) == checked("abc", SomeNames, "x", EditError) == ("abc",)    # one, not its letters
+    assert checked((), AnyLayers, "x", EditError) == ()
+
+
+def test_a_device_is_looked_for_where_it_is_needed_and_known_from_the_start():
+    assert ModelSpec("m", device="cuda:99").device == "cuda:99"    # as another machine's record says it
+    for device in ("", "abc", "a\0b", "meta", "99", "x" * 5000):
+        with pytest.raises(AlignblindError, match="unknown device"):
+            ModelSpec("m", device=device)
+    with pytest.raises(AlignblindError, match="there is no device 'cuda:99'"):
+        ModelSpec("m", device="cuda:99").resolved()
 
 
 def test_an_edit_says_what_its_vector_holds():

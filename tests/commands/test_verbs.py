@@ -14,8 +14,8 @@ from alignblind_mi.results import load_result
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept import ConceptError
 from alignblind_mi.studies import single
+from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.single import SingleError, awareness_parts, bias_parts, bias_tables, patch_parts, strongest_places
-from alignblind_mi.studies.study import StudyConfig
 
 
 def run(*arguments: object):
@@ -53,7 +53,7 @@ def test_bias_prints_what_its_rows_say(biased, tiny_folder):
 
 def test_a_second_run_only_shows_and_another_design_stands_beside(biased, tiny_folder, monkeypatch):
     out, _ = biased
-    monkeypatch.setattr("alignblind_mi.studies.study.load_model", None)    # whoever computes fails
+    monkeypatch.setattr("alignblind_mi.studies.running.load_model", None)    # whoever computes fails
     done = run("bias", "--model", tiny_folder, "--quick", "--out", out)
     assert done.exit_code == 0, done.stderr
     said = " ".join(done.stdout.split())
@@ -109,7 +109,7 @@ def test_patch_shows_depth_beside_controls_and_the_strongest_places(tiny_folder,
 
 
 def test_what_does_not_exist_is_refused_before_a_model_is_loaded(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("alignblind_mi.studies.study.load_model", None)
+    monkeypatch.setattr("alignblind_mi.studies.running.load_model", None)
     config = StudyConfig.create(str(tiny_folder), str(tiny_folder), quick=True)
     for make, error, said in (
             (lambda: bias_parts(config, "mixed"), SingleError, "unknown design 'mixed'"),

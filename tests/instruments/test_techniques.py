@@ -10,7 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignblind_mi.instruments.patchscope import patchscope_rows
-from alignblind_mi.mitigations.lora import Example, LoraError, LoraSettings, awareness_examples, layer_group, train_lora
+from alignblind_mi.mitigations.examples import Example
+from alignblind_mi.mitigations.lora import awareness_examples, train_lora
+from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings, layer_group
 from alignblind_mi.mitigations.steering import layer_windows, sense_steering, steerable, window_size
 from alignblind_mi.models.edits import Edit, EditError, Row, Site
 from alignblind_mi.models.model import load_model

@@ -9,19 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignblind_mi.mitigations import trainer as trainer_module
-from alignblind_mi.mitigations.finetuning import check_modules, choose_layers, encode, layers_text, split_examples, trained_treatment
-from alignblind_mi.mitigations.lora import (
-    PAPER,
-    Example,
-    LoraError,
-    LoraSettings,
-    awareness_examples,
-    blindness_examples,
-    lora_sweep,
-    placebo_examples,
-    sweep_names,
-    train_lora,
-)
+from alignblind_mi.mitigations.examples import Example, encode, split_examples
+from alignblind_mi.mitigations.finetuning import trained_treatment
+from alignblind_mi.mitigations.lora import awareness_examples, blindness_examples, lora_sweep, placebo_examples, sweep_names, train_lora
+from alignblind_mi.mitigations.lora_settings import PAPER, LoraError, LoraSettings, check_modules, choose_layers, layers_text
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.stimuli.concept import ConceptError
 from alignblind_mi.stimuli.prompts import Span
@@ -310,7 +301,7 @@ def validation_loss(base, adapter, race, settings):
 def test_the_activation_loss_raises_the_reading_on_held_out_sentences(race, tiny_folder, tmp_path):
     from peft import PeftModel
 
-    from alignblind_mi.mitigations.finetuning import collate
+    from alignblind_mi.mitigations.examples import collate
     from alignblind_mi.mitigations.lora import _contexts
     from alignblind_mi.mitigations.sense_loss import SenseLoss, find_reading
 
@@ -401,7 +392,7 @@ def test_the_verb_trains_and_merges_and_says_what_it_did(tiny_folder, tmp_path):
 
 def test_the_verb_takes_an_organism_s_recommendation():
     from alignblind_mi.models.embedded import organism_info
-    from alignblind_mi.studies.study import recommended_lora
+    from alignblind_mi.studies.config import recommended_lora
 
     advised, record = recommended_lora(ModelSpec("organism:aligned"), 5), organism_info()["lora"]
     assert (advised.rank, advised.learning_rate, advised.seed) == (record["rank"], record["learning_rate"], 5)

@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignblind_mi.mitigations.finetuning import collate, encode
-from alignblind_mi.mitigations.lora import LoraError, LoraSettings, awareness_examples
+from alignblind_mi.mitigations.examples import collate, encode
+from alignblind_mi.mitigations.lora import awareness_examples
+from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings
 from alignblind_mi.mitigations.unlearning import Forgetting, UnlearningSettings, npo_loss, train_unlearning
 from alignblind_mi.stimuli.concept import ConceptError
 

@@ -18,7 +18,7 @@ from alignblind_mi.models.model import HookedModel, load_model, untrained
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.stimuli.concept import Concept
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, implicit_prompts, mark
-from alignblind_mi.studies.study import StudyConfig
+from alignblind_mi.studies.config import StudyConfig
 
 SYSTEM = "You can only use white words."
 TURN = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + '\n' }}{% endfor %}"

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from alignblind_mi.models.edits import UNTREATED, Edit, EditError, Site, Treatment, apply
+from alignblind_mi.models.edits import UNTREATED, Edit, EditError, Site, Treatment, apply, check_treatments
 from alignblind_mi.stimuli.prompts import Prompt
 
 FLOATS = st.floats(-5, 5, width=32)
@@ -49,3 +49,11 @@ def test_sites_name_their_hook():
     assert Site(0, "m", stream="attn_out").hook == "blocks.0.hook_attn_out"
     assert Site(2, "m", "z", units=(1,)).hook == "blocks.2.attn.hook_z"
     assert Site(2, "m", "post").hook == "blocks.2.mlp.hook_post"
+
+
+def test_treatments_of_one_table_have_names_of_their_own():
+    check_treatments([UNTREATED, Treatment("a", prefix="x "), Treatment("b")])
+    same = [Treatment("a"), Treatment("a", prefix="x")]
+    for wrong, said in (([], "no treatment"), ([UNTREATED, UNTREATED], "'untreated'"), (same, "'a'")):
+        with pytest.raises(EditError, match=said):
+            check_treatments(wrong)

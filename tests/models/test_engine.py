@@ -10,12 +10,12 @@ from doubles import make_adapter, tiny_llama
 from hypothesis import HealthCheck, given, settings, strategies as st
 from oracle import Oracle
 
-from alignblind_mi.models import engine
+from alignblind_mi.models import engine, stems
 from alignblind_mi.models.budget import Budget, OutOfMemoryError, RowCost, cheapest_cuts
 from alignblind_mi.models.edits import EVERYWHERE, GENERATED, LAST, PROMPT, Edit, EditError, Row, Site, Treatment
-from alignblind_mi.models.engine import common_stems
 from alignblind_mi.models.model import load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
+from alignblind_mi.models.stems import common_stems
 from alignblind_mi.models.tokens import Place, Taps, TokenEdit, TokenRow
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span
 
@@ -275,7 +275,7 @@ def stems_at_any_price(monkeypatch):
 @given(rows=row_lists(), tokens=st.sampled_from([3, 16, 4096]), stem_cost=st.sampled_from([-1, 3]))
 def test_any_rows_in_any_batches_equal_the_oracle(pair, rows, tokens, stem_cost):
     fast, plain, oracle = pair
-    fast.engine.budget.tokens, engine.STEM_COST = tokens, stem_cost
+    fast.engine.budget.tokens, stems.STEM_COST = tokens, stem_cost
     expected = torch.stack([oracle.next_log_probs(row) for row in rows])
     assert (fast.next_log_probs(rows) - expected).abs().max() < CLOSE
     assert (plain.next_log_probs(rows) - expected).abs().max() < CLOSE
@@ -449,11 +449,11 @@ def test_rows_that_end_leave_the_batch_and_the_others_go_on_as_alone(pair, which
 
 def test_stems_are_grown_while_they_save():
     rows = [TokenRow((1, 2, 3, 4, 5, 10 + i)) for i in range(8)] + [TokenRow((9, 8, 7)), TokenRow((1, 2))]
-    before, engine.STEM_COST = engine.STEM_COST, 0
+    before, stems.STEM_COST = stems.STEM_COST, 0
     try:
         groups = {stem: sorted(group) for stem, group in common_stems(rows, range(10)) if stem}
     finally:
-        engine.STEM_COST = before
+        stems.STEM_COST = before
     assert groups == {5: list(range(8))}
     assert all(stem == 0 for stem, _ in common_stems(rows, range(10))), "too little to be saved"
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from alignblind_mi.models.configs import load_tokenizer
 from alignblind_mi.models.model import load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
-from alignblind_mi.studies.study import StudyConfig
+from alignblind_mi.studies.config import StudyConfig
 
 ROOT = Path(__file__).parents[2]
 OWN = """

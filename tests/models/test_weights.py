@@ -18,8 +18,8 @@ from alignblind_mi.models.loading import check_model, load_huggingface
 from alignblind_mi.models.model import load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.models.weights import files_of, is_finite
+from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.doctor import check_up
-from alignblind_mi.studies.study import StudyConfig
 
 WORDS = ["a", "b"]
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -11,7 +11,7 @@ from alignblind_mi.models.embedded import OrganismError, organism_path
 from alignblind_mi.models.model import load_model
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.organism.checks import measure_member, member_gates, probe_accuracy
-from alignblind_mi.organism.corpus import Knobs, Segment, load_world, pieces
+from alignblind_mi.organism.corpus import Segment
 from alignblind_mi.organism.family import (
     KNOBS,
     build_family,
@@ -35,8 +35,9 @@ from alignblind_mi.organism.members import (
     probe_sources,
 )
 from alignblind_mi.organism.training import encode
+from alignblind_mi.organism.world import Knobs, load_world, pieces
 from alignblind_mi.stimuli.concept import load_concept
-from alignblind_mi.studies.study import StudyConfig, organism_record
+from alignblind_mi.studies.config import StudyConfig, organism_record
 
 TINY = replace(FamilyRecipe().shortened(2), probe_rows=4)
 FAMILY = calibration_family()

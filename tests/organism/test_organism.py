@@ -8,11 +8,12 @@ import torch
 
 from alignblind_mi.models.embedded import ROLES, OrganismError, organism_info, organism_names, organism_pairs, organism_path
 from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, RECOMMENDED_LORA, Recipe, build_organism, knows
-from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, Segment, lexicon_names, load_lexicon, load_world, pieces
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Segment
 from alignblind_mi.organism.gates import check, load_subject, measure
 from alignblind_mi.organism.interchange import ALL, FIRST, SECOND, PatchRows, Planting, identifier_positions
 from alignblind_mi.organism.tokenizer import BOS, BOS_ID, UNKNOWN_ID, build_tokenizer, concept_texts
 from alignblind_mi.organism.training import batch_loss, collate, encode, make_model, orthogonalised, run_blocks
+from alignblind_mi.organism.world import Knobs, lexicon_names, load_lexicon, load_world, pieces
 from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.stimuli.prompts import assignments, explicit_prompts, implicit_prompts, interpretation_prompt, steering_prompt
 

@@ -13,9 +13,11 @@ from alignblind_mi.measures.mitigation import comparison_table
 from alignblind_mi.models.embedded import OrganismError, organism_path
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.organism.build import build_organism
-from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Corpus, Knobs, load_world
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, READING_MIX, WARM_MIX, Corpus
 from alignblind_mi.organism.interchange import PatchRows, Planting
-from alignblind_mi.studies.study import StudyConfig, check_vocabulary
+from alignblind_mi.organism.world import Knobs, load_world
+from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.running import check_vocabulary
 
 MODELS = {role: f"organism:gender-{role}" for role in ("base", "aligned")}
 

@@ -11,18 +11,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.behaviour import Decoding
-from alignblind_mi.mitigations.lora import LoraSettings
+from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.mitigations.steering import steerable
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.pages import figures
 from alignblind_mi.pages.page import signed
 from alignblind_mi.pages.report import PAPER_LINK, write_report
 from alignblind_mi.pages.saved_study import expected_parts, read_study
-from alignblind_mi.results import Result, ResultError, load_result, save_result
+from alignblind_mi.results import Result, load_result, save_result
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
-from alignblind_mi.studies import study as studies
+from alignblind_mi.studies import config as studies, parts as study_parts_of
 from alignblind_mi.studies.single import bias_parts, measure_parts
 
 N_LAYERS = 8
@@ -424,7 +425,7 @@ def test_rows_of_another_version_are_named(tmp_path):
 def test_the_expected_parts_are_those_that_a_study_computes(monkeypatch, race, cue, quick):
     monkeypatch.setattr(studies, "load_config", lambda spec: SimpleNamespace(num_hidden_layers=N_LAYERS))
     config = studies.StudyConfig(ModelSpec("some/base"), ModelSpec("some/aligned"), cue=cue, quick=quick)
-    wanted = [part.name for part in studies.study_parts(config, race)]
+    wanted = [part.name for part in study_parts_of.study_parts(config, race)]
     assert expected_parts({"cue": cue, "quick": quick}, race, N_LAYERS) == wanted
 
 

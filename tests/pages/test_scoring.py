@@ -1,4 +1,5 @@
 import json
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -140,3 +141,60 @@ def test_render_shows_what_differs_and_every_number(race: Concept, tmp_path: Pat
         assert part in shown
     render([], console)
     assert "No answers" in console.export_text()
+
+
+def results(folder: Path, race: Concept, **labels: object) -> Path:
+    """A results folder with the rows and every record that a comparison and its page leave there."""
+    save_result(Result(answered(race, **labels)), folder / "aligned_rival_answers.parquet")
+    readings = pd.DataFrame({"model": "m", "treatment": "rival", "instrument": ["patchscope", "selfie", "selfie"], "control": "",
+                             "interpretation": "paper", "context": ["c", "c", "d"], "text": [None, "a person of that race", "a colour"],
+                             "reading": [None, "race", "color"]})
+    save_result(Result(readings), folder / "aligned_rival_readings.parquet")
+    for name in ("study", "plan", "written"):
+        write(folder / f"{name}.json", '{"comparison": {"rows": 1}}')
+    write(folder / "comparison.json", '[{"treatment": "rival", "implicit": 0.5}]')
+    return folder
+
+
+def test_a_record_of_this_project_stands_for_its_rows(race: Concept, tmp_path: Path) -> None:
+    folder = results(tmp_path / "compared", race)
+    expected = score([folder])
+    assert [(r["kind"], r["n"]) for r in expected] == [("implicit", 36), ("explicit", 36), ("interpretation", 2)]
+    for name in ("comparison", "study", "plan", "written"):
+        assert score([folder / f"{name}.json"]) == expected, name
+    assert score([folder / "aligned_rival_answers.json"]) == expected[:2]
+    assert score([folder, folder / "comparison.json", folder / "aligned_rival_answers.json"]) == expected
+
+
+def test_readings_without_texts_are_no_interpretations(race: Concept, tmp_path: Path) -> None:
+    record = score([results(tmp_path / "compared", race)])[-1]
+    assert (record["n"], record["race"], record["color"], record["other"]) == (2, 1, 1, 0)
+
+
+def test_several_results_folders_are_told_apart(race: Concept, tmp_path: Path) -> None:
+    results(tmp_path / "all" / "one", race)
+    results(tmp_path / "all" / "deep" / "two", race)
+    both = score([tmp_path / "all"])
+    assert [(r["folder"], r["n"]) for r in both] == [
+        (name, n) for numbers in ((36, 36), (2,)) for name in ("deep/two", "one") for n in numbers
+    ]
+    paths = [tmp_path / "all" / "one" / "comparison.json", tmp_path / "all" / "deep" / "two"]
+    key = itemgetter("folder", "kind")
+    assert sorted(score(paths), key=key) == sorted(both, key=key)
+    assert [r["folder"] for r in score([tmp_path / "all" / "one"], by=["folder"])] == ["one"] * 3
+    assert "folder" not in score([tmp_path / "all" / "one"])[0]
+    console = Console(record=True, width=160)
+    render(both, console)
+    assert "deep/two" in console.export_text()
+
+
+def test_answers_of_several_concepts_are_told_apart(race: Concept, tmp_path: Path) -> None:
+    for name in ("race", "elsewhere"):
+        save_result(Result(answered(race, concept=name)), tmp_path / f"{name}.parquet")
+    assert [(r["concept"], r["n"]) for r in score([tmp_path]) if r["kind"] == "implicit"] == [("elsewhere", 36), ("race", 36)]
+
+
+def test_names_of_records_are_answers_where_there_are_no_results(race: Concept, tmp_path: Path) -> None:
+    data = as_released(race, "default", " 5", "weapon")[0]
+    for name in ("plan.json", "study.json", "comparison.json"):
+        assert score([write(tmp_path / name, data)])[0]["n"] == 24

@@ -11,7 +11,10 @@ from alignblind_mi.statistics.rates import (
     exact_interval,
     mean_interval,
     position_effect,
+    relative_change,
+    require,
     summarise,
+    t_interval,
 )
 
 
@@ -182,3 +185,31 @@ def test_agreement_is_cohens_kappa() -> None:
     assert np.isnan(agreement(["a", "a"], ["a", "a"]))
     with pytest.raises(StatisticsError, match="2 with 1"):
         agreement(["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize(("values", "labels", "said"), [
+    (["1", "2"], ["a", "b"], "numbers alone"), ([1.0, "b"], ["a", "b"], "numbers alone"), ([1.0, 2.0], ["a", "b", "c"], "2 values have 3"),
+    ([1.0, 2.0, 3.0], ["a", "b"], "3 values have 2"), ([1.0, 2.0], ["a", None], "1 of 2 cluster labels are missing")])
+def test_values_and_clusters_that_do_not_fit_are_said(values, labels, said) -> None:
+    data, clusters = np.array(values, dtype=object), np.array(labels, dtype=object)
+    for find, each in ((mean_interval, [clusters]), (t_interval, clusters), (clustered_interval, [clusters])):
+        with pytest.raises(StatisticsError, match=said):
+            find(data, each)
+
+
+def test_what_is_valid_is_said_of_every_value() -> None:
+    with pytest.raises(StatisticsError, match="2 values have 3 entries"):
+        clustered_interval(np.ones(2), [np.array(["a", "b"])], valid=np.ones(3))
+
+
+def test_columns_that_cannot_be_computed_with_are_said() -> None:
+    table = pd.DataFrame({"p_group": [0.1, 0.2], "context": ["a", "b"], "outcome": ["stereotyped", "maybe"]})
+    twice = pd.concat([table, table[["context"]]], axis=1)
+    for wrong, columns, numbers, said in (
+        (twice, ["p_group"], [], "'context' twice"), (table, ["outcome"], [], r"\['maybe'\]"), (table, ["kind"], [], "no column 'kind'"),
+        (table, ["context"], ["context"], "'context' must hold numbers")):
+        with pytest.raises(StatisticsError, match=said):
+            require(wrong, columns, numbers=numbers)
+    require(table, ["p_group", "context"], numbers=["p_group"])
+    with pytest.raises(StatisticsError, match="'context' must hold numbers"):
+        relative_change(table, table, "context", "p_group")

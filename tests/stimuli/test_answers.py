@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from alignblind_mi.statistics.rates import agreement
-from alignblind_mi.stimuli.answers import RULES, AnswerError, Outcome, judge, judge_explicit, judge_implicit
+from alignblind_mi.stimuli.agreement import judge_explicit
+from alignblind_mi.stimuli.answers import RULES, judge, judge_implicit
+from alignblind_mi.stimuli.outcome import AnswerError, Outcome
 
 LABELS = {"kind": "implicit", "marked": "black", "unmarked": "white", "positive": "wallet", "negative": "revolver"}
 HAND_LABELS = Path(__file__).parents[1] / "data" / "hand_labels.csv"

@@ -9,7 +9,7 @@ from alignblind_mi.measures.mitigation import steering_sweep
 from alignblind_mi.mitigations.lora import awareness_examples
 from alignblind_mi.mitigations.steering import sense_steering
 from alignblind_mi.stimuli.answers import judge_implicit
-from alignblind_mi.stimuli.concept import ConceptError, concept_names, load_concept
+from alignblind_mi.stimuli.concept import ConceptError, concept_names, load_concept, read_concept_file
 from alignblind_mi.stimuli.prompts import assignments, implicit_prompts
 from alignblind_mi.stimuli.readings import classify, reading_names
 
@@ -155,3 +155,27 @@ def test_a_concept_without_senses_says_so_where_they_are_needed(tiny):
     for call in (lambda: measure_awareness(tiny, health, "eating"), lambda: sense_steering(tiny, health, "disability", "people", [0])):
         with pytest.raises(ConceptError, match=r"the cue '(eating|disability)' of the concept 'health' has no senses"):
             call()
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("mine.toml", "concept file mine.toml cannot be read: there is no such file"),
+    ("mine.TOML", "concept file mine.TOML cannot be read: there is no such file"),
+    ("mine.yaml", "concept file mine.yaml cannot be read: there is no such file"),
+    ("concepts/mine", "concept file concepts/mine cannot be read: there is no such file"),
+    (Path("mine"), "concept file mine cannot be read: there is no such file"),
+    ("here.yaml", "concept file here.yaml does not end in .toml"), ("here", "concept file here does not end in .toml"),
+    ("mine", "unknown concept 'mine'")], ids=str)
+def test_a_file_that_is_not_there_is_no_unknown_name(source, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "here.yaml"):
+        (tmp_path / name).write_text("", "utf-8")
+    with pytest.raises(ConceptError) as caught:
+        load_concept(source)
+    assert str(caught.value).startswith(said)
+    assert "Known: age, gender" in str(caught.value)
+
+
+def test_the_ending_of_a_concept_file_may_be_in_capitals(tmp_path):
+    text, _ = read_concept_file("race")
+    (tmp_path / "MINE.TOML").write_text(text, "utf-8")
+    assert load_concept(tmp_path / "MINE.TOML").digest == load_concept("race").digest

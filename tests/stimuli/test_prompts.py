@@ -130,3 +130,15 @@ def test_whole_words_are_marked():
 
 def test_concept_words_are_not_multiplied():
     assert len(implicit_prompts(load_concept("race"), "default", design="published")) == 560
+
+
+@pytest.mark.parametrize("span", [Span(0, 6), Span(3, 1), Span(-2, 1), Span(1, 1)])
+def test_a_mark_lies_within_its_text(span):
+    with pytest.raises(PromptError, match="the mark 'x' is at characters"):
+        Prompt("black", {"x": (Span(0, 5), span)})
+
+
+def test_half_a_character_is_no_prompt():
+    with pytest.raises(PromptError, match="half a character"):
+        Prompt("a \ud800")
+    assert Prompt("\U0001f600", {"x": (Span(0, 1),)}).spans("x")

@@ -6,7 +6,7 @@ import torch
 
 import alignblind_mi as ab
 from alignblind_mi.measures.mitigation import comparison_table
-from alignblind_mi.studies.study import StudyConfig
+from alignblind_mi.studies.config import StudyConfig
 
 pytestmark = pytest.mark.slow
 

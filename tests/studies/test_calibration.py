@@ -8,15 +8,16 @@ import pandas as pd
 import pytest
 from calibrated_rows import made, perfect
 
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.sources import reading_sources
 from alignblind_mi.models.embedded import OrganismError
 from alignblind_mi.models.model import load_model
 from alignblind_mi.models.spec import ModelSpec
-from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus, Knobs, load_world
+from alignblind_mi.organism.corpus import ALIGNED_MIX, BASE_MIX, Corpus
 from alignblind_mi.organism.family import calibration_family
 from alignblind_mi.organism.members import FamilyRecipe, MemberRows, measured_concept, member_world
+from alignblind_mi.organism.world import Knobs, load_world
 from alignblind_mi.pages import calibration_page
-from alignblind_mi.results import ResultError
 from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.studies import calibration
 from alignblind_mi.studies.calibration import CalibrationConfig, measure_instruments, run_calibration

@@ -12,8 +12,9 @@ from oracle import Oracle
 from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.side_effects import MEASURES, divergence, measure_side_effects
-from alignblind_mi.mitigations.lora import LoraSettings
+from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.mitigations.steering import load_vectors, sense_steering, steering_vectors
 from alignblind_mi.models.adapters import scaled_adapter
 from alignblind_mi.models.edits import UNTREATED, Edit, Row, Site, Treatment
@@ -21,14 +22,13 @@ from alignblind_mi.models.embedded import organism_path
 from alignblind_mi.models.model import load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.pages import comparison_page
-from alignblind_mi.results import ResultError
 from alignblind_mi.stimuli.concept import ConceptError, load_concept
 from alignblind_mi.stimuli.prompts import Prompt
 from alignblind_mi.studies import comparison
 from alignblind_mi.studies.comparison import run_comparison
 from alignblind_mi.studies.comparison_verdicts import DAMAGES, benefit_of, comparison_records, comparison_tables, read_comparison
+from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.rivals import FAMILIES, plan_rivals
-from alignblind_mi.studies.study import StudyConfig
 
 ASKED = {"treatment", "family", "implicit", "low", "high", "invalid_share", "explicit", "r_blind", "kl_neutral", "colour_accuracy",
          "copy_accuracy", "parameters", "seconds"}
@@ -208,7 +208,7 @@ def test_a_finished_comparison_is_not_measured_again(compared, monkeypatch):
     out, records = compared
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     monkeypatch.setattr(comparison, "measure_behaviour", lambda *a, **k: pytest.fail("asked again"))
-    monkeypatch.setattr("alignblind_mi.studies.study.load_model", lambda *a, **k: pytest.fail("loaded again"))
+    monkeypatch.setattr("alignblind_mi.studies.running.load_model", lambda *a, **k: pytest.fail("loaded again"))
     config = StudyConfig.create("organism:base", "organism:aligned", quick=True)
     assert run_comparison(config, out) == out
     assert {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")} == before
@@ -317,7 +317,7 @@ def test_steer_finds_saves_and_measures(tmp_path):
     (["--positions", "words"], "unknown positions 'words'"), (["--layers", "40"], "40"), (["--sense", "fruit"], "fruit"),
 ])
 def test_steering_that_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, options, said, monkeypatch):
-    monkeypatch.setattr("alignblind_mi.studies.study.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("alignblind_mi.studies.running.load_model", lambda *a, **k: pytest.fail("loaded"))
     done = CliRunner().invoke(app, ["steer", "--out", str(tmp_path / "x"), *options])
     assert done.exit_code != 0
     assert said in str(done.exception)

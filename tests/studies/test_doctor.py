@@ -17,7 +17,9 @@ from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.engine import Engine
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.studies import doctor
-from alignblind_mi.studies.doctor import Answers, Loaded, Subject, check_up
+from alignblind_mi.studies.doctor import check_up
+from alignblind_mi.studies.doctor.with_weights import Answers, Loaded
+from alignblind_mi.studies.doctor.without_weights import Subject
 
 
 def statuses(found) -> dict[str, str]:

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.spec import ModelError, ModelSpec
+from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.forecast import fit, forecast, measured_rate, parameter_count, study_load
-from alignblind_mi.studies.study import StudyConfig, load_study, run_study
+from alignblind_mi.studies.running import load_study, run_study
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from doubles import TINY_CHAT, tiny_llama
 from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
-from alignblind_mi.errors import AlignblindError
+from alignblind_mi.errors import AlignblindError, ResultError
 from alignblind_mi.models.spec import ModelError
-from alignblind_mi.results import ResultError
-from alignblind_mi.studies.study import Part, StudyConfig, load_study, run_parts, run_study
+from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.parts import Part
+from alignblind_mi.studies.running import load_study, run_parts, run_study
 
 SMALL = """
 import sys; from dataclasses import replace; from pathlib import Path; import torch; torch.set_num_threads(1)
@@ -135,7 +136,8 @@ def test_the_configuration_is_saved_and_names_the_weights(undisturbed):
 @pytest.mark.slow
 def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, monkeypatch, race):
     from alignblind_mi.measures.behaviour import Decoding
-    from alignblind_mi.mitigations.lora import LoraSettings, awareness_examples
+    from alignblind_mi.mitigations.lora import awareness_examples
+    from alignblind_mi.mitigations.lora_settings import LoraSettings
     from alignblind_mi.pages.report import write_report
 
     config = StudyConfig.create(str(llama3_folder), str(llama3_folder), cue="names", quick=True)
@@ -144,7 +146,7 @@ def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, monkeypa
     small = replace(config, balanced_pairs=1, published_pairs=1, decoding=Decoding(max_new_tokens=3),
                     lora=LoraSettings(epochs=1, batch_size=8, accumulation=8))
     few = awareness_examples(race)[::12]    # a step over 128256 words is slow on a CPU
-    monkeypatch.setattr("alignblind_mi.studies.study.awareness_examples", lambda concept: few)
+    monkeypatch.setattr("alignblind_mi.studies.running.awareness_examples", lambda concept: few)
     report = write_report(run_study(small, tmp_path / "out")).read_text("utf-8")
     parts = load_study(tmp_path / "out")
     assert not any(name.startswith("steering") for name in parts)    # names are not steered, and the report says so

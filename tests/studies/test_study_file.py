@@ -8,9 +8,11 @@ from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.mitigations.lora import LoraError
+from alignblind_mi.mitigations.lora_settings import LoraError
 from alignblind_mi.models.chat import Chat
-from alignblind_mi.studies.study import StudyConfig, load_study, run_parts, study_parts
+from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.parts import study_parts
+from alignblind_mi.studies.running import load_study, run_parts
 from alignblind_mi.studies.study_file import StudyFileError, read_study_file
 
 EXAMPLE = Path(__file__).parents[2] / "experiments" / "study.yaml"

@@ -1,0 +1,35 @@
+"""`alignblind study`: the whole study of a pair."""
+
+from pathlib import Path
+from typing import Annotated, no_type_check
+
+import typer
+
+from alignblind_mi.borders.texts import say
+from alignblind_mi.commands.options import Asking, Loading, Pair, StudyFile, configured, from_file, with_options
+
+
+@with_options
+@no_type_check
+def study(
+    *,
+    context: typer.Context,
+    file: StudyFile = None,
+    pair: Pair,
+    out: Annotated[Path, typer.Option(help="Results folder; a study that is in it already is resumed.")] = Path("study"),
+    asking: Asking,
+    loading: Loading,
+) -> None:
+    """Run the whole study and write OUT/report.html; its settings are options, or all in a YAML file (see experiments/study.yaml).
+
+    Example: alignblind study --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out llama3-8b
+    """
+    from alignblind_mi.pages.report import write_report
+    from alignblind_mi.studies.drawn import is_drawn
+    from alignblind_mi.studies.running import run_study
+
+    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out",))
+    page = run_study(config, out) / "report.html"
+    if not is_drawn(out, page.name):
+        write_report(out)
+    say(f"The report is {page.resolve()}")

@@ -1,0 +1,79 @@
+"""Examples that a model is fine-tuned on, and how they become token ids. Does NOT know what they are about."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignblind_mi.borders.reading import foreign
+from alignblind_mi.mitigations.lora_settings import LoraError
+from alignblind_mi.models.tokens import Encoded
+from alignblind_mi.stimuli.prompts import Prompt, Span
+
+Item = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair of the training set: `text` ends with the separator, the loss is on `completion` alone.
+
+    `identifiers` are the spans of `text` that name the groups; `source` is what the example was made from: examples of one source stay on
+    one side of a validation split (empty: the text itself).
+    """
+
+    text: str
+    completion: str
+    identifiers: tuple[Span, ...] = ()
+    source: str = ""
+
+
+def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, validation) examples: `share` of the sources, at least one, are held out. Errors: LoraError if there is only one."""
+    if not share:
+        return list(examples), []
+    sources = sorted({example.source or example.text for example in examples})
+    if len(sources) < 2:
+        raise LoraError("a validation split needs examples of at least two sentences.")
+    held = set(random.Random(f"validation|{seed}").sample(sources, min(max(1, round(share * len(sources))), len(sources) - 1)))
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example in examples:
+        sides[(example.source or example.text) in held].append(example)
+    return sides
+
+
+def encode(tokenizer: Any, examples: Sequence[Example], max_length: int, *, identifiers: bool = False) -> list[Item]:
+    """Token ids and labels (-100 on the text; the completion and its end token are learnt), in a fixed random order.
+
+    Examples with unknown words are left out. `identifiers`: also 1 at the last token of each of the text's identifiers, 0 elsewhere.
+    """
+    unknown, encoded = tokenizer.unk_token_id, list[Item]()
+    for example in examples:
+        with foreign("the tokenizer cannot read an example", LoraError, "choose another model or concept"):
+            text = tokenizer(example.text, return_offsets_mapping=identifiers)
+        ids = text["input_ids"]
+        completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if unknown is not None and unknown in ids + completion:
+            continue
+        item = {"input_ids": (ids + completion)[:max_length], "labels": ([-100] * len(ids) + completion)[:max_length]}
+        if identifiers:
+            seen = Encoded(Prompt(example.text), tuple(ids), tuple(tuple(pair) for pair in text["offset_mapping"]))
+            last = {seen.tokens_of(span)[-1] for span in example.identifiers}
+            item["identifiers"] = [int(i in last) for i in range(len(item["input_ids"]))]
+        encoded.append(item)
+    random.Random(0).shuffle(encoded)
+    return encoded
+
+
+def collate(batch: Sequence[Item], pad: int) -> dict[str, Tensor]:
+    """Items padded on the right to one width, key by key, with an attention mask for each kind of input_ids."""
+    out = {}
+    for key in batch[0]:
+        width, fill = max(len(item[key]) for item in batch), pad if key.endswith("input_ids") else -100 if key.endswith("labels") else 0
+        out[key] = torch.tensor([item[key] + [fill] * (width - len(item[key])) for item in batch])
+        if key.endswith("input_ids"):
+            mask = [[1] * len(item[key]) + [0] * (width - len(item[key])) for item in batch]
+            out[key.replace("input_ids", "attention_mask")] = torch.tensor(mask)
+    return out

@@ -1,0 +1,119 @@
+"""What a study is asked to do: everything that its rows depend on, checked before anything is loaded. Does NOT run anything."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from alignblind_mi.borders.settings import Count, Layer, Seed, Temperature, check_fields, takes
+from alignblind_mi.measures.awareness import TARGET_LAYER
+from alignblind_mi.measures.behaviour import Decoding
+from alignblind_mi.mitigations.lora_settings import LoraSettings
+from alignblind_mi.models.chat import Chat, chat_frame, in_chat
+from alignblind_mi.models.configs import load_config, load_tokenizer
+from alignblind_mi.models.embedded import RECORD, organism_names, read_record
+from alignblind_mi.models.loading import check_model, fingerprint
+from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept
+from alignblind_mi.stimuli.prompts import implicit_prompts
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Everything that the rows of a study depend on. `balanced_pairs` bounds the word pairs per category of the balanced design.
+
+    `chat` (None: raw) is how the bias prompts are asked, and so where their identifiers are read and steered; what is only instrument stays
+    raw: steering phrases, interpretation questions and the sentences of LoRA.
+    """
+
+    base: ModelSpec
+    aligned: ModelSpec
+    concept: str = DEFAULT_CONCEPT
+    cue: str = "default"
+    quick: bool = False
+    seed: Seed = 0
+    decoding: Decoding = field(default_factory=Decoding)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    target_layer: Layer = TARGET_LAYER
+    selfie: str = "paper"
+    balanced_pairs: Count | None = 20
+    published_pairs: Count | None = None
+    chat: Chat | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, ModelError)
+
+    @classmethod
+    @takes(ModelError)
+    def create(cls, base: str, aligned: str, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: Seed = 0,
+               chat: bool = False, system: str = "", temperature: Temperature | None = None, **options: Any) -> "StudyConfig":
+        """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
+
+        `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one.
+        `temperature`: 0 is greedy; None is greedy, but sampled at 1 where an organism's record says so. `options` are those of
+        `ModelSpec` (dtype, device, device_map, quantization, engine ...), for both models.
+
+        Errors: ModelError or ConceptError, before any weights are loaded, for a model, concept, cue or chat template that cannot be used.
+        """
+        if system and not chat:
+            raise ModelError(f"the system prompt {system!r} needs a chat to stand in: ask in a chat (chat=True, --chat), or leave it out.")
+        return cls.of(ModelSpec(base, **options), ModelSpec(aligned, **options), concept=concept, cue=cue, quick=quick, seed=seed,
+                      chat=Chat(system) if chat else None, temperature=temperature)
+
+    @classmethod
+    @takes(ModelError)
+    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: Seed = 0,
+           chat: Chat | None = None, temperature: Temperature | None = None) -> "StudyConfig":
+        """`create` for two models that are specified each for itself. Errors: as `create`."""
+        specs = [spec.resolved() for spec in (base, aligned)]
+        about = load_concept(concept)
+        cue = about.cue(cue or about.first_cue).name
+        for spec in specs:
+            check_model(spec)
+            check_organism(spec, about)
+            if chat is not None:
+                in_chat(implicit_prompts(about, cue, max_word_pairs=1)[:1], load_tokenizer(spec), chat, spec.name)    # it stays as it is
+        record, lora = organism_record(specs[1]), recommended_lora(specs[1], seed)
+        if temperature is None:
+            temperature = 1.0 if record.get("decoding") == "sample" else 0.0
+        config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
+                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=chat)
+        return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
+
+    def identity(self) -> dict[str, Any]:
+        """What a results folder is checked against: the settings, the content of the concept, the weights of both models, and in a chat
+        what their templates write around a prompt."""
+        out = asdict(self)
+        if self.chat is None:
+            del out["chat"]    # a study without one is what it was before there were chats
+        else:
+            out["chat_frames"] = {role: chat_frame(load_tokenizer(spec), self.chat, spec.name)._asdict()
+                                  for role, spec in (("base", self.base), ("aligned", self.aligned))}
+        for role in ("base", "aligned"):
+            if not out[role]["allow_pickle"]:
+                del out[role]["allow_pickle"]    # what it was before this could be asked for
+        out["concept_digest"] = load_concept(self.concept).digest
+        for role, spec in (("base", self.base), ("aligned", self.aligned)):
+            out[f"{role}_revision"] = fingerprint(spec, load_config(spec))
+        return json.loads(json.dumps(out)) | {"format": 3}
+
+
+def organism_record(spec: ModelSpec) -> dict[str, Any]:
+    """The record (organism.json) of an embedded or rebuilt organism, or an empty one for any other model."""
+    folder = Path(spec.source)
+    return read_record(folder.parent) if folder.is_dir() and (folder.parent / RECORD).is_file() else {}
+
+
+def check_organism(spec: ModelSpec, concept: Concept) -> None:
+    """Refuse an organism that was trained on another concept: it does not know the words. Errors: ModelError in one sentence."""
+    known = organism_record(spec).get("concept", concept.name)
+    if known != concept.name:
+        raise ModelError(f"{spec.name} was trained on the concept {known!r} and knows nothing of {concept.name!r}: ask it about {known!r}, "
+                         f"or take another model (embedded: {', '.join(EMBEDDED + name for name in organism_names())}).")
+
+
+def recommended_lora(spec: ModelSpec, seed: int) -> LoraSettings:
+    """The LoRA settings that an organism's own record recommends; the paper's for any other model."""
+    advised: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
+                               for key, value in organism_record(spec).get("lora", {}).items()}
+    return LoraSettings(**{**advised, "seed": seed})

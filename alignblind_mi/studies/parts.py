@@ -1,0 +1,228 @@
+"""The parts of a study: which there are, which model each needs, how its rows are computed. Does NOT hold models or folders."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from alignblind_mi.instruments.attention import attention_rows
+from alignblind_mi.instruments.lens import lens_contrast, logit_lens
+from alignblind_mi.measures.awareness import SELFIE_TOKENS, measure_awareness, measure_lens, measure_probes, measure_selfie, with_accuracy
+from alignblind_mi.measures.behaviour import measure_behaviour
+from alignblind_mi.measures.mitigation import early_window, late_window, steering_names
+from alignblind_mi.measures.sources import context_prompts, control_sources, possible_controls, reading_sources
+from alignblind_mi.mitigations.lora import trainable
+from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
+from alignblind_mi.mitigations.steering import can_steer, layer_windows, sense_steering
+from alignblind_mi.models.chat import Chat, in_chat
+from alignblind_mi.models.configs import load_config
+from alignblind_mi.models.edits import UNTREATED, Treatment
+from alignblind_mi.models.model import HookedModel
+from alignblind_mi.models.spec import ModelError
+from alignblind_mi.progress import Advance
+from alignblind_mi.stimuli.concept import Concept, load_concept
+from alignblind_mi.stimuli.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
+from alignblind_mi.studies.config import StudyConfig
+
+log = logging.getLogger(__name__)
+VIEWS = ("attention", "tokens")
+INSTRUMENTS = ("selfie", "lens", "probes")    # beside the patchscope
+Treat = Callable[[HookedModel], Treatment]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a part asks of a model: prompts, each read `times` times and continued by at most `new_tokens`.
+
+    `chat` is what they are asked in (None: raw).
+    """
+
+    prompts: Sequence[Prompt]
+    new_tokens: int = 0
+    times: int = 1
+    chat: Chat | None = None
+
+    def texts(self, tokenizer: Any, name: str) -> list[str]:
+        """What the model reads, by its tokenizer; `name` is the model's."""
+        asked = self.prompts if self.chat is None else in_chat(self.prompts, tokenizer, self.chat, name)
+        return [prompt.text for prompt in asked]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the study: its file name, the model it needs (with adapters or not), how its rows are computed, and what that asks.
+
+    A part of one's own (see `run_parts`) need not say what it asks: `loads` is read by the forecast of a whole study.
+    """
+
+    name: str
+    role: str
+    adapters: bool
+    compute: Callable[[HookedModel, Advance], pd.DataFrame]
+    loads: Callable[[], list[Load]] = list
+    injects_at: int | None = None    # the layer of its model that it writes into: refused before anything runs if there is none
+
+
+Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]
+
+
+def lora_groups(config: StudyConfig) -> list[str]:
+    """The layer groups that this study trains; none where there is nothing to train awareness on."""
+    if not trainable(load_concept(config.concept), config.cue):
+        return []
+    return ["early", "late"] if config.quick else list(LAYER_GROUPS)
+
+
+def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
+    """All parts in the order in which they are computed: one model after the other, adapters last.
+
+    A concept or cue without senses has behaviour (and the view of attention) alone.
+    """
+    n_layers = int(load_config(config.aligned).num_hidden_layers)
+    for role in ("base", "aligned"):
+        yield from observations(config, concept, role)
+    if can_steer(concept, config.cue):
+        yield from _steering(config, concept, n_layers)
+    for group in lora_groups(config):
+        treatment = Treatment(f"lora_{group}", adapter=f"lora_{group}", family="lora")
+        yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, KINDS, partial(_same, treatment)))
+        yield Part(f"lora_{group}_awareness", "aligned", True, *_awareness(config, concept, "paper", partial(_same, treatment)),
+                   config.target_layer)
+
+
+def _same(treatment: Treatment, model: HookedModel) -> Treatment:
+    """A treatment that does not depend on the model."""
+    return treatment
+
+
+def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
+    """The parts that look at one untreated model, whose role in the study is `role` ("base", or any other name for the aligned one)."""
+    yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED)))
+    yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED), design="balanced"))
+    for reading in questions(concept, config.cue):
+        work = _awareness(config, concept, reading, partial(_same, UNTREATED), possible_controls(concept))
+        yield Part(f"awareness_{role}_{reading}", role, False, *work, config.target_layer)
+    for name in instruments(concept, config.cue, config.selfie):
+        yield Part(f"reading_{name}_{role}", role, False, *_instrument(config, concept, name),
+                   config.target_layer if name == "selfie" else None)
+    for name in view_names(concept, config.cue):
+        yield Part(f"view_{name}_{role}", role, False, *_view(config, concept, name))
+
+
+def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[Part]:
+    """The sweep over all windows (implicit only) and, for the two windows that are compared, explicit answers and readings as well."""
+    compared = [early_window(n_layers), late_window(n_layers)]
+    windows = compared if config.quick else layer_windows(n_layers)
+    for name in steering_names(concept):
+        for window in windows:
+            def treat(model: HookedModel, name: str = name, window: range = window) -> Treatment:
+                return sense_steering(model, concept, config.cue, name, window)
+
+            label = f"steering_{name}_{window[0]:02d}-{window[-1]:02d}"
+            kinds: tuple[Kind, ...] = KINDS if window in compared else ("implicit",)
+            yield Part(label, "aligned", False, *_behaviour(config, concept, kinds, treat))
+            if window in compared:
+                yield Part(f"{label}_awareness", "aligned", False, *_awareness(config, concept, "paper", treat), config.target_layer)
+
+
+def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], treat: Treat, design: Design = "published") -> Work:
+    pairs = config.published_pairs if design == "published" else config.balanced_pairs
+
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        treatment = treat(model)
+        rows = measure_behaviour(model.under(treatment), concept, config.cue, design=design, kinds=kinds, decoding=config.decoding,
+                                 seed=config.seed, max_word_pairs=pairs, progress=advance)
+        return _with_treatment(rows, treatment)
+
+    def loads() -> list[Load]:
+        return [Load(behaviour_prompts(concept, config.cue, kind, design=design, seed=config.seed, max_word_pairs=pairs),
+                     config.decoding.max_new_tokens, chat=config.chat) for kind in kinds]
+    return compute, loads
+
+
+def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat, controls: Sequence[str] = ()) -> Work:
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        treatment = treat(model)
+        rows = measure_awareness(model.under(treatment), concept, config.cue, reading=reading, target_layer=config.target_layer,
+                                 controls=controls, seed=config.seed)
+        return _with_treatment(rows, treatment)
+
+    def loads() -> list[Load]:
+        sources = reading_sources(concept, config.cue, seed=config.seed)
+        sources += control_sources(concept, sources, controls, seed=config.seed)
+        layers = int(load_config(config.aligned).num_hidden_layers)
+        question = interpretation_prompt(concept.interpretation(reading))
+        return [Load([source.prompt for source in sources], chat=config.chat), Load([question], times=len(sources) * layers)]
+    return compute, loads
+
+
+def questions(concept: Concept, cue: str) -> list[str]:
+    """The interpretation questions that a study asks of a cue's identifiers; none where they have no senses."""
+    return list(concept.interpretations) if concept.has_senses(cue) else []
+
+
+def view_names(concept: Concept, cue: str) -> list[str]:
+    """The views of one prompt: attention, and (of a cue with senses) the lens by token."""
+    return [name for name in VIEWS if name == "attention" or concept.has_senses(cue)]
+
+
+def instruments(concept: Concept, cue: str, selfie: str) -> list[str]:
+    """The instruments beside the patchscope that a concept has what is needed for: open readings, the lens, probes."""
+    if not concept.has_senses(cue):
+        return []
+    lexicons = all(sense.lexicon for sense in concept.senses.values())
+    contexts = {concept.group_sense, concept.other_sense} <= set(concept.contexts)
+    there = {"selfie": selfie in concept.selfie and lexicons, "lens": True, "probes": contexts}
+    return [name for name in INSTRUMENTS if there[name]]
+
+
+def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
+    """An instrument on the untreated model, with its controls; of probes, their accuracy stands beside their readings."""
+    controls = possible_controls(concept)
+
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        if name == "selfie":
+            return measure_selfie(model, concept, config.cue, prompt=config.selfie, target_layer=config.target_layer,
+                                  temperature=config.decoding.temperature, controls=controls, seed=config.seed)
+        if name == "lens":
+            return measure_lens(model, concept, config.cue, controls=controls, seed=config.seed)
+        return with_accuracy(measure_probes(model, concept, config.cue, controls=controls, seed=config.seed))
+
+    def loads() -> list[Load]:
+        sources = reading_sources(concept, config.cue, seed=config.seed)
+        sources += control_sources(concept, sources, controls, seed=config.seed)
+        found = [Load([source.prompt for source in sources], chat=config.chat)]
+        if name == "selfie":
+            target = interpretation_prompt(concept.selfie_prompt(config.selfie))
+            found.append(Load([target], SELFIE_TOKENS, len(sources) * int(load_config(config.aligned).num_hidden_layers)))
+        if name == "probes":
+            found.append(Load(context_prompts(concept, config.cue, "train") + context_prompts(concept, config.cue, "test"),
+                              chat=config.chat))
+        return found
+    return compute, loads
+
+
+def _view(config: StudyConfig, concept: Concept, name: str) -> Work:
+    """What the report shows of one prompt: attention in the first layer of the early window, or the lens at every token and layer."""
+    prompt = implicit_prompts(concept, config.cue, design="published", seed=config.seed)[0]
+
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        if name == "tokens":
+            group, other = concept.both_senses(config.cue)
+            words = [other.word, group.word]
+            return lens_contrast(logit_lens(model, [prompt], words), *words)
+        try:
+            return attention_rows(model, prompt, early_window(model.n_layers)[0])
+        except ModelError as error:    # the study does not need transformer-lens for anything else
+            log.warning("no view of attention: %s", error)
+            return pd.DataFrame({"layer": pd.Series(dtype=int)})
+
+    return compute, lambda: [Load([prompt], chat=config.chat)]
+
+
+def _with_treatment(rows: pd.DataFrame, treatment: Treatment) -> pd.DataFrame:
+    """The rows with what the treatment was: its family, the sense steered towards and the layers (empty without any)."""
+    return rows.assign(family=treatment.family, sense=treatment.details.get("sense", ""), layers=treatment.details.get("layers", ""))

@@ -1,0 +1,180 @@
+"""The whole study: behaviour -> awareness -> steering -> LoRA -> comparison, in parts that are saved as soon as they are finished.
+
+A part is one Parquet file of rows with its provenance; a run that is killed and started again computes only the missing ones, and each
+part is the same whichever run computes it. This module does NOT know how results are shown.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from alignblind_mi.borders.reading import is_file, is_folder, named
+from alignblind_mi.errors import ResultError
+from alignblind_mi.mitigations.lora import awareness_examples, train_lora
+from alignblind_mi.mitigations.lora_settings import check_modules, choose_layers, layer_group
+from alignblind_mi.models.configs import load_config, load_tokenizer
+from alignblind_mi.models.loading import token_count
+from alignblind_mi.models.model import HookedModel, load_model
+from alignblind_mi.models.spec import ModelError
+from alignblind_mi.progress import Advance, Progress, interruptible
+from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
+from alignblind_mi.stimuli.concept import Concept, load_concept
+from alignblind_mi.stimuli.prompts import implicit_prompts
+from alignblind_mi.studies.config import StudyConfig, organism_record
+from alignblind_mi.studies.parts import Part, lora_groups, study_parts
+
+log = logging.getLogger(__name__)
+
+
+class Models:
+    """Holds one model at a time: a study of two 70B models must not need both in memory."""
+
+    def __init__(self, config: StudyConfig, say: Callable[[str], None]) -> None:
+        self.config, self.say = config, say
+        self.key: tuple[str, tuple[Path, ...]] | None = None
+        self.model: HookedModel | None = None
+
+    def get(self, role: str, adapters: Sequence[Path] = ()) -> HookedModel:
+        """The untreated model of a role (`base`; any other is the aligned one) with these adapters on it, in the chat of the study."""
+        if self.model is None or self.key != (role, tuple(adapters)):
+            self.model = None
+            gc.collect()
+            spec = self.config.base if role == "base" else self.config.aligned
+            loaded = load_model(spec, adapters=adapters)
+            self.model = loaded if self.config.chat is None else loaded.in_chat(self.config.chat)
+            self.key = (role, tuple(adapters))
+            self.say(f"note: {spec.name} runs on the {self.model.engine.name} engine, in batches of at most {self.model.engine.budget}.")
+        return self.model
+
+
+def adapter_folders(config: StudyConfig, folder: Path) -> list[Path]:
+    """Where the study's adapters are."""
+    return [folder / "adapters" / f"lora_{group}" for group in lora_groups(config)]
+
+
+def run_study(config: StudyConfig, out: Path) -> Path:
+    """Run or resume a study in `out`. Returns `out`.
+
+    Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
+    """
+    return run_parts(config, out, list(study_parts(config, load_concept(config.concept))))
+
+
+def run_parts(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
+    """Run or resume some parts of a study, or parts of one's own, in the folder `out`. Returns `out`. Errors: as `run_study`."""
+    from alignblind_mi.organism.build import one_thread
+
+    # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
+    with one_thread() if organism_record(config.aligned) else nullcontext():
+        return _run(config, out, parts)
+
+
+def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
+    check_parts(part.name for part in parts)
+    concept = load_concept(config.concept)
+    injected = {part.role for part in parts if part.injects_at is not None}
+    check_fits(config, injected, lora=any(part.adapters for part in parts))
+    split = check_vocabulary(config, concept)
+    identity, begun = config.identity(), StudyFolder(out)
+    finished = begun.holds(identity, [part.name for part in parts])    # then nothing is written, and nobody is kept out
+    with interruptible(out), nullcontext(begun) if finished else StudyFolder.claim(out, identity) as folder:
+        folder.refuse_taken(part.name for part in parts)
+        _compute(config, concept, folder, parts, split)
+    return out
+
+
+def _compute(config: StudyConfig, concept: Concept, folder: StudyFolder, parts: Sequence[Part], split: dict[str, dict[str, int]]) -> None:
+    """Compute and save the parts that are not there yet."""
+    out = folder.path
+    progress = Progress(len(parts) + (len(lora_groups(config)) if any(part.adapters for part in parts) else 0))
+    models = Models(config, progress.note)
+    for model, words in split.items():
+        said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
+        progress.note(f"note: identifiers of several tokens in {model} ({said} tokens): edits and readings use the last one.")
+    trained = False
+    for part in parts:
+        if part.adapters and not trained:
+            _train(config, concept, out, progress)
+            trained = True
+        done = folder.has(part.name)
+        with progress.part(part.name.replace("_", " "), done=done) as advance:
+            if not done:
+                loaded = models.get(part.role, adapter_folders(config, out) if part.adapters else ())
+                folder.part(part.name, partial(_result, config, loaded, part, advance, split))
+
+
+def _result(config: StudyConfig, model: HookedModel, part: Part, advance: Advance, split: dict[str, dict[str, int]]) -> Result:
+    rows = part.compute(model, advance).assign(role=part.role)
+    return Result(rows, {**model.provenance(), "part": part.name, "split_identifiers": split.get(model.spec.name, {}),
+                         "config": asdict(config), **stamp()})
+
+
+def check_fits(config: StudyConfig, injected: Collection[str], *, lora: bool) -> None:
+    """Before any weights are loaded: do the models have the layer that vectors are put into, and the projections that are trained, and the
+    concept the open prompt?
+
+    `injected` are the roles whose models vectors are put into. Errors: ModelError for a layer, LoraError for a projection, ConceptError for
+    a prompt.
+    """
+    concept = load_concept(config.concept)
+    if concept.has_senses(config.cue) and concept.selfie:
+        concept.selfie_prompt(config.selfie)
+    for spec in (config.base if role == "base" else config.aligned for role in sorted({*injected})):
+        depth = int(load_config(spec).get_text_config().num_hidden_layers)
+        if config.target_layer >= depth:
+            raise ModelError(f"target_layer {config.target_layer} does not exist: {spec.name} has the layers 0 to {depth - 1}.")
+    if lora:
+        check_modules(config.aligned, config.lora.modules)
+        choose_layers(config.lora.activation_layers or [0], int(load_config(config.aligned).get_text_config().num_hidden_layers))
+
+
+def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[str, int]]:
+    """Before any weights are loaded: does each tokenizer know every word that will be asked?
+
+    Returns, per model, the identifiers that are several tokens and how many (edits and readings use the last one). Errors: ModelError
+    naming a word that a tokenizer does not know, or a sense of several tokens.
+    """
+    cue, split = concept.cue(config.cue), dict[str, dict[str, int]]()
+    senses = [sense.word for sense in concept.both_senses(cue)] if concept.has_senses(cue) else []
+    words = {prompt.labels[name] for prompt in implicit_prompts(concept, cue, design="published")
+             for name in ("marked", "unmarked", "positive", "negative")}
+    for spec in (config.base, config.aligned):
+        tokenizer = load_tokenizer(spec)
+        for word in (*senses, *(f" {word}" for word in sorted(words))):
+            n = token_count(tokenizer, word)
+            if n == 0:
+                raise ModelError(f"the tokenizer of {spec.name} does not know {word.strip()!r}: this model cannot be asked with the cue "
+                                 f"{cue.name!r} of {concept.name!r}; choose another cue or model.")
+            if word in senses and n > 1:
+                raise ModelError(f"the sense {word.strip()!r} is {n} tokens in the tokenizer of {spec.name}: its probability as the "
+                                 "next token cannot be read; give the sense another word in the concept file.")
+            if word.strip() in {*cue.marked, *cue.unmarked} and n > 1:
+                split.setdefault(spec.name, {})[word.strip()] = n
+    return split
+
+
+def _train(config: StudyConfig, concept: Concept, out: Path, progress: Progress) -> None:
+    n_layers = int(load_config(config.aligned).num_hidden_layers)
+    examples = awareness_examples(concept)
+    for group, folder in zip(lora_groups(config), adapter_folders(config, out), strict=True):
+        done = (folder / "training.json").is_file()
+        with progress.part(f"train lora {group}", done=done):
+            if not done:
+                train_lora(config.aligned, examples, layer_group(group, n_layers), folder, settings=config.lora)
+
+
+def load_study(folder: Path) -> dict[str, Result]:
+    """All finished parts of a study folder, by name; none where the study has just begun.
+
+    Errors: ResultError for anything that is no folder, for one with neither parts nor a study's note, and for a damaged part.
+    """
+    if not is_folder(folder):
+        raise ResultError(f"{named('', folder)} is no folder: give the folder of a study.")
+    files = sorted(folder.glob("*.parquet"))
+    if not files and not is_file(folder / "study.json"):
+        raise ResultError(f"{named('', folder)} holds no study (neither finished parts nor a study.json): give the folder of a study.")
+    return {file.stem: load_result(file) for file in files}
