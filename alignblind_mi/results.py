@@ -13,14 +13,16 @@ import os
 import platform
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from alignblind_mi.borders.reading import is_file, named, read_json, said as one_line
+from alignblind_mi.borders.settings import File, Listed, takes
+from alignblind_mi.borders.texts import html_summary, named_line
 from alignblind_mi.borders.writing import DEVICES, LEFTOVER, digest, one_process, refuse_taken, write_text, write_whole
 from alignblind_mi.errors import ResultError
 
@@ -44,6 +46,42 @@ class Result:
     rows: "pd.DataFrame"
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        told = [name for name in ("part", "model", "revision", "treatment") if name in self.provenance]
+        about = ", ".join(f"{name} {self.provenance[name]}" for name in told)
+        return named_line(self, f"{len(self.rows)} rows x {self.rows.shape[1]} columns{f', {about}' if about else ''}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where the rows come from and, of judged answers, rates with exact intervals and the invalid share."""
+        config = self.provenance.get("config")
+        seed = config.get("seed") if isinstance(config, Mapping) else None
+        told = [name for name in ("part", "model", "revision", "treatment", "made") if name in self.provenance]
+        facts: dict[str, object] = {"n": len(self.rows), **{name: self.provenance[name] for name in told}}
+        if seed is not None:
+            facts["seed"] = seed
+        return html_summary("Result", facts, rates_of(self.rows))
+
+
+def rates_of(rows: "pd.DataFrame") -> list[dict[str, Any]]:
+    """What judged answers say in short, by model, treatment and kind: n, the rate of the stereotype with its exact 95 % interval over the
+    valid answers, the invalid share. Rows of anything else say nothing here. Clustered intervals: `statistics.rates.summarise`."""
+    from scipy.stats import binomtest
+
+    by = [name for name in ("model", "treatment", "kind") if name in rows]
+    if "outcome" not in rows or not by:
+        return []
+    records = []
+    for key, group in rows.groupby(by, sort=False, dropna=False):
+        n, hits, invalid = len(group), int((group["outcome"] == "stereotyped").sum()), int((group["outcome"] == "invalid").sum())
+        valid = n - invalid
+        low, high = binomtest(hits, valid).proportion_ci(method="exact") if valid else (math.nan, math.nan)
+        records.append({**dict(zip(by, key, strict=True)), "n": n, "rate": hits / valid if valid else math.nan, "low": low, "high": high,
+                        "invalid_share": invalid / n})
+    return records
+
+
+Results = Annotated[Result | Sequence[Result], Listed(some=True, once=False, alone=True)]    # one or many
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
@@ -55,7 +93,8 @@ def stamp() -> dict[str, Any]:
     return {"versions": versions(), "made": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
-def save_result(result: Result, path: Path | str) -> None:
+@takes(ResultError)
+def save_result(result: Result, path: File) -> None:
     """Save rows as `path` (.parquet) and provenance beside it (.json), with a digest of both. The provenance is written first: rows never
     lack it.
 
@@ -76,7 +115,8 @@ def save_result(result: Result, path: Path | str) -> None:
     write_whole(path, lambda beside: result.rows.to_parquet(beside, index=False, write_page_checksum=True), noted)
 
 
-def load_result(path: Path | str) -> Result:
+@takes(ResultError)
+def load_result(path: File) -> Result:
     """Read what `save_result` wrote. Errors: ResultError naming the file when one of the two is missing, damaged or was changed."""
     import pandas as pd
     import pyarrow

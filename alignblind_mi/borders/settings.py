@@ -9,9 +9,11 @@ import functools
 import inspect
 import math
 import numbers
+import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +21,7 @@ from alignblind_mi.errors import AlignblindError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 SAID: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 MOST = 1_000_000    # of anything that is counted, and the largest factor
 
@@ -51,10 +54,31 @@ class Bound:
 
 @dataclass(frozen=True)
 class Listed:
-    """That a list has each member once (unless `once` is False), and with `some` that it is not empty."""
+    """That a list has each member once (unless `once` is False), and with `some` that it is not empty.
+
+    `alone`: where the type is one or many of something, such as `int | Sequence[int]`, one alone is a list of one (see `many`).
+    """
 
     some: bool = False
     once: bool = True
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Made:
+    """That a value is what `by` makes of what is given: something of the type `given`, in words `said`. `by` raises a TypeError for what
+    it can make nothing of."""
+
+    by: Callable[[Any], Any]
+    said: str
+    given: Any
+
+
+def path_text(value: Any) -> str:
+    """A path as text. Errors: TypeError for anything else."""
+    if isinstance(value, (str, os.PathLike)) and isinstance(path := os.fspath(value), str):
+        return path
+    raise TypeError("no path")
 
 
 @dataclass(frozen=True)
@@ -98,10 +122,19 @@ Chance = Annotated[float, Bound(0.0, 1.0, open_low=True, open_high=True)]
 Names = Annotated[Sequence[str], Listed()]    # one or many: a text alone is a list of one
 SomeNames = Annotated[Sequence[str], Listed(some=True)]
 Words = Annotated[Sequence[Text], Listed(once=False)]    # the same, where one may stand there twice
-Layers = Annotated[Sequence[Layer], Listed(some=True)]
-AnyLayers = Annotated[Sequence[Layer], Listed()]    # the same, where none are right too
-Strengths = Annotated[Sequence[Strength], Listed(some=True)]
-Mentions = Annotated[Sequence[Annotated[int, Bound(-MOST, MOST)]], Listed(some=True)]
+Layers = Annotated[int | Sequence[Layer], Listed(some=True, alone=True)]    # one or many, as those that follow
+AnyLayers = Annotated[int | Sequence[Layer], Listed(alone=True)]    # the same, where none are right too
+Strengths = Annotated[float | Sequence[Strength], Listed(some=True, alone=True)]
+Mentions = Annotated[int | Sequence[Annotated[int, Bound(-MOST, MOST)]], Listed(some=True, alone=True)]
+Places = Annotated[str | Sequence[str], Listed(alone=True)]    # names of which one alone is meant often
+PathText = Annotated[str, Made(path_text, "a text or a path", str | Path)]    # a name that may be a path
+File = Annotated[Path | str, Made(lambda value: Path(path_text(value)), "a path (a text, or a Path)", str | Path)]
+Files = Annotated[Path | str | Sequence[File], Listed(once=False, alone=True)]
+
+
+def many(value: T | Sequence[T]) -> tuple[T, ...]:
+    """One or many as many: what `takes` has checked, under its narrower type."""
+    return tuple(value) if isinstance(value, (Sequence, range)) and not isinstance(value, str) else (value,)    # type: ignore[arg-type]
 
 
 # ---- one value ---------------------------------------------------------------------------------------------------------
@@ -113,6 +146,11 @@ def checked(value: Any, hint: Any, name: str, kind: type[AlignblindError], *, bo
     Types that say nothing of numbers, texts or lists of them are not looked into. Errors: `kind` for any other value.
     """
     base, marks = _parts(hint)
+    made = next((mark for mark in marks if isinstance(mark, Made)), None)
+    if made is not None:
+        return _made(value, made, name, kind)
+    if any(mark.alone for mark in marks if isinstance(mark, Listed)):
+        return _one_or_many(value, hint, name, kind, bounds)
     if get_origin(base) in (Union, UnionType):
         return _any_of(value, get_args(base), hint, name, kind, bounds)
     if get_origin(base) is Literal:
@@ -122,7 +160,9 @@ def checked(value: Any, hint: Any, name: str, kind: type[AlignblindError], *, bo
         return _number(value, hint, name, kind, bounds)
     elif get_origin(base) is Sequence or (get_origin(base) is tuple and get_args(base)[-1] is Ellipsis):
         return _list(value, hint, name, kind, bounds)
-    elif base in SAID or is_dataclass(base) or get_origin(base) in (dict, Mapping):
+    elif base is bool and type(value).__name__ in ("bool", "bool_"):    # numpy's too
+        return bool(value)
+    elif base in SAID or _is_class(base) or get_origin(base) in (dict, Mapping):
         plain = get_origin(base) or base
         if not isinstance(value, plain):
             raise kind(f"{name} must be {said(base)}, got {shown(value)}.")
@@ -140,14 +180,23 @@ def _check_text(value: str, marks: Sequence[Any], name: str, kind: type[Alignbli
 
 def said(hint: Any) -> str:
     """A type in words, without its bounds."""
-    base, _ = _parts(hint)
+    base, marks = _parts(hint)
+    for mark in marks:
+        if isinstance(mark, Made):
+            return mark.said
     if get_origin(base) in (Union, UnionType):
-        return " or ".join(said(option) for option in get_args(base))
+        return " or ".join(dict.fromkeys(said(option) for option in get_args(base)))
     if get_origin(base) in (tuple, Sequence):
         return f"a list of which each is {said(get_args(base)[0])}"
-    if is_dataclass(base):
+    if is_dataclass(base) and all(field.default is not MISSING or field.default_factory is not MISSING for field in fields(base)):
         return f"a mapping of {', '.join(field.name for field in fields(base))}"
-    return SAID.get(base, "a mapping")
+    return SAID.get(base) or (f"{'an' if base.__name__[0] in 'AEIOU' else 'a'} {base.__name__}" if _is_class(base) else "a mapping")
+
+
+def _is_class(hint: Any) -> bool:
+    """Whether a type is a class whose instances are known as such: not one of jaxtyping's, which say shapes, nor a generic one."""
+    plain = isinstance(hint, type) and get_origin(hint) is None and hint not in (object, Any, inspect.Parameter.empty)
+    return plain and not hint.__module__.startswith("jaxtyping") and not getattr(hint, "_is_protocol", False)
 
 
 def shown(value: Any) -> str:
@@ -170,11 +219,37 @@ def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
 
 
+def _made(value: Any, made: Made, name: str, kind: type[AlignblindError]) -> Any:
+    try:
+        return made.by(value)
+    except TypeError:
+        raise kind(f"{name} must be {made.said}, got {shown(value)}.") from None
+
+
+def _one_or_many(value: Any, hint: Any, name: str, kind: type[AlignblindError], bounds: bool) -> Any:
+    """A list as its type asks for it; what has the form of a member is a list of it."""
+    base, marks = _parts(hint)
+    options = get_args(base) if get_origin(base) in (Union, UnionType) else (base,)
+    lists = next(option for option in options if get_origin(_parts(option)[0]) in (tuple, Sequence))
+    if value is None and NoneType in options:
+        return None
+    if not isinstance(value, (list, tuple, range)):
+        try:
+            checked(value, get_args(_parts(lists)[0])[0], name, kind, bounds=False)
+            value = (value,)
+        except kind as error:
+            if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+                raise kind(f"{name} must be {said(get_args(_parts(lists)[0])[0])}, or a list of such, got {shown(value)}.") from error
+    return _list(value, Annotated[lists, *marks], name, kind, bounds)
+
+
 def _any_of(value: Any, options: Sequence[Any], hint: Any, name: str, kind: type[AlignblindError], bounds: bool) -> Any:
     """The value as the first of several types that it has the form of."""
     if value is None and NoneType in options:
         return None
     others = [option for option in options if option is not NoneType]
+    if len(others) == 1 and any(isinstance(mark, Listed) for mark in _parts(others[0])[1]):
+        return checked(value, others[0], name, kind, bounds=bounds)    # which says which member is wrong
     for option in others:
         try:
             checked(value, option, name, kind, bounds=False)
@@ -215,7 +290,7 @@ def _list(value: Any, hint: Any, name: str, kind: type[AlignblindError], bounds:
     each = get_args(base)[0]
     if isinstance(value, str) and get_origin(base) is Sequence and _is_text(each):
         value = (value,)
-    right = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, set, frozenset))
+    right = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, set, frozenset)) and getattr(value, "ndim", 1) != 0
     if not right:
         raise kind(f"{name} must be {said(base)}, got {shown(value)}.")
     found = tuple(checked(one, each, name if _is_text(each) and get_origin(each) is Literal else f"{name}[{i}]", kind, bounds=bounds)
@@ -257,6 +332,30 @@ def check_fields(settings: Any, kind: type[AlignblindError]) -> None:
             object.__setattr__(settings, name, value)
 
 
+def widened(cls: type[T]) -> type[T]:
+    """A dataclass (decorate it above `@dataclass`) whose `__init__` says what it takes: more than its fields are, where these are made of
+    what is given (`Made`) or one alone is a list of one. `check_fields` in its `__post_init__` makes them what they are."""
+    hints = get_type_hints(cls, include_extras=True)
+    cls.__init__.__annotations__ |= {field.name: _given(hints[field.name]) for field in fields(cls)    # type: ignore[arg-type]
+                                     if _given(hints[field.name]) is not hints[field.name]}
+    return cls
+
+
+def _given(hint: Any) -> Any:
+    """What may be given for a field of this type."""
+    base, marks = _parts(hint)
+    if get_origin(base) in (Union, UnionType):
+        wider = tuple(_given(option) for option in get_args(base))
+        return hint if wider == get_args(base) else Union[wider]    # noqa: UP007 - of types that are found out here
+    for mark in marks:
+        if isinstance(mark, Made):
+            return mark.given
+        if isinstance(mark, Listed) and mark.alone:
+            each = _parts(get_args(base)[0])[0]
+            return each | Sequence[each]    # type: ignore[valid-type]
+    return hint
+
+
 @functools.cache
 def _hints(kind: Any) -> tuple[tuple[str, Any], ...]:
     """The fields of a dataclass and their types, also where these are written in quotes."""
@@ -289,7 +388,9 @@ def takes(kind: type[AlignblindError]) -> Callable[[Callable[P, R]], Callable[P,
 
 
 def _says(hint: Any) -> bool:
-    """Whether a type bounds anything."""
-    _, marks = _parts(hint)
-    bounds = get_origin(hint) is Literal or any(isinstance(mark, (Bound, Listed, Plain)) for mark in marks)
-    return bounds or any(_says(part) for part in get_args(hint))
+    """Whether a type says anything that is checked here."""
+    base, marks = _parts(hint)
+    if isinstance(base, list) or get_origin(base) is Callable:    # what a function takes
+        return False
+    plain = get_origin(base) is Literal or _is_class(base)
+    return plain or any(isinstance(mark, (Bound, Listed, Made, Plain)) for mark in marks) or any(_says(part) for part in get_args(base))

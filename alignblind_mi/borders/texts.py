@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u061c
                      "\uffff]")
 _UNSEEN_AND_BREAKS = re.compile(f"[\t\n]|{_UNSEEN.pattern}")
 _FORMULA = re.compile(r"[\s\ufeff]*[=+\-@＝＋－＠]|[\t\r\n]")    # how a cell begins that a spreadsheet computes (OWASP, "CSV Injection")
+SHOWN = 20    # rows of a table in a notebook
 _IN_SCRIPTS = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
@@ -61,6 +63,73 @@ def middle_cut(text: str, most: int) -> str:
 def label(text: object, most: int = 60) -> str:
     """A text as one short line of a figure or a page: visible and shortened."""
     return shortened(visible(text, lines=False), most)
+
+
+# --- what Python shows of a value ------------------------------------------------------------------------------------------------------
+
+ONE_LINE, PIECE = 200, 48    # characters of a value that is shown, and of a field of it
+
+
+def one_line(value: Any) -> str:
+    """A dataclass in one line of at most 200 characters: its name and the fields that differ from their defaults, each shortened.
+
+    For `__repr__`. It identifies a value and does not hold it: long lists are counted, arrays have their shape.
+    """
+    told = [(field.name, getattr(value, field.name)) for field in fields(value) if field.repr and not _is_default(value, field)]
+    return named_line(value, ", ".join(f"{name}={_piece(given)}" for name, given in told))
+
+
+def named_line(value: Any, about: str) -> str:
+    """What `one_line` makes of a class whose words are its own."""
+    return label(f"{type(value).__name__}({about})", ONE_LINE)
+
+
+def _is_default(value: Any, field: Any) -> bool:
+    usual = field.default if field.default_factory is MISSING else field.default_factory()
+    given = getattr(value, field.name)
+    return given is usual or (isinstance(given, (str, int, float, tuple, dict)) and type(given) is type(usual) and given == usual) or (
+        is_dataclass(given) and type(given) is type(usual) and given == usual)
+
+
+def _piece(given: Any) -> str:
+    """A part of a value, shortened."""
+    if isinstance(given, str):
+        return repr(shortened(given, PIECE))
+    if isinstance(given, Mapping):
+        return f"{len(given)} of {label(', '.join(map(str, given)), PIECE)}" if given else "{}"
+    if isinstance(given, (list, tuple)) and given and all(map(is_dataclass, given)):
+        return f"{len(given)} of {type(given[0]).__name__}"
+    if isinstance(given, (list, tuple)) and not hasattr(given, "_fields"):
+        return label(f"({', '.join(map(_piece, given[:3]))}{f', ... {len(given)} in all' if len(given) > 3 else ''})", 2 * PIECE)
+    if hasattr(given, "shape") and hasattr(given, "dtype"):
+        return f"{list(given.shape)} {given.dtype}"
+    if hasattr(given, "shape"):
+        return f"{given.shape[0]} rows x {given.shape[1]} columns"
+    if callable(given) and hasattr(given, "__qualname__"):
+        return label(given.__qualname__, PIECE)
+    return label(repr(given), PIECE if not is_dataclass(given) else 2 * PIECE)
+
+
+def html_summary(title: str, facts: Mapping[str, object], table: Sequence[Mapping[str, Any]] = ()) -> str:
+    """A value as a notebook shows it: a title, some facts, a table of up to 20 rows. All of it is text: none of it can be a tag."""
+    from markupsafe import escape
+
+    lines = "".join(f"<tr><th>{escape(label(name))}</th><td>{escape(label(fact, ONE_LINE))}</td></tr>"
+                    for name, fact in facts.items())
+    out = f"<b>{escape(label(title, ONE_LINE))}</b><table>{lines}</table>"
+    if table:
+        head = "".join(f"<th>{escape(label(name))}</th>" for name in table[0])
+        rows = "".join("<tr>" + "".join(f"<td>{escape(_shown_cell(cell))}</td>" for cell in row.values()) + "</tr>"
+                       for row in table[:SHOWN])
+        more = f"<p>{len(table) - SHOWN} more rows</p>" if len(table) > SHOWN else ""
+        out += f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}"
+    return encodable(out)
+
+
+def _shown_cell(cell: Any) -> str:
+    if isinstance(cell, float):
+        return "–" if cell != cell else f"{cell:.3g}"    # NaN is not itself
+    return label(cell)
 
 
 # --- terminals ------------------------------------------------------------------------------------------------------------------------

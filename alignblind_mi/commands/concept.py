@@ -40,6 +40,14 @@ def template() -> None:
     say((resources.files("alignblind_mi.stimuli") / "template.toml").read_text("utf-8"), end="")
 
 
+@concept_app.command("show")
+def show(name: Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="A built-in concept, or a .toml file.")]) -> None:
+    """Print the file of a concept, to begin one of your own from it. Example: alignblind concept show race > mine.toml"""
+    from alignblind_mi.stimuli.concept import read_concept_file
+
+    say(read_concept_file(name)[0], end="")
+
+
 @concept_app.command("check")
 def check(
     source: Annotated[str, typer.Argument(metavar="FILE_OR_NAME", help="A .toml file, or a built-in concept.")],

@@ -9,7 +9,6 @@ gradients: Sundararajan et al. 2017; Hanna, Pezzelle and Belinkov 2024, arXiv 24
 as `patch_grid`, residual streams and neurons among them.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -17,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Names, Weight, takes
-from alignblind_mi.instruments.contrast import Pair, PatchError
+from alignblind_mi.borders.settings import AnyLayers, Names, Weight, many, takes
+from alignblind_mi.instruments.contrast import Pairs, PatchError
 from alignblind_mi.instruments.gradients import Activations, Where, activations, log_odds_gradients
 from alignblind_mi.instruments.patching import MIN_DIFFERENCE, PLACE, Case, Patch, cases, grid_sites, label, log_odds, patches
-from alignblind_mi.models.edits import Site
+from alignblind_mi.models.edits import Site, Sites
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.tokens import place
 
@@ -29,7 +28,7 @@ EMBEDDING: Where = (-1, "resid_post")
 
 
 @takes(PatchError)
-def attribution_patching(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site], *, direction: str = "denoise",
+def attribution_patching(model: HookedModel, pairs: Pairs, sites: Sites, *, direction: str = "denoise",
                          steps: int = 1, min_difference: Weight = MIN_DIFFERENCE) -> pd.DataFrame:
     """First-order estimates of the patches of `patch_grid`, under the model's treatment; one row per pair and site.
 
@@ -39,6 +38,7 @@ def attribution_patching(model: HookedModel, pairs: Sequence[Pair], sites: Seque
     Columns: the labels and places of `patch_grid`, clean, corrupt, attribution (nats: estimate of `moved`), effect_estimate (its share of
     the difference between the runs; NaN where that is below `min_difference` nats).
     """
+    pairs, sites = many(pairs), many(sites)
     records: list[dict[str, object]] = []
     for i, case in enumerate(cases(model, pairs, direction)):
         found = patches(case, sites)
@@ -81,15 +81,16 @@ def _products(model: HookedModel, patch: Patch, source: Activations, target: Act
     return products[:, list(features)] if features else products
 
 
-def unit_attribution(model: HookedModel, pairs: Sequence[Pair], mark: str | tuple[str, int], *, stream: str = "post",
-                     layers: Sequence[int] | None = None, direction: str = "denoise", steps: int = 1) -> Float[Tensor, "layer unit"]:
+@takes(PatchError)
+def unit_attribution(model: HookedModel, pairs: Pairs, mark: str | tuple[str, int], *, stream: str = "post",
+                     layers: AnyLayers | None = None, direction: str = "denoise", steps: int = 1) -> Float[Tensor, "layer unit"]:
     """Mean attribution (nats) of every head (`z`) or neuron (`post`) at a mark's tokens together, over pairs.
 
     Errors: PatchError for a stream without units.
     """
     if stream not in ("z", "post"):
         raise PatchError(f"the stream {stream!r} has no units: give 'z' (heads) or 'post' (neurons).")
-    layers = range(model.n_layers) if layers is None else layers
+    pairs, layers = many(pairs), range(model.n_layers) if layers is None else many(layers)
     sites = grid_sites(layers, [mark], [stream])
     total = torch.zeros(len(sites), model.n_units(sites[0].layer, stream))
     for case in cases(model, pairs, direction):
@@ -100,13 +101,14 @@ def unit_attribution(model: HookedModel, pairs: Sequence[Pair], mark: str | tupl
     return total / len(pairs)
 
 
-def top_neuron_sites(model: HookedModel, pairs: Sequence[Pair], mark: str | tuple[str, int], k: int, *,
-                     layers: Sequence[int] | None = None, direction: str = "denoise", steps: int = 1) -> list[Site]:
+@takes(PatchError)
+def top_neuron_sites(model: HookedModel, pairs: Pairs, mark: str | tuple[str, int], k: int, *,
+                     layers: AnyLayers | None = None, direction: str = "denoise", steps: int = 1) -> list[Site]:
     """For each layer one site with the k neurons of the largest |mean attribution| at a mark: candidates for an exact patch.
 
     Choose them on other pairs than those they are measured on.
     """
-    layers = list(range(model.n_layers)) if layers is None else list(layers)
+    layers = list(range(model.n_layers)) if layers is None else list(many(layers))
     scores = unit_attribution(model, pairs, mark, layers=layers, direction=direction, steps=steps)
     chosen = scores.abs().topk(min(k, scores.shape[1]), dim=1).indices
     return [site for layer, units in zip(layers, chosen.tolist(), strict=True)

@@ -6,8 +6,10 @@ other does: Heimersheim and Nanda 2024 (arXiv 2404.15255) say why that matters. 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
-from alignblind_mi.borders.settings import Count, Names, Seed, takes
+from alignblind_mi.borders.settings import Count, Listed, Names, Seed, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.concept import Concept, Cue
@@ -29,11 +31,16 @@ class Pair:
     what clean and corrupt say, `control_phrase` says something about nothing in particular. `labels` become columns of results.
     """
 
+    __repr__ = one_line
+
     clean: Prompt
     corrupt: Prompt
     answers: tuple[str, str]
     labels: Mapping[str, str] = field(default_factory=dict)
     references: Mapping[str, Prompt] = field(default_factory=dict)
+
+
+Pairs = Annotated[Pair | Sequence[Pair], Listed(once=False, alone=True)]    # one or many
 
 
 @takes(PatchError)

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from alignblind_mi.borders.settings import AnyLayers, Count, LearningRate, Seed, Words, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, LearningRate, Seed, Words, many, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.blocks import unembed
 from alignblind_mi.models.edits import EditError, Site
 from alignblind_mi.models.model import HookedModel
-from alignblind_mi.stimuli.prompts import Prompt, Span
+from alignblind_mi.stimuli.prompts import Prompt, Prompts, Span, as_prompts
 
 HELD_OUT = 5    # every fifth token position is kept from the training of translators, to see what they have gained
 
@@ -25,6 +26,8 @@ HELD_OUT = 5    # every fifth token position is kept from the training of transl
 @dataclass(frozen=True, eq=False)
 class Translators:
     """One affine translator a layer, h -> h + W h + b. `kl_before` and `kl_after`: nats from the final answer on held-out positions."""
+
+    __repr__ = one_line
 
     layers: tuple[int, ...]
     weight: Float[Tensor, "layer d_model d_model"]
@@ -62,7 +65,7 @@ def token_marks(model: HookedModel, prompt: Prompt) -> tuple[Prompt, list[str]]:
 
 
 @takes(EditError)
-def logit_lens(model: HookedModel, prompts: Sequence[Prompt], words: Words, *, layers: AnyLayers | None = None,
+def logit_lens(model: HookedModel, prompts: Prompts, words: Words, *, layers: AnyLayers | None = None,
                translators: Translators | None = None) -> pd.DataFrame:
     """Layers x tokens x words: the log-probability (nats) and probability of single-token words as the next token at every place.
 
@@ -72,9 +75,10 @@ def logit_lens(model: HookedModel, prompts: Sequence[Prompt], words: Words, *, l
     Errors: EditError for a layer that does not exist or has no translator; ModelError for a word of several tokens, or a model whose answer
     is not its final norm and head alone.
     """
+    prompts = as_prompts(prompts)
     if not prompts:
         raise EditError("a lens needs at least one prompt.")
-    layers = list(range(model.n_layers)) if layers is None else list(layers)
+    layers = list(range(model.n_layers)) if layers is None else list(many(layers))
     frames = [_lens(model, prompt, words, layers, translators) for prompt in prompts]
     return pd.concat(frames, ignore_index=True)
 
@@ -88,6 +92,7 @@ def _lens(model: HookedModel, prompt: Prompt, words: Sequence[str], layers: list
         for i, token in enumerate(tokens) for j, layer in enumerate(layers) for k, word in enumerate(words)])
 
 
+@takes(EditError)
 def lens_contrast(rows: pd.DataFrame, word: str, against: str) -> pd.DataFrame:
     """log P(word) - log P(against) in nats, from rows of `logit_lens` that hold both words; one row per prompt, token and layer.
 
@@ -117,7 +122,7 @@ def _record(model: HookedModel, prompt: Prompt, layers: Sequence[int]) -> tuple[
 
 
 @takes(EditError)
-def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: AnyLayers | None = None, steps: Count = 200,
+def train_translators(model: HookedModel, prompts: Prompts, *, layers: AnyLayers | None = None, steps: Count = 200,
                       batch: Count = 256, learning_rate: LearningRate = 1e-3, seed: Seed = 0) -> Translators:
     """Train a translator for each layer on the tokens of `prompts`: least KL divergence (nats) from the model's final answer.
 
@@ -126,8 +131,9 @@ def train_translators(model: HookedModel, prompts: Sequence[Prompt], *, layers: 
 
     Errors: EditError if the prompts hold fewer positions than a translator can be judged on.
     """
-    layers = list(range(model.n_layers)) if layers is None else list(layers)
+    layers = list(range(model.n_layers)) if layers is None else list(many(layers))
     model.residual_log_probs(torch.zeros(1, model.d_model), [])    # refuses models whose answer is not norm and head alone
+    prompts = as_prompts(prompts)
     streams = _streams(model, prompts, layers)
     held = torch.arange(len(streams.final)) % HELD_OUT == 0
     if int(held.sum()) < 2:

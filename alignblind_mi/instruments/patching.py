@@ -18,9 +18,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import AnyLayers, Listed, Names, Seed, Weight, takes
-from alignblind_mi.instruments.contrast import Pair, PatchError
-from alignblind_mi.models.edits import LAST, Edit, Row, Site, random_like
+from alignblind_mi.borders.settings import AnyLayers, Listed, Names, Seed, Weight, many, takes
+from alignblind_mi.instruments.contrast import Pair, Pairs, PatchError
+from alignblind_mi.models.edits import LAST, Edit, Row, Site, Sites, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.tokens import Encoded
 from alignblind_mi.statistics.rates import mean_interval
@@ -39,20 +39,20 @@ PLACE = ("direction", "layer", "stream", "mark", "occurrence", "position", "unit
 
 @takes(PatchError)
 def grid_sites(layers: AnyLayers, marks: Annotated[Sequence[str | tuple[str, int]], Listed()], streams: Names = ("resid_post",), *,
-               units: tuple[int, ...] = ()) -> list[Site]:
+               units: Annotated[int | Sequence[int], Listed(alone=True)] = ()) -> list[Site]:
     """Sites over layers x marks x streams. A mark is a name (all of its mentions are patched together) or a name and a mention from 0.
 
     `last_token` is the prompt's last token, `every_token` becomes one site per token.
     """
     named = [mark if isinstance(mark, tuple) else (mark, None) for mark in marks]
-    return [Site(layer, name, stream, "all", occurrence, units)    # type: ignore[arg-type]
-            for stream, layer, (name, occurrence) in product(streams, layers, named)]
+    return [Site(layer, name, stream, "all", occurrence, many(units))    # type: ignore[arg-type]
+            for stream, layer, (name, occurrence) in product(streams, many(layers), named)]
 
 
 @takes(PatchError)
 def head_sites(model: HookedModel, layers: AnyLayers, marks: Annotated[Sequence[str | tuple[str, int]], Listed()]) -> list[Site]:
     """One site per head, layer and mark: a head's output before the output projection (stream `z`)."""
-    return [site for layer in layers for head in range(model.n_units(layer, "z"))
+    return [site for layer in many(layers) for head in range(model.n_units(layer, "z"))
             for site in grid_sites([layer], marks, ["z"], units=(head,))]
 
 
@@ -154,7 +154,7 @@ def _shown(token: str) -> str:
 
 
 @takes(PatchError)
-def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site], *, direction: str = "denoise",
+def patch_grid(model: HookedModel, pairs: Pairs, sites: Sites, *, direction: str = "denoise",
                controls: Names = CONTROLS, min_difference: Weight = MIN_DIFFERENCE, seed: Seed = 0,
                progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """Patch every site of every pair, exactly, under the model's treatment; one row per pair, site and control.
@@ -175,6 +175,7 @@ def patch_grid(model: HookedModel, pairs: Sequence[Pair], sites: Sequence[Site],
     Errors: PatchError for an unknown direction or control, no sites, or a token that cannot be patched alone; EditError for a site that the
     model does not have.
     """
+    pairs, sites = many(pairs), many(sites)
     unknown = [control for control in controls if control not in CONTROLS]
     if unknown or not sites:
         raise PatchError(f"unknown control {unknown[0]!r}. Known: {', '.join(CONTROLS)}." if unknown else "no sites to patch were given.")

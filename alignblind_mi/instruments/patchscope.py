@@ -5,7 +5,7 @@ of next tokens, or generated text. The race-blind score, SelfIE, token identity 
 model's representations with another. This module does NOT know senses or scores.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Layer, NewTokens, Seed, Temperature, Weight, Words, takes
-from alignblind_mi.models.edits import Edit, EditError, Row, Site, Stream
+from alignblind_mi.borders.settings import Layer, NewTokens, Seed, Temperature, Weight, Words, many, takes
+from alignblind_mi.borders.texts import one_line
+from alignblind_mi.models.edits import Edit, EditError, Row, Site, Sites, Stream
 from alignblind_mi.models.model import HookedModel
-from alignblind_mi.stimuli.prompts import Prompt, mark
+from alignblind_mi.stimuli.prompts import Prompt, Prompts, as_prompts, mark
 
 Mapping = Callable[[Float[Tensor, "source d_model"]], Float[Tensor, "source d_model"]]
 
@@ -71,6 +72,8 @@ def norm_matched(model: HookedModel, target: Prompt, layer: Layer, *, mark: str 
 class Affine:
     """x -> W x + b: carries representations of one layer or model into the space of another (Ghandeharioun et al. 2024, section 5)."""
 
+    __repr__ = one_line
+
     weight: Float[Tensor, "to from"]
     bias: Float[Tensor, " to"]
 
@@ -97,7 +100,7 @@ def fit_affine(source: Float[Tensor, "pair from"], target: Float[Tensor, "pair t
 
 
 @takes(EditError)
-def run_patchscope(model: HookedModel, prompts: Sequence[Prompt], sites: Sequence[Site], target: Prompt, layer: Layer, *,
+def run_patchscope(model: HookedModel, prompts: Prompts, sites: Sites, target: Prompt, layer: Layer, *,
                into: HookedModel | None = None, mapping: Mapping | None = None, words: Words = (), max_new_tokens: NewTokens = 0,
                temperature: Temperature = 0.0, seed: Seed = 0) -> pd.DataFrame:
     """Read the representations at `sites` of `prompts` in a target prompt; one tidy row per prompt and site.
@@ -109,7 +112,7 @@ def run_patchscope(model: HookedModel, prompts: Sequence[Prompt], sites: Sequenc
 
     Errors: EditError if the two models differ in width and no mapping fits.
     """
-    into = into or model
+    into, prompts, sites = into or model, as_prompts(prompts), many(sites)
     into.check_known([target])
     resid = model.record(model.rows(prompts), sites)
     rows = patchscope_rows(resid.flatten(0, 1), target, layer, mapping=mapping)

@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from alignblind_mi.instruments.contrast import Pair, PatchError
+from alignblind_mi.borders.settings import many, takes
+from alignblind_mi.instruments.contrast import Pairs, PatchError
 from alignblind_mi.instruments.patching import MIN_DIFFERENCE, Case, cases, outcome
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.tokens import TokenRow
@@ -25,7 +26,8 @@ COMPONENTS = ("q", "k", "v")
 Head = tuple[int, int]
 
 
-def path_patch(model: HookedModel, pairs: Sequence[Pair], senders: Sequence[Head], *, receivers: Collection[Head] | None = None,
+@takes(PatchError)
+def path_patch(model: HookedModel, pairs: Pairs, senders: Sequence[Head], *, receivers: Collection[Head] | None = None,
                component: str = "q", direction: str = "denoise", min_difference: float = MIN_DIFFERENCE,
                progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """Patch the direct path from each sending head (layer, head) into heads of later layers; one row per pair, sender and receiver.
@@ -43,6 +45,7 @@ def path_patch(model: HookedModel, pairs: Sequence[Pair], senders: Sequence[Head
     for layer, head in (*senders, *(receivers or ())):
         if head >= model.n_units(layer, "z"):
             raise PatchError(f"head {head} of layer {layer} does not exist: {model.spec.name} has {model.n_units(layer, 'z')} heads there.")
+    pairs = many(pairs)
     records: list[dict[str, object]] = []
     for i, case in enumerate(cases(model, pairs, direction)):
         found, source, target = _both_answers(model, case, senders, component)

@@ -14,12 +14,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.edits import EditError
 
 
 @dataclass(frozen=True, eq=False)
 class Probes:
     """One direction a layer. `scores` are signed distances from the midpoint of the training classes: positive is the label True."""
+
+    __repr__ = one_line
 
     layers: tuple[int, ...]
     centre: Float[Tensor, "layer d_model"]

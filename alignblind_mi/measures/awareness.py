@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.settings import AnyLayers, Count, Layer, Mentions, Names, Seed, Temperature, Tokens, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.lens import Translators, lens_readings
 from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
 from alignblind_mi.instruments.probes import shuffled, train_probes
@@ -203,6 +204,8 @@ class ProbeReadings:
     probe selectivity = accuracy - accuracy of probes of a control task, sentences with drawn labels (after Hewitt and Liang 2019).
     """
 
+    __repr__ = one_line
+
     rows: pd.DataFrame
     accuracy: pd.DataFrame
 
@@ -290,11 +293,13 @@ def _accuracy_table(model: HookedModel, tested: dict[str, list[np.ndarray]], lay
 # ---- summaries ---------------------------------------------------------------------------------------------------------
 
 
+@takes(ModelError)
 def readings_of(rows: pd.DataFrame, control: str = "") -> pd.DataFrame:
     """The readings themselves, without their controls (or those of one control)."""
     return rows[rows["control"] == control] if "control" in rows else rows
 
 
+@takes(ModelError)
 def blind_score(readings: pd.DataFrame) -> float:
     """r_blind = mean over layers of dP(other sense) - mean over layers of dP(group sense) (protocol of "Aligned but Blind")."""
     return float(readings_of(readings)["blind"].mean())

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import Count, Listed, Seed, Temperature, Tokens, check_fields, takes
+from alignblind_mi.borders.settings import Count, Listed, Seed, Temperature, Tokens, check_fields, many, takes
 from alignblind_mi.models.decoding import Generation
-from alignblind_mi.models.edits import Row, Treatment, check_treatments
+from alignblind_mi.models.edits import Row, Treatment, Treatments, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.stimuli.answers import judge
 from alignblind_mi.stimuli.concept import Concept, Cue
-from alignblind_mi.stimuli.prompts import Design, Kind, Prompt, PromptError, assignments, behaviour_prompts
+from alignblind_mi.stimuli.prompts import Design, Kind, Prompt, PromptError, Prompts, as_prompts, assignments, behaviour_prompts
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def ask(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], decodin
     return ask_under(model, concept, prompts, [model.treatment], decoding, progress, partial=partial)
 
 
-def ask_under(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], treatments: Sequence[Treatment], decoding: Decoding,
+@takes(ModelError)
+def ask_under(model: HookedModel, concept: Concept, prompts: Prompts, treatments: Treatments, decoding: Decoding,
               progress: Callable[[int], None] | None = None, *, partial: bool = False) -> pd.DataFrame:
     """The rows of `ask` under each of several treatments, the same as one after the other.
 
@@ -65,6 +66,7 @@ def ask_under(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], t
 
     Errors: EditError for no treatment, and for two of one name.
     """
+    prompts, treatments = as_prompts(prompts), many(treatments)
     check_treatments(treatments)
     found: dict[int, pd.DataFrame] = {}
     for adapter in dict.fromkeys(treatment.adapter for treatment in treatments):

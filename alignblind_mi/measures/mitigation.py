@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import Count, Seed, takes
+from alignblind_mi.borders.settings import Count, Seed, many, takes
+from alignblind_mi.borders.texts import html_summary, named_line
 from alignblind_mi.measures.awareness import blind_score, measure_awareness, n_readings, readings_of
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
 from alignblind_mi.mitigations.steering import layer_windows, sense_steering
-from alignblind_mi.models.edits import Treatment, check_treatments
+from alignblind_mi.models.edits import Treatment, Treatments, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.statistics.rates import mean_interval, summarise, t_interval
@@ -51,13 +52,27 @@ class Comparison:
     behaviour: pd.DataFrame
     awareness: pd.DataFrame
 
+    def __repr__(self) -> str:
+        names = ", ".join(map(str, self.behaviour["treatment"].unique())) if "treatment" in self.behaviour else "none"
+        return named_line(self, f"{len(self.behaviour)} answers, {len(self.awareness)} readings, treatments {names}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: `table()`, the columns that matter."""
+        kept = ("treatment", "n", "implicit", "low", "high", "invalid_share", "explicit", "explicit_low", "explicit_high",
+                "log_odds", "log_odds_low", "log_odds_high", "r_blind", "r_blind_low", "r_blind_high")
+        table = self.table()
+        shown = table[[name for name in kept if name in table]].to_dict("records")
+        models = ", ".join(map(str, self.behaviour["model"].unique()))
+        return html_summary("Comparison of treatments", {"model": models, "n": len(self.behaviour), "seed of the intervals": 0},
+                            [{str(name): value for name, value in row.items()} for row in shown])
+
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row per treatment: see `comparison_table`."""
         return comparison_table(self.behaviour, self.awareness, seed=seed)
 
 
 @takes(ModelError)
-def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, treatments: Sequence[Treatment], *,
+def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, treatments: Treatments, *,
                        decoding: Decoding | None = None, reading: str = "paper", max_word_pairs: Count | None = None,
                        seed: Seed = 0) -> Comparison:
     """Measure implicit and explicit bias and awareness under each treatment, on the same prompts (published design).
@@ -66,6 +81,7 @@ def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, tre
 
     Errors: EditError for no treatment, and for two of one name.
     """
+    treatments = many(treatments)
     check_treatments(treatments)
     behaviour, awareness = [], []
     for treatment in treatments:

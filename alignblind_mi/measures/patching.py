@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import AnyLayers, Count, Listed, Names, Seed, SomeNames, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, Listed, Names, Seed, SomeNames, many, takes
 from alignblind_mi.instruments.attribution import attribution_patching
 from alignblind_mi.instruments.contrast import Contexts, PatchError, contrast_pairs
 from alignblind_mi.instruments.patching import (
@@ -65,7 +65,7 @@ def measure_patching(model: HookedModel, concept: Concept, cue: str | Cue, *, sw
         raise PatchError(f"unknown part {unknown[0]!r}. Known: {', '.join(PARTS)}.")
     pairs = contrast_pairs(model, concept, cue, swap=swap, contexts=contexts, categories=categories, max_word_pairs=max_word_pairs,
                            seed=seed)
-    layers = range(model.n_layers) if layers is None else layers
+    layers = range(model.n_layers) if layers is None else many(layers)
     grids = _grids(model, parts, layers, marks or MARKS[swap], HEAD_MARKS[swap], controls)
     found = []
     for direction in directions:
@@ -133,6 +133,7 @@ class Depth(NamedTuple):
     last: int
 
 
+@takes(PatchError)
 def effect_span(profile: pd.DataFrame, threshold: float = THRESHOLD) -> Depth | None:
     """From where to where a `depth_profile` of one model, treatment and direction shows an effect; None if nowhere.
 
@@ -148,18 +149,24 @@ def effect_span(profile: pd.DataFrame, threshold: float = THRESHOLD) -> Depth | 
 
 
 @takes(PatchError)
-def heatmap_table(rows: pd.DataFrame, across: str = "mark", *, stream: str = "resid_post", mark: str = "all_identifiers",
+def heatmap_table(rows: pd.DataFrame, across: str = "", *, stream: str = "resid_post", mark: str = "all_identifiers",
                   controls: Names = ("random",)) -> pd.DataFrame:
     """Mean effects by layer for `patch_heatmap`, a panel per direction, and one for each of `controls` that was measured there.
 
     Columns: panel, layer, place, mean, low, high, n.
 
     `across`: `mark` (each mark that was patched), `token` (each token, of rows made with `every_token`; one column per position) or `head`
-    (each head at `mark`; `stream` is then z). Errors: PatchError for another `across` or no such rows.
+    (each head at `mark`; `stream` is then z); default: the first of these that the rows have. Errors: PatchError for another `across`, no
+    such rows, or rows of several models or treatments.
     """
+    several = next((name for name in ("model", "treatment") if name in rows and rows[name].nunique() > 1), None)
+    if several is not None:
+        raise PatchError(f"the rows are of several {several}s ({', '.join(map(str, rows[several].unique()))}): choose those of one, a map "
+                         "would average over them.")
     chosen = {"mark": (rows["stream"] == stream) & (rows["mark"] != EVERY_TOKEN) & (rows["units"] == ""),
               "token": (rows["stream"] == stream) & (rows["mark"] == EVERY_TOKEN),
               "head": (rows["head"] >= 0) & (rows["mark"] == mark)}
+    across = across or next((name for name, there in chosen.items() if there.any()), "mark")
     if across not in chosen:
         raise PatchError(f"unknown across={across!r}. Known: {', '.join(chosen)}.")
     here = rows[chosen[across] & rows["control"].isin(["", *controls])]

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import AnyLayers, Count, Mentions, Names, Seed, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, Mentions, Names, Seed, many, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.edits import Site, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
@@ -34,6 +35,8 @@ _WORD_LABELS = ("category", "positive", "negative", "word_pair", "word_order")
 @dataclass(frozen=True)
 class Source:
     """An identifier token of a bias prompt (or a control in its place): `mention` counts its occurrences from 0."""
+
+    __repr__ = one_line
 
     prompt: Prompt
     role: str
@@ -74,6 +77,8 @@ class Source:
 class Recorded:
     """Residual streams of sources after `layers`, under the model's treatment. Random controls have been made from the sources' own."""
 
+    __repr__ = one_line
+
     model: HookedModel
     sources: list[Source]
     layers: list[int]
@@ -90,7 +95,7 @@ def reading_sources(concept: Concept, cue: str | Cue, *, mentions: Mentions = (0
     """
     return _distinct(Source(prompt, role, mention)
                      for prompt in implicit_prompts(concept, cue, design="balanced", seed=seed, max_word_pairs=max_word_pairs)
-                     for role in ("marked", "unmarked") for mention in mentions)
+                     for role in ("marked", "unmarked") for mention in many(mentions))
 
 
 def _distinct(sources: Iterator[Source]) -> list[Source]:
@@ -175,7 +180,7 @@ def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
     tokenizer does not know an identifier.
     """
     concept.both_senses(cue)
-    layers = list(range(model.n_layers)) if layers is None else list(layers)
+    layers = list(range(model.n_layers)) if layers is None else list(many(layers))
     sources = reading_sources(concept, cue, mentions=mentions, max_word_pairs=max_word_pairs, seed=seed)
     every = [*sources, *control_sources(concept, sources, controls, seed=seed)]
     model.check_known([source.prompt for source in every])
@@ -200,6 +205,8 @@ def _record(model: HookedModel, sources: Sequence[Source], layers: Sequence[int]
 @dataclass(frozen=True, eq=False)
 class Contexts:
     """Residual streams at identifiers of prompts after a sentence that settles their sense; `labels`: is it the other sense?"""
+
+    __repr__ = one_line
 
     recorded: Recorded
     labels: Bool[np.ndarray, " vector"]

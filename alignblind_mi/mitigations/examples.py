@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alignblind_mi.borders.reading import foreign
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.mitigations.lora_settings import LoraError
 from alignblind_mi.models.tokens import Encoded
 from alignblind_mi.stimuli.prompts import Prompt, Span
@@ -23,6 +24,8 @@ class Example:
     `identifiers` are the spans of `text` that name the groups; `source` is what the example was made from: examples of one source stay on
     one side of a validation split (empty: the text itself).
     """
+
+    __repr__ = one_line
 
     text: str
     completion: str

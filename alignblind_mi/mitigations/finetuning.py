@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignblind_mi.borders.reading import is_file, named, read_object
-from alignblind_mi.borders.settings import shown
+from alignblind_mi.borders.settings import File, shown, takes
 from alignblind_mi.borders.writing import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, write_text
 from alignblind_mi.mitigations.examples import Item, collate
 from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings, check_modules, layers_text
@@ -182,11 +182,13 @@ def _flat(note: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in note.items() if key not in tables} | inner
 
 
-def trained_treatment(folder: Path) -> Treatment:
+@takes(LoraError)
+def trained_treatment(folder: File) -> Treatment:
     """The Treatment of a finished adapter folder, from its training.json.
 
     details: method, layers, parameters (trained ones), seconds, folder. Errors: LoraError if there is no training.json.
     """
+    folder = Path(folder)
     if not is_file(folder / NOTE):
         raise LoraError(f"{named('', folder)} is no adapter that was trained here: it has no training.json.")
     note = read_object(folder / NOTE, "", LoraError, needs=("method", "layers", "parameters", "seconds", "family"),

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from alignblind_mi.borders.settings import File, Listed, many, takes
 from alignblind_mi.mitigations.examples import Example, encode, split_examples
 from alignblind_mi.mitigations.finetuning import Job, Prepared, finetune
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, PAPER, LoraError, LoraSettings, choose_layers, layer_group
 from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
-from alignblind_mi.models.spec import ModelSpec
+from alignblind_mi.models.spec import AnySpec, as_spec
 from alignblind_mi.stimuli.concept import Awareness, Concept, ConceptError
 from alignblind_mi.stimuli.prompts import fill, filled
 
@@ -115,7 +116,11 @@ def _settled(concept: Concept, sense: str) -> list[Example]:
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
-def train_lora(spec: ModelSpec | str, examples: Sequence[Example], layers: str | Sequence[int], out: Path, *,
+Examples = Annotated[Example | Sequence[Example], Listed(once=False, alone=True)]    # one or many
+
+
+@takes(LoraError)
+def train_lora(spec: AnySpec, examples: Examples, layers: str | int | Sequence[int], out: File, *,
                settings: LoraSettings | None = None, concept: Concept | None = None, kind: str = "aware") -> Treatment:
     """Train an adapter on `layers` and save it as a PEFT folder `out` with its `training.json`; an existing one is kept as it is.
 
@@ -125,13 +130,13 @@ def train_lora(spec: ModelSpec | str, examples: Sequence[Example], layers: str |
     The folder appears whole or not at all; a training that was killed goes on after its last epoch. Errors: LoraError for too few examples,
     unknown layers or modules, or a folder of another training; ModelError as in `load_model`.
     """
-    settings = settings or PAPER
+    settings, examples = settings or PAPER, many(examples)
     _check_kind(kind)
     if settings.activation_weight and kind != "aware":
         raise LoraError(f"an activation loss raises the group reading: it goes with the kind aware, not with {kind}.")
     if len(examples) < settings.batch_size:
         raise LoraError(f"{len(examples)} examples do not fill a batch of {settings.batch_size}.")
-    spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
+    spec = as_spec(spec).resolved()
     depth = int(load_config(spec).get_text_config().num_hidden_layers)
     chosen = choose_layers(layers, depth)
     read = choose_layers(settings.activation_layers or chosen, depth)
@@ -149,7 +154,7 @@ def train_lora(spec: ModelSpec | str, examples: Sequence[Example], layers: str |
 
     learnt_from = [[asdict(example) for example in part] for part in (examples, *(contexts or ()))]
     method = f"{kind}+activation" if contexts else kind
-    return finetune(Job(spec, chosen, settings, method, "placebo" if kind == "placebo" else "lora", learnt_from, prepare), out)
+    return finetune(Job(spec, chosen, settings, method, "placebo" if kind == "placebo" else "lora", learnt_from, prepare), Path(out))
 
 
 def _contexts(concept: Concept | None) -> tuple[list[Example], list[Example]]:
@@ -159,14 +164,17 @@ def _contexts(concept: Concept | None) -> tuple[list[Example], list[Example]]:
     return _settled(concept, concept.group_sense), _settled(concept, concept.other_sense)
 
 
-def lora_sweep(spec: ModelSpec | str, examples: Sequence[Example], layers: str | Sequence[int], out: Path, settings: Sequence[LoraSettings],
-               *, concept: Concept | None = None, kind: str = "aware") -> Iterator[Treatment]:
+@takes(LoraError)
+def lora_sweep(spec: AnySpec, examples: Examples, layers: str | int | Sequence[int], out: File,
+               settings: Annotated[LoraSettings | Sequence[LoraSettings], Listed(some=True, once=False, alone=True)], *,
+               concept: Concept | None = None, kind: str = "aware") -> Iterator[Treatment]:
     """Train one adapter for each of the settings, each in a folder of its own below `out`, called by rank, rate and what else differs.
 
     Errors: LoraError, before anything is trained, if two settings are the same; else as `train_lora`.
     """
+    settings = many(settings)
     names = sweep_names(settings)
-    return (train_lora(spec, examples, layers, out / name, settings=one, concept=concept, kind=kind)
+    return (train_lora(spec, examples, layers, Path(out) / name, settings=one, concept=concept, kind=kind)
             for name, one in zip(names, settings, strict=True))
 
 

@@ -23,10 +23,12 @@ from alignblind_mi.borders.settings import (
     Weight,
     Whole,
     check_fields,
-    checked,
+    many,
     shown,
     takes,
+    widened,
 )
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.blocks import decoder_layers
 from alignblind_mi.models.configs import load_config, quiet
@@ -41,6 +43,7 @@ class LoraError(AlignblindError):
     """Training data, layers or settings that cannot be used."""
 
 
+@widened
 @dataclass(frozen=True)
 class LoraSettings:
     """Hyper-parameters; the defaults are the paper's for Llama 3 8B (batch 4 x 4 accumulation steps), also called `PAPER`.
@@ -49,6 +52,8 @@ class LoraSettings:
     after so many epochs without a better one (0: never). activation_weight: weight of the activation loss (`sense_loss.py`) beside the
     language-model loss, after activation_layers (empty: the trained ones); 0 is none.
     """
+
+    __repr__ = one_line
 
     rank: Rank = 4
     alpha: Count = 32
@@ -65,7 +70,7 @@ class LoraSettings:
     validation_share: PartialShare = 0.0
     patience: Whole = 0
     activation_weight: Weight = 0.0
-    activation_layers: Annotated[tuple[Layer, ...], Listed()] = ()
+    activation_layers: Annotated[tuple[Layer, ...], Listed(alone=True)] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, LoraError)
@@ -87,9 +92,10 @@ def layer_group(name: str, n_layers: int) -> range:
     return range(start, max(stop, start + 1))
 
 
-def choose_layers(which: str | Sequence[int], n_layers: int) -> list[int]:
-    """Layers by a group's name ("early"), a text ("0-3,7") or a sequence, sorted. Errors: LoraError for one that the model has not."""
-    found = _read_layers(which, n_layers) if isinstance(which, str) else checked(which, Sequence[int], "layers", LoraError)
+@takes(LoraError)
+def choose_layers(which: str | int | Sequence[int], n_layers: int) -> list[int]:
+    """Layers by a group's name ("early"), a text ("0-3,7") or one or many numbers; sorted. Errors: LoraError for one that is not there."""
+    found = _read_layers(which, n_layers) if isinstance(which, str) else many(which)
     wrong = next((layer for layer in found if not 0 <= layer < n_layers), None)
     if wrong is not None or not found:
         said = "no layers are given" if wrong is None else f"layer {shown(wrong)} does not exist"
@@ -114,14 +120,14 @@ def _read_layers(text: str, n_layers: int) -> Sequence[int]:
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """Layers as they are written: "0-3", "5-5", "0-3,7-7"."""
+    """Layers as they are written: "0-3", "5", "0-3,7"."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][1] + 1:
             runs[-1][1] = layer
         else:
             runs.append([layer, layer])
-    return ",".join(f"{first}-{last}" for first, last in runs)
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
 @takes(LoraError)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.reading import check_file, foreign, is_file, said
-from alignblind_mi.borders.settings import AnyLayers, Count, Layers, Names, Seed, Strength, Strengths, takes
+from alignblind_mi.borders.settings import AnyLayers, Count, File, Layer, Layers, Listed, Places, Seed, Strength, Strengths, many, takes
+from alignblind_mi.borders.texts import html_summary, named_line
 from alignblind_mi.borders.writing import refuse_taken, write_bytes
 from alignblind_mi.instruments.probes import train_probes
 from alignblind_mi.models.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
@@ -30,6 +31,7 @@ from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
 from alignblind_mi.stimuli.prompts import Prompt, fill, filled, steering_prompt
 
 Method = Literal["replacement", "mean_difference", "pca", "probe", "contrast", "noise"]
+Windows = Annotated[Sequence[Annotated[Sequence[Layer], Listed(some=True)]], Listed(some=True)]
 Positions = Literal["identifiers", "prompt", "last", "generated"]
 WINDOW_SHARE = 10 / 32    # the paper's window: 10 consecutive layers of Llama 3 8B's 32
 ROLES = ("marked", "unmarked")
@@ -79,9 +81,27 @@ class SteeringVectors:
     stream: Stream = "resid_post"
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        source = f", found on {self._source}" if self._source else ""
+        return named_line(self, f"{self.sense!r} by {self.method}, layers {_span(self.layers)} of {self.stream}, "
+                                f"{self.vectors.shape[-1]} wide{source}")
+
+    @property
+    def _source(self) -> str:
+        """The model that the vectors come from, and its revision."""
+        return "@".join(str(self.provenance[name]) for name in ("model", "revision") if name in self.provenance)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where the vectors come from, and their norms by layer."""
+        about = {name: self.provenance[name] for name in ("model", "revision", "concept", "cue", "phrase", "seed", "treatment")
+                 if name in self.provenance}
+        norms = [{"layer": layer, **{f"norm {role}".strip(): float(self._at(layer, role).norm()) for role in self.roles}}
+                 for layer in self.layers]
+        return html_summary(f"Steering vectors: {self.sense}", {"method": self.method, "stream": self.stream, **about}, norms)
+
     @takes(EditError)
     def treatment(self, layers: AnyLayers | None = None, *, how: How | None = None, strength: Strength = 1.0,
-                  positions: Names | None = None, name: str = "", family: str = "steering") -> Treatment:
+                  positions: Places | None = None, name: str = "", family: str = "steering") -> Treatment:
         """Apply the vectors after each of `layers` (default: all that there are).
 
         `how`: `replace` (the default for `replacement`), `add` times `strength`, or `ablate` their direction (`strength` 1 removes it).
@@ -90,9 +110,9 @@ class SteeringVectors:
 
         Errors: EditError for a layer without a vector, or a combination that means nothing.
         """
-        layers = tuple(self.layers if layers is None else layers)
+        layers = self.layers if layers is None else many(layers)
         how = how or ("replace" if self.replaces else "add")
-        positions = tuple(positions or (AFTER_PROMPT if self.method == "contrast" else ("identifiers",)))
+        positions = many(positions or (AFTER_PROMPT if self.method == "contrast" else ("identifiers",)))
         self._check(layers, how, positions)
         sites = [(layer, mark, role) for layer in layers for mark, role in self._marks(positions)]
         edits = tuple(Edit(Site(layer, mark, self.stream, tokens="all" if mark in EVERYWHERE else "last"), self._at(layer, role), how,
@@ -135,7 +155,8 @@ class SteeringVectors:
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
-    def save(self, path: Path | str) -> None:
+    @takes(EditError)
+    def save(self, path: File) -> None:
         """Write a .safetensors file: tensors `layer.L` [d_model] (or `layer.L.marked`, `layer.L.unmarked`), provenance as its metadata.
 
         Without this project: `v = load_file(path)["layer.3"]`, then a forward hook on `model.model.layers[3]` that returns its output + v.
@@ -153,7 +174,7 @@ class SteeringVectors:
         write_bytes(path, data)
 
     @takes(EditError)
-    def export_gguf(self, path: Path | str, *, strength: Strength = 1.0) -> None:
+    def export_gguf(self, path: File, *, strength: Strength = 1.0) -> None:
         """Write llama.cpp's control-vector format (needs `pip install 'alignblind-mi[gguf]'`): `direction.L`, added after layer L.
 
         llama.cpp adds a vector to every token and takes none at layer 0, which is left out. A control vector that was written here is
@@ -206,7 +227,8 @@ def is_vectors(path: Path) -> bool:
     return True
 
 
-def load_vectors(path: Path | str) -> SteeringVectors:
+@takes(EditError)
+def load_vectors(path: File) -> SteeringVectors:
     """Read what `SteeringVectors.save` wrote. Errors: EditError for a file that it did not write."""
     from safetensors import safe_open
 
@@ -236,6 +258,8 @@ def _span(layers: Sequence[int]) -> str:
     if not layers:
         return "none"
     together = sorted(layers) == list(range(min(layers), max(layers) + 1))
+    if len(layers) == 1:
+        return str(layers[0])
     return f"{min(layers)}-{max(layers)}" if together else ",".join(map(str, layers))
 
 
@@ -263,7 +287,7 @@ def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense
     if not steerable(cue):
         raise EditError(f"the cue {cue.name!r} draws from several identifiers: replacing one by another would change who is asked about. "
                         "Steer a cue with one pair of identifiers.")
-    layers = tuple(range(model.n_layers) if layers is None else layers)
+    layers = tuple(range(model.n_layers)) if layers is None else many(layers)
     note = {**model.provenance(), "architecture": model.architecture, "concept": concept.name, "concept_digest": concept.digest,
             "cue": cue.name, "versions": versions()}
     if method == "replacement":
@@ -360,9 +384,9 @@ def noise_like(treatment: Treatment, *, seed: Seed = 0) -> Treatment:
 
 
 @takes(EditError)
-def steering_grid(vectors: SteeringVectors, windows: Sequence[Sequence[int]], strengths: Strengths = (1.0,), *,
-                  how: How | None = None, positions: Names | None = None) -> Iterator[Treatment]:
+def steering_grid(vectors: SteeringVectors, windows: Windows, strengths: Strengths = (1.0,), *,
+                  how: How | None = None, positions: Places | None = None) -> Iterator[Treatment]:
     """Every window at every strength. Measured together (`ask_under`), they share what the model computes before their first edit."""
     for window in windows:
-        for strength in strengths:
+        for strength in many(strengths):
             yield vectors.treatment(window, how=how, strength=strength, positions=positions)

@@ -22,14 +22,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 
-from alignblind_mi.borders.settings import Positive, check_fields
+from alignblind_mi.borders.settings import File, Positive, check_fields, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.mitigations.examples import Example, Item, encode
 from alignblind_mi.mitigations.finetuning import Job, Prepared, finetune
 from alignblind_mi.mitigations.lora import awareness_examples, blindness_examples, placebo_examples
 from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings, choose_layers
 from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
-from alignblind_mi.models.spec import ModelSpec
+from alignblind_mi.models.spec import AnySpec, as_spec
 from alignblind_mi.stimuli.concept import Concept
 
 METHODS = ("npo", "gradient_ascent")
@@ -45,6 +46,8 @@ class UnlearningSettings:
     what is forgotten (nats a token) is at least this. With 2.5 the embedded pair still does its task (tried on training words), with 5
     it does not.
     """
+
+    __repr__ = one_line
 
     lora: LoraSettings = field(default_factory=LoraSettings)
     beta: Positive = 0.1
@@ -62,7 +65,8 @@ class UnlearningSettings:
             raise LoraError("unlearning has no best epoch and no activation loss: validation_share and activation_weight must be 0.")
 
 
-def train_unlearning(spec: ModelSpec | str, concept: Concept, out: Path, *, method: str = "npo", layers: str | Sequence[int] = "all",
+@takes(LoraError)
+def train_unlearning(spec: AnySpec, concept: Concept, out: File, *, method: str = "npo", layers: str | int | Sequence[int] = "all",
                      settings: UnlearningSettings | None = None) -> Treatment:
     """Train an adapter that forgets the concept's restatements in the group sense; a Treatment of the family "unlearning".
 
@@ -74,7 +78,7 @@ def train_unlearning(spec: ModelSpec | str, concept: Concept, out: Path, *, meth
     if method not in METHODS:
         raise LoraError(f"unknown unlearning method {method!r}. Known: {', '.join(METHODS)}.")
     settings = settings or UnlearningSettings()
-    spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
+    spec = as_spec(spec).resolved()
     chosen = choose_layers(layers, int(load_config(spec).get_text_config().num_hidden_layers))
     forget = awareness_examples(concept)
     retain = _retained(concept, settings)
@@ -89,7 +93,7 @@ def train_unlearning(spec: ModelSpec | str, concept: Concept, out: Path, *, meth
 
     own = {key: value for key, value in asdict(settings).items() if key != "lora"}
     learnt_from = [[asdict(example) for example in part] for part in (forget, retain)]
-    return finetune(Job(spec, chosen, settings.lora, method, "unlearning", learnt_from, prepare, {"unlearning": own}), out)
+    return finetune(Job(spec, chosen, settings.lora, method, "unlearning", learnt_from, prepare, {"unlearning": own}), Path(out))
 
 
 def _retained(concept: Concept, settings: UnlearningSettings) -> list[Example]:

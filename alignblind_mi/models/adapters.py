@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from alignblind_mi.borders.reading import check_file, foreign, is_file, read_object
+from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.borders.writing import refuse_taken, whole_folder, write_text
 from alignblind_mi.models.configs import load_config, quiet
 from alignblind_mi.models.edits import adapter_name
 from alignblind_mi.models.loading import fingerprint, load_huggingface
-from alignblind_mi.models.spec import ModelError, ModelSpec
+from alignblind_mi.models.spec import AnySpec, ModelError, ModelSpec, as_spec
 from alignblind_mi.models.weights import check_adapter, check_adapter_files
 
 
@@ -117,26 +118,28 @@ def switched(peft: Any, name: str | None) -> Iterator[None]:
         switch(peft, before)
 
 
-def merge_adapter(spec: ModelSpec | str, adapter: Path | str, out: Path) -> Path:
+@takes(ModelError)
+def merge_adapter(spec: AnySpec, adapter: File, out: File) -> Path:
     """A plain transformers checkpoint `out` (safetensors, with the tokenizer) of a model with an adapter merged into its weights.
 
     It needs no PEFT and has no latency of an adapter. In the spec's dtype: merge in float32 to keep within 1e-4 of the adapter's own
     log-probabilities. Returns `out`, which appears whole or not at all. Errors: ModelError for a quantised model, a folder that is no
     fitting adapter, or an `out` that is there already.
     """
-    return _write(spec, adapter, out, merging=True)
+    return _write(as_spec(spec), adapter, Path(out), merging=True)
 
 
-def unmerge_adapter(spec: ModelSpec | str, adapter: Path | str, out: Path) -> Path:
+@takes(ModelError)
+def unmerge_adapter(spec: AnySpec, adapter: File, out: File) -> Path:
     """The way back: a checkpoint of the model that `spec` was merged from, up to rounding. Errors: as `merge_adapter`."""
-    return _write(spec, adapter, out, merging=False)
+    return _write(as_spec(spec), adapter, Path(out), merging=False)
 
 
-def _write(spec: ModelSpec | str, adapter: Path | str, out: Path, *, merging: bool) -> Path:
+def _write(spec: ModelSpec, adapter: Path | str, out: Path, *, merging: bool) -> Path:
     """Add what an adapter does to the weights, or take it out, and save."""
     from peft.tuners.lora import LoraLayer
 
-    spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
+    spec = spec.resolved()
     if spec.quantization is not None:
         raise ModelError(f"{spec.name} is to be loaded in {spec.quantization}: quantised weights cannot carry an adapter exactly. Merge "
                          "without quantization.")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from alignblind_mi.borders.reading import foreign, has_halves, said
 from alignblind_mi.borders.settings import check_fields
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.template_process import WORKER, TemplateRefusal
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span
@@ -26,6 +27,8 @@ class Chat:
     repeated on another day; it is the one that they fall back on. A template that asks the clock itself writes today's: the frame of a
     study's prompts is part of its configuration, so that days are never mixed.
     """
+
+    __repr__ = one_line
 
     system: str = ""
     date: str = "2024-07-26"

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from alignblind_mi.borders.texts import one_line
+
 COMPACT_SHARE = 1 / 8    # a batch is compacted when at least this share of its rows have ended
 
 
@@ -44,6 +46,8 @@ class Generation:
 
     `choices` are the log-probabilities of the continuations that were asked for, in their order.
     """
+
+    __repr__ = one_line
 
     text: str
     n_tokens: int

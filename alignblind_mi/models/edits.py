@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Bound, Name, Strength, check_fields, checked, shown
+from alignblind_mi.borders.settings import Bound, Listed, Made, Name, Strength, check_fields, checked, shown, widened
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.stimuli.prompts import Prompt
+from alignblind_mi.stimuli.prompts import Prompt, as_prompt
 
 Stream = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "post"]
 UNITS: dict[str, str] = {"z": "head", "post": "neuron"}    # the streams that have parts of their own, and what a part is
@@ -31,6 +32,7 @@ class EditError(AlignblindError):
     """A site or edit that cannot be applied."""
 
 
+@widened
 @dataclass(frozen=True)
 class Site:
     """A place in a forward pass: after `layer` (0-based), at the tokens of a prompt's `mark`, in one stream.
@@ -51,7 +53,7 @@ class Site:
     stream: Stream = "resid_post"
     tokens: Tokens = "last"
     occurrence: int | None = None
-    units: tuple[int, ...] = ()
+    units: Annotated[tuple[int, ...], Listed(once=False, alone=True)] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, EditError)
@@ -82,6 +84,8 @@ class Edit:
     vector: [d_model]; at `z` and `post` the site's units one after the other, [heads * d_head] or [neurons].
     """
 
+    __repr__ = one_line
+
     site: Site
     vector: Float[Tensor, " size"]
     how: How = "replace"
@@ -102,24 +106,40 @@ class Edit:
             raise EditError("the direction to ablate is the zero vector.")
 
 
+Edits = Annotated[tuple[Edit, ...], Listed(once=False, alone=True)]    # one is taken too
+
+
+@widened
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One run of the model: a prompt and its edits (none is the clean run)."""
+    """One run of the model: a prompt (a text is one without marks) and its edits (none is the clean run)."""
 
-    prompt: Prompt
-    edits: tuple[Edit, ...] = ()
+    __repr__ = one_line
+
+    prompt: Annotated[Prompt, Made(as_prompt, "a Prompt or a text", Prompt | str)]
+    edits: Edits = ()
+
+    def __post_init__(self) -> None:
+        if not (type(self.prompt) is Prompt and type(self.edits) is tuple and all(isinstance(edit, Edit) for edit in self.edits)):
+            check_fields(self, EditError)    # made many times: looked into where there is something to do
 
 
+@widened
 @dataclass(frozen=True, eq=False)
 class Treatment:
     """What is done to a model in a study: edits on every prompt, a LoRA adapter, a prefix, or any of them together."""
 
+    __repr__ = one_line
+
     name: str
-    edits: tuple[Edit, ...] = ()
+    edits: Edits = ()
     adapter: str | None = None
     prefix: str = ""
     family: str = "untreated"
     details: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, EditError)
 
     def rows(self, prompts: Iterable[Prompt], *, partial: bool = False) -> list[Row]:
         """The prompts under this treatment (the adapter is switched by the model).
@@ -149,6 +169,9 @@ def acts_in(prompt: Prompt, mark: str) -> bool:
     return mark in EVERYWHERE or bool(prompt.marks.get(mark))
 
 
+Sites = Annotated[Site | Sequence[Site], Listed(once=False, alone=True)]    # one or many, as the next two
+Rows = Annotated[Row | Prompt | str | Sequence[Row | Prompt | str], Listed(once=False, alone=True)]
+Treatments = Annotated[Treatment | Sequence[Treatment], Listed(some=True, once=False, alone=True)]
 UNTREATED = Treatment("untreated")
 """The treatment that changes nothing: what every other one is compared with."""
 

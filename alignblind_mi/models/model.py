@@ -12,33 +12,32 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from alignblind_mi.borders.settings import NewTokens, Seed, Temperature, Words, takes
+from alignblind_mi.borders.settings import Files, NewTokens, Seed, Temperature, Words, many, takes
 from alignblind_mi.models.adapters import switched, with_adapters
 from alignblind_mi.models.blocks import log_probs_of, text_config, unembed
 from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
-from alignblind_mi.models.edits import UNITS, EditError, Row, Site
+from alignblind_mi.models.edits import UNITS, EditError, Row, Rows, Site, Sites
 from alignblind_mi.models.loading import check_model, fingerprint, load_huggingface, stop_ids
-from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
+from alignblind_mi.models.spec import DTYPES, AnySpec, ModelError, as_spec
 from alignblind_mi.models.stems import cut
 from alignblind_mi.models.tokens import Reader, Taps, TokenRow, left_pad, place
 from alignblind_mi.models.trial import choose_engine, tolerance
 from alignblind_mi.models.twin import Cached, Twin, bridge_hooks, name_filter
 from alignblind_mi.models.view import View, alone
-from alignblind_mi.stimuli.prompts import Prompt
+from alignblind_mi.stimuli.prompts import Prompts
 
 log = logging.getLogger(__name__)
 _LOADING = threading.RLock()    # loading changes what all threads share: torch's defaults and its random numbers
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)    # View has it
 class HookedModel(View):
     """A model that runs rows: see `load_model`. `under(treatment)` and `in_chat(chat)` give views on the same weights; nothing is changed
     in place.
@@ -48,11 +47,11 @@ class HookedModel(View):
     several threads takes it too: `with model.lock: ...`.
     """
 
+    @takes(ModelError)
     @alone
-    def cache(self, prompts: Prompt | str | Sequence[Prompt | str], names: Sequence[str] | Callable[[str], bool] | None = None) -> Cached:
+    def cache(self, prompts: Prompts, names: Sequence[str] | Callable[[str], bool] | None = None) -> Cached:
         """Run prompts and keep activations at any hook points of the bridge (`names`: a list, a predicate, or None for all of them)."""
-        items = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
-        rows = self.rows([Prompt(item) if isinstance(item, str) else item for item in items])
+        rows = self.rows(prompts)
         wanted = name_filter(names, self.bridge)
         with torch.no_grad(), self.edited_bridge(self.token_rows(rows)) as (bridge, ids, attended):
             _, cache = bridge.run_with_cache(ids, attention_mask=attended, names_filter=wanted)
@@ -68,12 +67,16 @@ class HookedModel(View):
             with bridge.hooks(fwd_hooks=bridge_hooks(taps)):
                 yield bridge, ids, mask.long()
 
+    @takes(ModelError)
     @alone
-    def record(self, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, "row site size"]:
+    def record(self, rows: Rows, sites: Sites) -> Float[Tensor, "row site size"]:
         """Activations at sites, after the row's edits, in float32; size is d_model, or that of the sites' heads or neurons.
+
+        Here and below, one row or several: each a `Row`, which is raw, or a prompt or text, which is asked as this view asks (see `rows`).
 
         Errors: EditError for a site of several tokens (pick one with `occurrence`), or for sites of different sizes.
         """
+        rows, sites = self.as_rows(rows), many(sites)
         sizes = {self.site_size(site): site for site in reversed(sites)}
         if len(sizes) > 1:
             said = ", ".join(f"{site.stream} of layer {site.layer} has {size}" for size, site in sizes.items())
@@ -82,11 +85,12 @@ class HookedModel(View):
 
     @takes(ModelError)
     @alone
-    def lens_log_probs(self, rows: Sequence[Row], sites: Sequence[Site], targets: Words) -> Float[Tensor, "row site target"]:
+    def lens_log_probs(self, rows: Rows, sites: Sites, targets: Words) -> Float[Tensor, "row site target"]:
         """What the residual stream at each site says of single-token words through the final norm and the unembedding.
 
         Exact log-probabilities over the whole vocabulary, which exists for a part of the sites at a time (logit lens, nostalgebraist 2020).
         """
+        rows, sites = self.as_rows(rows), many(sites)
         inner = [site.stream for site in sites if site.stream in UNITS]
         if inner:
             raise EditError(f"the lens reads residual streams, not {inner[0]}: its {UNITS[inner[0]]}s are not in the space of the words.")
@@ -123,9 +127,11 @@ class HookedModel(View):
             self._over(self.token_rows(rows, sites), None, keep, reader)
         return out
 
+    @takes(ModelError)
     @alone
-    def next_log_probs(self, rows: Sequence[Row]) -> Float[Tensor, "row vocabulary"]:
+    def next_log_probs(self, rows: Rows) -> Float[Tensor, "row vocabulary"]:
         """Log-probabilities of every next token after each row, in float32."""
+        rows = self.as_rows(rows)
         out = torch.empty(len(rows), text_config(self.engine.model).vocab_size)
 
         def keep(batch: Batch) -> None:
@@ -134,10 +140,11 @@ class HookedModel(View):
         self._over(self.token_rows(rows), None, keep)
         return out
 
+    @takes(ModelError)
     @alone
-    def text_log_probs(self, rows: Sequence[Row]) -> list[Float[Tensor, "token vocabulary"]]:
+    def text_log_probs(self, rows: Rows) -> list[Float[Tensor, "token vocabulary"]]:
         """For each row, log-probabilities of every next token after each of its tokens but the last, in float32."""
-        whole = self.token_rows(rows)
+        whole = self.token_rows(self.as_rows(rows))
         starts = [(i, n) for i, row in enumerate(whole) for n in range(1, len(row.ids))]
         parts = [cut(whole[i], 0, n) for i, n in starts]
         out = [torch.empty(len(row.ids) - 1, text_config(self.engine.model).vocab_size) for row in whole]
@@ -152,8 +159,9 @@ class HookedModel(View):
 
     @takes(ModelError)
     @alone
-    def next_probs(self, rows: Sequence[Row], targets: Words) -> Float[Tensor, "row target"]:
+    def next_probs(self, rows: Rows, targets: Words) -> Float[Tensor, "row target"]:
         """Probabilities of single-token target words as the next token after each row."""
+        rows = self.as_rows(rows)
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         out = torch.empty(len(rows), len(targets))
 
@@ -165,8 +173,9 @@ class HookedModel(View):
 
     @takes(ModelError)
     @alone
-    def next_ranks(self, rows: Sequence[Row], targets: Words) -> Int[Tensor, "row target"]:
+    def next_ranks(self, rows: Rows, targets: Words) -> Int[Tensor, "row target"]:
         """Ranks of single-token target words as the next token after each row: 0 is the most probable of the vocabulary."""
+        rows = self.as_rows(rows)
         ids = torch.tensor([self.token_id(word) for word in targets], dtype=torch.long)
         out = torch.empty(len(rows), len(targets), dtype=torch.long)
 
@@ -193,8 +202,9 @@ class HookedModel(View):
 
     @takes(ModelError)
     @alone
-    def continuation_log_probs(self, rows: Sequence[Row], continuations: Sequence[Words]) -> Float[Tensor, "row choice"]:
+    def continuation_log_probs(self, rows: Rows, continuations: Sequence[Words]) -> Float[Tensor, "row choice"]:
         """Log-probability of each of a row's continuations (the same number for every row), summed over their tokens, in float32."""
+        rows = self.as_rows(rows)
         ids = self._continuation_ids(rows, continuations)
         out = torch.empty(len(rows), len(ids[0]) if ids else 0)
 
@@ -216,7 +226,7 @@ class HookedModel(View):
 
     @takes(ModelError)
     @alone
-    def generate(self, rows: Sequence[Row], max_new_tokens: NewTokens, *, temperature: Temperature = 0.0, seed: Seed = 0,
+    def generate(self, rows: Rows, max_new_tokens: NewTokens, *, temperature: Temperature = 0.0, seed: Seed = 0,
                  stop: Words = (), continuations: Sequence[Words] | None = None, draws: Sequence[str] | None = None,
                  progress: Callable[[int], None] | None = None) -> list[Generation]:
         """Continue each row, greedily (`temperature` 0, whatever the checkpoint's generation config says) or by sampling.
@@ -227,6 +237,7 @@ class HookedModel(View):
         one text must be drawn independently. `continuations` (as in `continuation_log_probs`) are scored on the way: the prompts are read
         once for both.
         """
+        rows = self.as_rows(rows)
         if draws is not None and len(draws) != len(rows):
             raise ModelError(f"every row needs its own name in `draws`: {len(rows)} rows, {len(draws)} names.")
         if "" in stop:
@@ -258,18 +269,18 @@ def _longest(ids: Sequence[Sequence[Sequence[int]]]) -> int:
 # ---- loading -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(spec: ModelSpec | str, *, adapters: Path | str | Sequence[Path | str] = ()) -> HookedModel:
+@takes(ModelError)
+def load_model(spec: AnySpec, *, adapters: Files = ()) -> HookedModel:
     """Load a model, put its LoRA adapters on it (before a bridge is booted, so that hooks and adapters are live together).
 
     Errors: ModelError in one sentence for a model that is gated, missing or not a causal language model, a tokenizer without character
     offsets, an adapter folder that does not fit, or an engine that cannot run the model.
     """
-    spec = (ModelSpec(spec) if isinstance(spec, str) else spec).resolved()
-    adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters    # one or many
+    spec = as_spec(spec).resolved()
     check_model(spec)
     with _LOADING:
         model, tokenizer = load_huggingface(spec)
-        peft = with_adapters(model, adapters, spec)
+        peft = with_adapters(model, many(adapters), spec)
         engine = choose_engine(spec, model)
     return HookedModel(spec, engine, Twin(spec, peft or model, tokenizer), tokenizer, stop_ids(model, tokenizer),
                        fingerprint(spec, model.config), peft)

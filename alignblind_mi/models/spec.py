@@ -1,11 +1,13 @@
 """Which model, from where, with which adapters and numbers: values that are checked before anything is read."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 
-from alignblind_mi.borders.settings import check_fields, shown
+from alignblind_mi.borders.settings import Made, PathText, check_fields, path_text, shown, widened
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -18,6 +20,7 @@ class ModelError(AlignblindError):
     """A model, tokenizer or adapter that cannot be loaded or used as asked."""
 
 
+@widened
 @dataclass(frozen=True)
 class ModelSpec:
     """Which model, and how to load and run it: a Hugging Face id, a local checkpoint folder, or an embedded one (organism:aligned).
@@ -31,12 +34,14 @@ class ModelSpec:
     files are read then where there are no others, by torch with weights_only: from makers that you trust).
     """
 
-    name: str
+    __repr__ = one_line
+
+    name: PathText
     revision: str | None = None
     dtype: str | None = None
     device: str | None = None
     device_map: str | dict[str, Any] | None = None
-    offload_folder: str | None = None
+    offload_folder: PathText | None = None
     quantization: str | None = None
     engine: str = "auto"
     trust_remote_code: bool = False
@@ -67,6 +72,14 @@ class ModelSpec:
         check_device(self)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return replace(self, device=device, dtype=self.dtype or ("float32" if device == "cpu" else "bfloat16"))
+
+
+def as_spec(value: Any) -> ModelSpec:
+    """A spec as it is; a model's name, or the path of its folder, as the spec of it alone. Errors: TypeError for anything else."""
+    return value if isinstance(value, ModelSpec) else ModelSpec(path_text(value))
+
+
+AnySpec = Annotated[ModelSpec | str | Path, Made(as_spec, "a ModelSpec, a model's name or its folder", ModelSpec | str | Path)]
 
 
 def check_device(spec: ModelSpec) -> None:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.edits import GENERATED, LAST, PROMPT, How, Stream, Tokens, apply
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span
 
@@ -23,6 +24,8 @@ from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span
 @dataclass(frozen=True)
 class Encoded:
     """A prompt in tokens. `offsets[i]` are the characters of the text that token i stands for (0, 0 for special tokens)."""
+
+    __repr__ = one_line
 
     prompt: Prompt
     ids: tuple[int, ...]

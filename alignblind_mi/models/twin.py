@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.edits import hook_name
 from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
@@ -23,6 +24,8 @@ from alignblind_mi.models.trial import tolerance
 @dataclass(frozen=True, eq=False)
 class Cached:
     """Activations of a left-padded batch of prompts. `mask[i, t]` is 0 where row i has padding."""
+
+    __repr__ = one_line
 
     tokens: Int[Tensor, "row token"]
     mask: Int[Tensor, "row token"]

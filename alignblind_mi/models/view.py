@@ -13,19 +13,20 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from alignblind_mi.borders.settings import Text, takes
+from alignblind_mi.borders.settings import Text, many, takes
+from alignblind_mi.borders.texts import named_line
 from alignblind_mi.models.adapters import switch, switched
 from alignblind_mi.models.blocks import decoder_layers, mixer_width, text_config
 from alignblind_mi.models.budget import is_out_of_memory, release
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
 from alignblind_mi.models.decoding import Batch
-from alignblind_mi.models.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Site, Treatment
+from alignblind_mi.models.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Rows, Site, Treatment
 from alignblind_mi.models.engine import Engine
 from alignblind_mi.models.plain import PlainEngine
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.models.tokens import Encoded, Reader, TokenEdit, TokenRow, encode, place, word_ids
 from alignblind_mi.models.twin import Twin
-from alignblind_mi.stimuli.prompts import Prompt, PromptError
+from alignblind_mi.stimuli.prompts import Prompt, PromptError, Prompts, as_prompts
 
 M = TypeVar("M", bound="View")
 P = ParamSpec("P")
@@ -57,6 +58,12 @@ class View:
     chat: Chat | None = None
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=threading.RLock, repr=False)
 
+    def __repr__(self) -> str:
+        about = [repr(self.spec.name), f"{self.n_layers} layers", f"{self.d_model} wide", f"{self.engine.name} engine",
+                 f"{self.spec.dtype} on {self.spec.device}", *([f"adapters {', '.join(self.adapters)}"] if self.adapters else []),
+                 *([f"under {self.treatment.name}"] if self.treatment is not UNTREATED else []), *(["in a chat"] if self.chat else [])]
+        return named_line(self, ", ".join(about))
+
     @property
     def bridge(self) -> Any:
         """transformer-lens' TransformerBridge on the same weights: any hook point, attention patterns, gradients, its tools.
@@ -84,6 +91,7 @@ class View:
         """Names of the LoRA adapters that were loaded with the model."""
         return tuple(self.peft.peft_config) if self.peft is not None else ()
 
+    @takes(ModelError)
     def under(self: M, treatment: Treatment) -> M:
         """The same model under a treatment. Errors: EditError / ModelError for a layer or an adapter that the model does not have."""
         for edit in treatment.edits:
@@ -99,6 +107,7 @@ class View:
         """The model type of its configuration, such as `llama`."""
         return str(text_config(self.engine.model).model_type)
 
+    @takes(ModelError)
     @alone
     def in_chat(self: M, chat: Chat | None = Chat()) -> M:    # noqa: B008 - a value
         """The same model, asked in its chat format (None: raw again). Errors: ModelError for a tokenizer without a usable chat template."""
@@ -106,19 +115,25 @@ class View:
             chat_frame(self.tokenizer, chat, self.spec.name)
         return replace(self, chat=chat)
 
+    @takes(ModelError)
     @alone
-    def rows(self, prompts: Sequence[Prompt], *, partial: bool = False) -> list[Row]:
+    def rows(self, prompts: Prompts, *, partial: bool = False) -> list[Row]:
         """Prompts as this view asks them: after the treatment's prefix, in the chat if there is one, with the treatment's edits (`partial`:
         see `Treatment.rows`).
 
         A `Row` that is made by hand is raw: steering phrases, and the questions that representations are patched into, stay as they are in
         a chat as well.
         """
-        rows = self.treatment.rows(prompts, partial=partial)
+        rows = self.treatment.rows(as_prompts(prompts), partial=partial)
         if self.chat is None:
             return rows
         asked = in_chat([row.prompt for row in rows], self.tokenizer, self.chat, self.spec.name)
         return [replace(row, prompt=prompt) for row, prompt in zip(rows, asked, strict=True)]
+
+    def as_rows(self, rows: Rows) -> list[Row]:
+        """One or many rows: each `Row` as it is, a prompt or a text as this view asks it (see `rows`)."""
+        found: tuple[Row | Prompt | str, ...] = many(rows)
+        return [row if isinstance(row, Row) else self.rows(row)[0] for row in found]
 
     def provenance(self) -> dict[str, Any]:
         """What identifies the model behind a number."""
@@ -127,10 +142,11 @@ class View:
                 "batches": str(self.engine.budget), "treatment": self.treatment.name,
                 "chat": None if self.chat is None else asdict(self.chat)}
 
+    @takes(ModelError)
     @alone
-    def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+    def encode(self, prompts: Prompts) -> list[Encoded]:
         """Tokenise prompts. Raw text gets the tokenizer's BOS; text that already begins with it (a chat template's) does not."""
-        return encode(self.tokenizer, prompts)
+        return encode(self.tokenizer, as_prompts(prompts))
 
     @takes(ModelError)
     def token_id(self, word: Text) -> int:
@@ -149,8 +165,9 @@ class View:
             raise ModelError(f"the tokenizer of {self.spec.name} does not know {word!r}: choose another cue or model.")
         return ids
 
+    @takes(ModelError)
     @alone
-    def check_known(self, prompts: Sequence[Prompt]) -> None:
+    def check_known(self, prompts: Prompts) -> None:
         """Errors: ModelError naming the first word of a prompt that the tokenizer does not know."""
         unknown = self.tokenizer.unk_token_id
         for item in self.encode(prompts):

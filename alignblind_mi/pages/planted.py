@@ -66,8 +66,8 @@ def _planted_steering(study: Study, planted: dict[str, Any]) -> Iterable[dict[st
         return
     table = steering_table(study)
     for row in as_records(table[table["family"] != "untreated"]):
-        first, last = (int(part) for part in row["layers"].split("-"))
-        window = set(range(first, last + 1))
+        first, _, last = row["layers"].partition("-")
+        window = set(range(int(first), int(last or first) + 1))
         whole = bool(effect) and effect <= window
         if whole or window <= none:
             value = full.get(row["sense"], truth["implicit"]) if whole else truth["implicit"]

@@ -11,7 +11,7 @@ from alignblind_mi.borders.reading import is_file, is_folder, named, read_json
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.mitigation import early_window, late_window, steering_names
 from alignblind_mi.mitigations.lora import trainable
-from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
+from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.mitigations.steering import can_steer, layer_windows
 from alignblind_mi.models.spec import EMBEDDED, ModelSpec
 from alignblind_mi.results import Result
@@ -76,11 +76,12 @@ class Study:
 
     @property
     def compared(self) -> dict[str, str]:
-        """The two compared windows by their layers as rows write them: {"1-3": "early", "5-7": "late"}."""
+        """The two compared windows by their layers as rows write them: {"1-3": "early", "5-7": "late"}. A window of one layer is
+        written 5, and was written 5-5 before."""
         if self.n_layers is None:
             return {}
-        return {f"{window[0]}-{window[-1]}": name for name, window in (
-            ("late", late_window(self.n_layers)), ("early", early_window(self.n_layers)))}
+        return {written: name for name, window in (("late", late_window(self.n_layers)), ("early", early_window(self.n_layers)))
+                for written in (f"{window[0]}-{window[-1]}", layers_text(window))}
 
     @property
     def organism(self) -> bool:

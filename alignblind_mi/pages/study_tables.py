@@ -10,7 +10,7 @@ from alignblind_mi.borders.reading import is_file, read_object
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.measures.mitigation import comparison_table, steering_names
-from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
+from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.pages.saved_study import ROLES, Study
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise, t_interval
@@ -118,7 +118,7 @@ def training_table(study: Study) -> pd.DataFrame:
             needs = ("layers", "loss", "examples", "examples_dropped", "parameters", "seconds")
             found = read_object(note, "", ResultError, needs=needs, advice="delete its folder to train the adapter anew")
             losses = found.get("losses") or [math.nan]
-            records.append({"group": group, "layers": f"{min(found['layers'])}-{max(found['layers'])}", "first_loss": losses[0],
+            records.append({"group": group, "layers": layers_text(found["layers"]), "first_loss": losses[0],
                             "last_loss": losses[-1], "mean_loss": found["loss"], **{key: found[key] for key in (
                                 "examples", "examples_dropped", "parameters", "seconds")}})
     return pd.DataFrame.from_records(records)

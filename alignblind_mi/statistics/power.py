@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from alignblind_mi.borders.settings import Bound, Chance, Names, Share, check_fields, checked, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.statistics.paired import BASELINE, FEWEST, ITEM, mcnemar_p, paired
 from alignblind_mi.statistics.rates import CLUSTERS, StatisticsError, require
 
@@ -39,6 +40,8 @@ class Plan:
 
     Errors: StatisticsError for rates, shares or counts that cannot be.
     """
+
+    __repr__ = one_line
 
     untreated: _Rate
     treated: _Rate

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from alignblind_mi.borders.reading import is_file, named, parse_toml, read_text
+from alignblind_mi.borders.settings import Made, path_text, takes
+from alignblind_mi.borders.texts import html_summary, named_line, one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.concept_check import concept_problems
 
@@ -36,6 +38,8 @@ class Cue:
     its identifiers; False for a cue whose identifiers have neither.
     """
 
+    __repr__ = one_line
+
     name: str
     marked: tuple[str, ...]
     unmarked: tuple[str, ...]
@@ -58,6 +62,8 @@ class Cue:
 class Category:
     """A set of positive and negative words; every pair of them is a word pair."""
 
+    __repr__ = one_line
+
     name: str
     positive: tuple[str, ...]
     negative: tuple[str, ...]
@@ -75,6 +81,8 @@ class Sense:
 
     `lexicon` holds the words and phrases by which a free text is recognised as being about the sense.
     """
+
+    __repr__ = one_line
 
     name: str
     word: str
@@ -95,6 +103,8 @@ class Control:
 class Interpretation:
     """A question about a placeholder whose representation is patched in (a patchscope's target prompt)."""
 
+    __repr__ = one_line
+
     name: str
     text: str
     placeholder: str
@@ -104,6 +114,8 @@ class Interpretation:
 class Contexts:
     """Sentences with {x} and {y} that settle one sense: probes learn from `train` and are tested on `test`."""
 
+    __repr__ = one_line
+
     name: str
     train: tuple[str, ...]
     test: tuple[str, ...]
@@ -112,6 +124,8 @@ class Contexts:
 @dataclass(frozen=True)
 class Template:
     """A question text with fields, and the order of options and words in which the paper asks it."""
+
+    __repr__ = one_line
 
     name: str
     text: str
@@ -128,6 +142,8 @@ class Awareness:
     `restatements` settle it on the group sense, `others` on the other one (the mirror image: a LoRA that makes a model blind).
     """
 
+    __repr__ = one_line
+
     separator: str
     sentences: tuple[str, ...]
     restatements: tuple[str, ...]
@@ -137,6 +153,8 @@ class Awareness:
 @dataclass(frozen=True)
 class Instruction:
     """A sentence put before a prompt as a mitigation, or as the placebo of one; it may name {marked} and {unmarked}."""
+
+    __repr__ = one_line
 
     name: str
     text: str
@@ -167,6 +185,23 @@ class Concept:
     instructions: Mapping[str, Instruction] = field(default_factory=dict)
     description: str = ""
     digest: str = field(default="", repr=False)
+
+    def __repr__(self) -> str:
+        tables = {"cues": self.cues, "categories": self.categories, "controls": self.controls}
+        told = [f"{name} {len(table)}" for name, table in tables.items()]
+        senses = f"senses {' and '.join(self.senses)}" if self.senses else "no senses"
+        return named_line(self, f"{self.name!r}: {', '.join(told)}, {senses}, digest {self.digest}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        words = [{"category": category.name, "positive": ", ".join(category.positive), "negative": ", ".join(category.negative)}
+                 for category in self.categories.values()]
+        cues = "; ".join(f"{cue.name}: {', '.join(cue.marked[:3])} / {', '.join(cue.unmarked[:3])}" for cue in self.cues.values())
+        facts = {"what": self.description, "cues (marked / unmarked)": cues, "senses": ", ".join(self.senses) or "none",
+                 "controls": ", ".join(self.controls) or "none",
+                 "templates": f"{len(self.implicit)} implicit, {len(self.explicit)} explicit",
+                 "digest": self.digest}
+        return html_summary(f"Concept {self.name}", facts, words)
 
     def cue(self, name: str) -> Cue:
         """The cue called `name`; ConceptError with the known ones otherwise."""
@@ -224,7 +259,8 @@ def concept_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def load_concept(source: str | Path) -> Concept:
+@takes(ConceptError)
+def load_concept(source: Annotated[str | Path, Made(path_text, "a concept's name or the path of its file", str | Path)]) -> Concept:
     """Read a concept by the name of a built-in one or from a TOML file.
 
     Errors: ConceptError if it is unknown, not TOML, or if a field is missing, misspelt or inconsistent: the message names all of them with

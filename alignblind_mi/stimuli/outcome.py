@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.results import Label
 
@@ -14,6 +15,8 @@ class AnswerError(AlignblindError):
 @dataclass(frozen=True)
 class Outcome:
     """What an answer says. `reason` is empty for a usable answer, else a short stable code (see `judge_implicit`, `judge_explicit`)."""
+
+    __repr__ = one_line
 
     label: Label
     reason: str = ""

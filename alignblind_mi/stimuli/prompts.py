@@ -11,9 +11,10 @@ from functools import lru_cache
 from itertools import product
 from math import gcd
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from alignblind_mi.borders.settings import Count, Names, Seed, Text, checked, takes
+from alignblind_mi.borders.settings import Count, Listed, Made, Names, Seed, Text, checked, many, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.concept import Concept, Cue, Interpretation, Template
 from alignblind_mi.stimuli.concept_check import FIELD, template_fields
@@ -41,6 +42,8 @@ class Span:
 class Prompt:
     """A text, its marks (name -> spans in order of occurrence) and its labels (name -> value; they become columns)."""
 
+    __repr__ = one_line
+
     text: str
     marks: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -66,6 +69,25 @@ class Prompt:
         shift = len(prefix)
         marks = {name: tuple(Span(s.start + shift, s.end + shift) for s in spans) for name, spans in self.marks.items()}
         return replace(self, text=prefix + self.text, marks=marks)
+
+
+def as_prompt(value: Any) -> Prompt:
+    """A prompt as it is, a text as a prompt without marks. Errors: TypeError for anything else."""
+    if isinstance(value, Prompt):
+        return value
+    if isinstance(value, str):
+        return Prompt(value)
+    raise TypeError("no prompt")
+
+
+Asked = Annotated[Prompt | str, Made(as_prompt, "a Prompt or a text", Prompt | str)]
+Prompts = Annotated[Prompt | str | Sequence[Asked], Listed(once=False, alone=True)]    # one or many
+
+
+def as_prompts(prompts: Prompts) -> list[Prompt]:
+    """One or many prompts or texts as prompts."""
+    found: tuple[Prompt | str, ...] = many(prompts)
+    return [as_prompt(prompt) for prompt in found]
 
 
 def _short(text: str, width: int = 60) -> str:
@@ -222,12 +244,15 @@ def _prompt(concept: Concept, cue: Cue, category: str, pair: tuple[str, str], qu
     return replace(prompt, labels=labels)
 
 
-def steering_prompt(concept: Concept, cue: Cue, name: str, *, marked: str = "", unmarked: str = "") -> Prompt:
+@takes(PromptError)
+def steering_prompt(concept: Concept, cue: str | Cue, name: str, *, marked: str = "", unmarked: str = "") -> Prompt:
     """The phrase whose identifiers carry the sense (or control) `name`; marks: marked, unmarked. Default: the cue's first identifiers."""
+    cue = concept.cue(cue) if isinstance(cue, str) else cue
     roles = {"marked": marked or cue.marked[0], "unmarked": unmarked or cue.unmarked[0]}
     return replace(fill(concept.steering_phrase(name), roles, {role: role for role in roles}), labels={"phrase": name})
 
 
+@takes(PromptError)
 def interpretation_prompt(question: Interpretation) -> Prompt:
     """The question with its placeholder in place; mark: placeholder."""
     return replace(fill(question.text, {"x": question.placeholder}, {"x": "placeholder"}), labels={"interpretation": question.name})

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.borders.reading import TABLE, check_file, foreign, loads, parsed, read_text
+from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.borders.texts import encodable, encodable_row
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.stimuli.concept import Concept, ConceptError
@@ -67,13 +68,15 @@ def is_interpretations(path: Path) -> bool:
     return isinstance(entry, dict) and "interpretation" in entry
 
 
-def read_interpretations(path: Path) -> pd.DataFrame:
+@takes(ScoreError)
+def read_interpretations(path: File) -> pd.DataFrame:
     """Rows of a released interpretation file: model (the file's stem), prompt, interpretation, layer, token, token_decoded.
 
     A line whose `interpretation` is a list of texts gives one row each; null is an empty text.
 
     Errors: ScoreError naming the file, the line and what was expected.
     """
+    path = Path(path)
     rows = [encodable_row(row) for number, line in _lines(path) for row in _rows(path, number, line)]
     if not rows:
         raise ScoreError(f"{path} holds no interpretations. Expected one JSON object a line with {', '.join(FIELDS)}.")

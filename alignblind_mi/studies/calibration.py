@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from alignblind_mi.borders.settings import Count, Jobs, Listed, Seed, check_fields, shown, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.attribution import attribution_patching
 from alignblind_mi.instruments.contrast import contrast_pairs
 from alignblind_mi.instruments.lens import Translators, train_translators
@@ -65,6 +66,8 @@ COLUMNS = ("instrument", "variant", "control", "unit", "context", "trial", "laye
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Everything that the rows of a calibration depend on."""
+
+    __repr__ = one_line
 
     seeds: Annotated[tuple[Seed, ...], Listed(some=True)] = SEEDS
     quick: bool = False

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.borders.reading import read_object
+from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
 from alignblind_mi.measures.behaviour import ask, measure_behaviour
@@ -25,6 +26,7 @@ from alignblind_mi.mitigations.lora import trainable
 from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
 from alignblind_mi.models.model import HookedModel
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, check_parts, stamp
 from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
@@ -42,7 +44,8 @@ ROUNDS, TIMED = 3, 16
 FORMAT = 1
 
 
-def run_comparison(config: StudyConfig, out: Path, *, data: dict[str, Callable[[HookedModel], pd.DataFrame]] | None = None,
+@takes(ModelError)
+def run_comparison(config: StudyConfig, out: File, *, data: dict[str, Callable[[HookedModel], pd.DataFrame]] | None = None,
                    data_identity: str = "") -> Path:
     """Run or resume a comparison in `out`: the base model untreated, the aligned one under every rival. Returns `out`.
 
@@ -55,7 +58,7 @@ def run_comparison(config: StudyConfig, out: Path, *, data: dict[str, Callable[[
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     with one_thread() if organism_record(config.aligned) else nullcontext():
-        return _run(config, out, data or {}, data_identity)
+        return _run(config, Path(out), data or {}, data_identity)
 
 
 def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel], pd.DataFrame]], data_identity: str) -> Path:

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 
 from alignblind_mi.borders.reading import is_file, named, read_object
+from alignblind_mi.borders.settings import File, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.bbq import summarise_bbq
@@ -38,6 +40,8 @@ AWARE, FORGETTING = ("steering", "lora"), "unlearning"
 @dataclass(frozen=True, eq=False)
 class Compared:
     """The finished parts of a comparison folder: rows with the base model as the treatment `base`, notes by treatment, and the plan."""
+
+    __repr__ = one_line
 
     folder: Path
     config: dict[str, Any]
@@ -64,8 +68,10 @@ class Compared:
 RIVAL = {"treatment", "family", "curve", "dose", "placebos"}    # what plan.json says of each
 
 
-def read_comparison(folder: Path) -> Compared:
+@takes(ResultError)
+def read_comparison(folder: File) -> Compared:
     """Read a comparison. Errors: ResultError for a folder without finished parts of the untreated aligned model."""
+    folder = Path(folder)
     note, plan_file = folder / "study.json", folder / "plan.json"
     advice = "restore it, or compare into another folder"
     config = read_object(note, "", ResultError, advice=advice) if is_file(note) else {}

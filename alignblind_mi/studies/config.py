@@ -3,9 +3,10 @@
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from alignblind_mi.borders.settings import Count, Layer, Seed, Temperature, check_fields, takes
+from alignblind_mi.borders.settings import Count, Layer, Made, PathText, Seed, Temperature, check_fields, takes, widened
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.measures.awareness import TARGET_LAYER
 from alignblind_mi.measures.behaviour import Decoding
 from alignblind_mi.mitigations.lora_settings import LoraSettings
@@ -13,11 +14,23 @@ from alignblind_mi.models.chat import Chat, chat_frame, in_chat
 from alignblind_mi.models.configs import load_config, load_tokenizer
 from alignblind_mi.models.embedded import RECORD, organism_names, read_record
 from alignblind_mi.models.loading import check_model, fingerprint
-from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept
+from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec, as_spec
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
 
+Spec = Annotated[ModelSpec, Made(as_spec, "a ModelSpec, a model's name or its folder", ModelSpec | str | Path)]
 
+
+def _cue_name(value: Any) -> str:
+    if isinstance(value, (str, Cue)):
+        return value if isinstance(value, str) else value.name
+    raise TypeError("no cue")
+
+
+CueName = Annotated[str, Made(_cue_name, "a cue's name, or a Cue", str | Cue)]
+
+
+@widened
 @dataclass(frozen=True)
 class StudyConfig:
     """Everything that the rows of a study depend on. `balanced_pairs` bounds the word pairs per category of the balanced design.
@@ -26,10 +39,12 @@ class StudyConfig:
     raw: steering phrases, interpretation questions and the sentences of LoRA.
     """
 
-    base: ModelSpec
-    aligned: ModelSpec
-    concept: str = DEFAULT_CONCEPT
-    cue: str = "default"
+    __repr__ = one_line
+
+    base: Spec
+    aligned: Spec
+    concept: PathText = DEFAULT_CONCEPT
+    cue: CueName = "default"
     quick: bool = False
     seed: Seed = 0
     decoding: Decoding = field(default_factory=Decoding)
@@ -45,8 +60,9 @@ class StudyConfig:
 
     @classmethod
     @takes(ModelError)
-    def create(cls, base: str, aligned: str, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: Seed = 0,
-               chat: bool = False, system: str = "", temperature: Temperature | None = None, **options: Any) -> "StudyConfig":
+    def create(cls, base: PathText, aligned: PathText, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "",
+               quick: bool = False, seed: Seed = 0, chat: bool = False, system: str = "", temperature: Temperature | None = None,
+               **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
         `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one.
@@ -62,8 +78,8 @@ class StudyConfig:
 
     @classmethod
     @takes(ModelError)
-    def of(cls, base: ModelSpec, aligned: ModelSpec, *, concept: str = DEFAULT_CONCEPT, cue: str = "", quick: bool = False, seed: Seed = 0,
-           chat: Chat | None = None, temperature: Temperature | None = None) -> "StudyConfig":
+    def of(cls, base: Spec, aligned: Spec, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "", quick: bool = False,
+           seed: Seed = 0, chat: Chat | None = None, temperature: Temperature | None = None) -> "StudyConfig":
         """`create` for two models that are specified each for itself. Errors: as `create`."""
         specs = [spec.resolved() for spec in (base, aligned)]
         about = load_concept(concept)

@@ -4,10 +4,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 
+from alignblind_mi.borders.settings import Listed
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.attention import attention_rows
 from alignblind_mi.instruments.lens import lens_contrast, logit_lens
 from alignblind_mi.measures.awareness import SELFIE_TOKENS, measure_awareness, measure_lens, measure_probes, measure_selfie, with_accuracy
@@ -40,6 +42,8 @@ class Load:
     `chat` is what they are asked in (None: raw).
     """
 
+    __repr__ = one_line
+
     prompts: Sequence[Prompt]
     new_tokens: int = 0
     times: int = 1
@@ -58,6 +62,8 @@ class Part:
     A part of one's own (see `run_parts`) need not say what it asks: `loads` is read by the forecast of a whole study.
     """
 
+    __repr__ = one_line
+
     name: str
     role: str
     adapters: bool
@@ -66,6 +72,7 @@ class Part:
     injects_at: int | None = None    # the layer of its model that it writes into: refused before anything runs if there is none
 
 
+Parts = Annotated[Part | Sequence[Part], Listed(once=False, alone=True)]    # one or many
 Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]
 
 

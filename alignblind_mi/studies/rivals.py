@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.measures.mitigation import early_window, late_window
 from alignblind_mi.mitigations.lora import examples_of, train_lora, trainable
 from alignblind_mi.mitigations.lora_settings import LoraSettings
@@ -39,6 +40,8 @@ class Rival:
     `placebos`: the names of those that act in the same way at the same places, which it must beat.
     """
 
+    __repr__ = one_line
+
     name: str
     family: str
     make: Make
@@ -51,6 +54,8 @@ class Rival:
 class Training:
     """An adapter that is trained for a comparison into the folder that it is given."""
 
+    __repr__ = one_line
+
     name: str
     train: Callable[[Path], Any]
 
@@ -58,6 +63,8 @@ class Training:
 @dataclass(frozen=True)
 class Plan:
     """What is compared, what is trained for it, and what is left out and why."""
+
+    __repr__ = one_line
 
     rivals: Sequence[Rival]
     trainings: Sequence[Training]

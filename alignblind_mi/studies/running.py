@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from alignblind_mi.borders.reading import is_file, is_folder, named
+from alignblind_mi.borders.settings import File, many, takes
 from alignblind_mi.errors import ResultError
 from alignblind_mi.mitigations.lora import awareness_examples, train_lora
 from alignblind_mi.mitigations.lora_settings import check_modules, choose_layers, layer_group
@@ -25,7 +26,7 @@ from alignblind_mi.results import Result, StudyFolder, check_parts, load_result,
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
 from alignblind_mi.studies.config import StudyConfig, organism_record
-from alignblind_mi.studies.parts import Part, lora_groups, study_parts
+from alignblind_mi.studies.parts import Part, Parts, lora_groups, study_parts
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def adapter_folders(config: StudyConfig, folder: Path) -> list[Path]:
     return [folder / "adapters" / f"lora_{group}" for group in lora_groups(config)]
 
 
-def run_study(config: StudyConfig, out: Path) -> Path:
+@takes(ModelError)
+def run_study(config: StudyConfig, out: File) -> Path:
     """Run or resume a study in `out`. Returns `out`.
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
@@ -64,13 +66,14 @@ def run_study(config: StudyConfig, out: Path) -> Path:
     return run_parts(config, out, list(study_parts(config, load_concept(config.concept))))
 
 
-def run_parts(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
+@takes(ModelError)
+def run_parts(config: StudyConfig, out: File, parts: Parts) -> Path:
     """Run or resume some parts of a study, or parts of one's own, in the folder `out`. Returns `out`. Errors: as `run_study`."""
     from alignblind_mi.organism.build import one_thread
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     with one_thread() if organism_record(config.aligned) else nullcontext():
-        return _run(config, out, parts)
+        return _run(config, Path(out), many(parts))
 
 
 def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
@@ -167,11 +170,13 @@ def _train(config: StudyConfig, concept: Concept, out: Path, progress: Progress)
                 train_lora(config.aligned, examples, layer_group(group, n_layers), folder, settings=config.lora)
 
 
-def load_study(folder: Path) -> dict[str, Result]:
+@takes(ResultError)
+def load_study(folder: File) -> dict[str, Result]:
     """All finished parts of a study folder, by name; none where the study has just begun.
 
     Errors: ResultError for anything that is no folder, for one with neither parts nor a study's note, and for a damaged part.
     """
+    folder = Path(folder)
     if not is_folder(folder):
         raise ResultError(f"{named('', folder)} is no folder: give the folder of a study.")
     files = sorted(folder.glob("*.parquet"))

@@ -12,7 +12,7 @@ from typing import Annotated, get_args
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import Count, Layer, Listed, Names, Seed, Strength, check_fields, takes
+from alignblind_mi.borders.settings import Count, File, Layer, Listed, Names, Seed, Strength, check_fields, many, takes
 from alignblind_mi.borders.writing import refuse_taken
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.instruments.contrast import SWAPS, PatchError
@@ -35,13 +35,13 @@ from alignblind_mi.mitigations.steering import (
 from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import UNTREATED, EditError, How
 from alignblind_mi.models.model import HookedModel
-from alignblind_mi.results import Result, load_result
+from alignblind_mi.results import Result, Results, load_result
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig
-from alignblind_mi.studies.parts import Part, instruments, observations
+from alignblind_mi.studies.parts import Part, Parts, instruments, observations
 from alignblind_mi.studies.running import run_parts
 
 ROLE = "model"    # what the one model is called in the rows and in the names of the parts
@@ -53,6 +53,7 @@ class SingleError(AlignblindError):
     """A design, instrument or part that does not exist."""
 
 
+@takes(SingleError)
 def bias_parts(config: StudyConfig, design: str = "balanced") -> list[Part]:
     """Implicit and explicit answers in one design. Errors: SingleError for an unknown one."""
     if design not in DESIGNS:
@@ -105,8 +106,10 @@ def _patched(config: StudyConfig, parts: Sequence[str], swap: str, pairs: int, m
                             seed=config.seed, progress=advance, **quick)    # type: ignore[arg-type]
 
 
-def measure_parts(config: StudyConfig, out: Path, parts: Sequence[Part]) -> list[Result]:
+@takes(SingleError)
+def measure_parts(config: StudyConfig, out: File, parts: Parts) -> list[Result]:
     """Run or read some parts in the folder `out`; their results, in order. Errors: as `run_parts`."""
+    out, parts = Path(out), many(parts)
     run_parts(config, out, parts)
     return [load_result(out / f"{part.name}.parquet") for part in parts]
 
@@ -136,12 +139,13 @@ def _odds(group: pd.DataFrame, seed: int) -> dict[str, float | int]:
     return {"n": len(group), "mean": float(values.mean()), "low": low, "high": high, "positive": float((values > 0).mean())}
 
 
-def awareness_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
+@takes(SingleError)
+def awareness_tables(results: Results) -> dict[str, pd.DataFrame]:
     """What instruments read: `readings` (see `summarise_readings`; per instrument and control) and `layers` (the readings themselves).
 
     invalid_share is the share of readings that say nothing: texts of no sense (SelfIE), layers without a direction (probes).
     """
-    rows = pd.concat([result.rows for result in results], ignore_index=True)
+    rows = pd.concat([result.rows for result in many(results)], ignore_index=True)
     by = ["model", "treatment", "instrument", "control"]
     blind = rows["blind"].isna()
     silent = blind if "reading" not in rows else blind | ((rows["instrument"] == "selfie") & (rows["reading"] == "other"))
@@ -150,6 +154,7 @@ def awareness_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
     return {"readings": summarise_readings(rows, by).merge(shares, on=by), "layers": layers}
 
 
+@takes(SingleError)
 def patch_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """What patches do: `places` (see `summarise_patching`; every direction, control, stream, mark, layer and head) and, of the residual
     stream at all identifiers, `depth` (see `depth_profile`)."""

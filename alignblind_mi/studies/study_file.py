@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from alignblind_mi.borders.reading import SAID as LONGEST, has_halves, read_text, said
-from alignblind_mi.borders.settings import checked, shown
+from alignblind_mi.borders.settings import File, checked, shown, takes
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.studies.config import StudyConfig
@@ -30,12 +30,14 @@ class StudyFileError(AlignblindError):
     """A study file that cannot be read or says something unknown."""
 
 
-def read_study_file(path: Path) -> StudyConfig:
+@takes(StudyFileError)
+def read_study_file(path: File) -> StudyConfig:
     """The configuration that a study file describes. Paths in it are relative to the working directory, as on the command line.
 
     Errors: StudyFileError naming the file and the key that is missing, unknown, given twice or of the wrong type; ModelError, ConceptError
     and LoraError as in Python.
     """
+    path = Path(path)
     data = _mapping(path)
     hints = get_type_hints(StudyConfig)
     _check_keys(data, list(hints), path, "")

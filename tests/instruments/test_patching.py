@@ -29,6 +29,7 @@ from alignblind_mi.instruments.path_patching import path_patch
 from alignblind_mi.measures.patching import depth_profile, effect_span, heatmap_table, measure_patching
 from alignblind_mi.models.edits import Edit, EditError, Row, Site, Treatment, random_like
 from alignblind_mi.models.tokens import Encoded
+from alignblind_mi.pages.figures import patch_heatmap
 from alignblind_mi.stimuli.concept import ConceptError
 from alignblind_mi.stimuli.prompts import PromptError, Span, assignments
 
@@ -557,3 +558,17 @@ def test_positions_of_an_encoded_prompt_are_what_cases_patch(tiny, pairs):
     assert isinstance(case.encoded, Encoded)
     (patch,) = patches(case, grid_sites([0], ["all_identifiers"]))
     assert list(patch.positions) == sorted(tiny.encode([pairs[0].corrupt])[0].positions("all_identifiers"))
+
+
+def test_rows_of_patches_are_drawn_in_one_call(tiny, race):
+    rows = measure_patching(tiny, race, "default", parts=("residual",), controls=("random",), layers=(0, 1), max_word_pairs=1)
+    drawn, shaped = patch_heatmap(rows), patch_heatmap(heatmap_table(rows))
+    titles = [axis.get_title("left") for axis in drawn.axes]
+    assert titles == [axis.get_title("left") for axis in shaped.axes]
+    assert titles[0].startswith("denoise (n = ")
+    alone = patch_grid(tiny, contrast_pairs(tiny, race, "default", max_word_pairs=1)[:1], grid_sites([0, 1], ["every_token"]), controls=())
+    assert heatmap_table(alone).equals(heatmap_table(alone, "token"))
+    assert len(patch_heatmap(alone).axes[0].images) == 1
+    both = pd.concat([rows, rows.assign(treatment="other")])
+    with pytest.raises(PatchError, match=r"several treatments \(untreated, other\)"):
+        patch_heatmap(both)

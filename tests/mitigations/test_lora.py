@@ -65,7 +65,7 @@ def test_an_identifier_of_several_tokens_is_read_at_its_last(llama3):
 def test_layers_are_a_group_a_text_or_numbers():
     assert choose_layers("early", 8) == [0, 1, 2, 3, 4]
     assert choose_layers("0-3, 7", 8) == choose_layers([7, 0, 1, 2, 3, 3], 8) == [0, 1, 2, 3, 7]
-    assert layers_text([7, 0, 1, 2, 3]) == "0-3,7-7"
+    assert layers_text([7, 0, 1, 2, 3]) == "0-3,7"
     for wrong, said in (("deep", "neither a group"), ("3-", "neither a group"), ("0-8", "layer 8 does not exist"), ([], "no layers"),
                         ([-1], "layer -1 does not exist"), ("3-1", "no layers")):
         with pytest.raises(LoraError, match=said):
@@ -89,7 +89,7 @@ def test_any_modules_and_layers_are_trained(race, tiny_folder, tmp_path):
                            settings=replace(SETTINGS, epochs=1, modules=("down_proj", "k_proj")))
     names = [name.split("layers.")[1].split(".") for name in load_file(tmp_path / "some" / "adapter_model.safetensors")]
     assert {(int(name[0]), name[2]) for name in names} == {(i, m) for i in (0, 2, 3) for m in ("down_proj", "k_proj")}
-    assert treatment.details["layers"] == "0-0,2-3"
+    assert treatment.details["layers"] == "0,2-3"
 
 
 @pytest.mark.parametrize(("changed", "said"), [({"rank": 0}, "rank must be"), ({"modules": ()}, "modules is empty"),

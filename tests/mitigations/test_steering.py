@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignblind_mi.measures.behaviour import Decoding, ask, ask_under
-from alignblind_mi.mitigations.steering import load_vectors, noise_like, steering_grid, steering_vectors
+from alignblind_mi.mitigations.steering import SteeringVectors, load_vectors, noise_like, steering_grid, steering_vectors
 from alignblind_mi.models.edits import UNTREATED, Edit, EditError, Row, Site, Treatment, combine
 from alignblind_mi.models.embedded import organism_path
 from alignblind_mi.models.model import load_model
@@ -227,3 +227,10 @@ def test_noise_has_the_norms_and_the_places(found):
         assert a.vector.norm() == pytest.approx(float(b.vector.norm()), rel=1e-4)
         assert abs(cosine(a.vector, b.vector)) < 0.4
     assert noise.family == "placebo"
+
+
+def test_a_window_of_one_layer_is_written_as_one():
+    vectors = SteeringVectors((4, 5, 6), ("",), torch.ones(3, 1, 4), "mean_difference", "x")
+    assert vectors.treatment(5).details["layers"] == "5"
+    assert vectors.treatment([5, 6]).details["layers"] == "5-6"
+    assert vectors.treatment([4, 6]).details["layers"] == "4,6"

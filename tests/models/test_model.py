@@ -1,6 +1,9 @@
 """The hooked model against an independent oracle: plain Hugging Face, one row at a time, edits by plain forward hooks."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,3 +233,12 @@ def test_dtype_is_checked_and_recorded(tiny_folder):
     model = load_model(replace(ModelSpec(str(tiny_folder)), dtype="bfloat16"))
     assert model.provenance()["dtype"] == "bfloat16"
     assert model.next_log_probs([Row(Prompt("black"))]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+def test_loading_says_nothing(engine, tiny_folder):
+    code = ("import sys, alignblind_mi as ab\n"
+            f"for name in (sys.argv[1], 'organism:aligned'): ab.load_model(ab.ModelSpec(name, engine='{engine}')).generate('black', 1)")
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, check=True,
+                          cwd=Path(__file__).parents[2])
+    assert (done.stdout, done.stderr) == ("", "")

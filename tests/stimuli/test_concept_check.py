@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
-from alignblind_mi.stimuli.concept import ConceptError, load_concept
+from alignblind_mi.stimuli.concept import ConceptError, concept_names, load_concept
 from alignblind_mi.stimuli.concept_check import concept_problems
 
 CONCEPTS = Path(__file__).parents[2] / "alignblind_mi" / "stimuli" / "concepts"
@@ -231,3 +231,12 @@ def test_bad_input_is_one_sentence(tmp_path):
         done = CliRunner().invoke(app, ["concept", "check", *map(str, arguments)])
         assert isinstance(done.exception, kind)
         assert said in str(done.exception)
+
+
+def test_a_concept_is_shown_as_the_file_it_is(tmp_path):
+    for name in concept_names():
+        code, text = alignblind("concept", "show", name)
+        assert code == 0
+        (tmp_path / "mine.toml").write_text(text, "utf-8")
+        assert load_concept(tmp_path / "mine.toml") == load_concept(name)
+        assert alignblind("concept", "show", str(tmp_path / "mine.toml")) == (0, text)

@@ -20,7 +20,13 @@ def patch_heatmap(table: pd.DataFrame, *, across: str = "patched tokens", effect
 
     Columns: panel, layer, place, mean, n; places stand in the order of the table, cells without a mean are hatched. The scale is symmetric
     and reaches at least from -1 to 1. `across` and `effect` name the axis and the colour bar, `unit` what n counts.
+
+    Rows of patches (of `measure_patching`, `patch_grid`) are taken too, and shaped by `heatmap_table` as it does by default.
     """
+    if "panel" not in table and {"control", "stream", "mark"} <= set(table.columns):
+        from alignblind_mi.measures.patching import heatmap_table
+
+        table = heatmap_table(table)
     panels, places = list(table["panel"].unique()), list(table["place"].unique())
     layers = sorted(int(layer) for layer in table["layer"].unique())
     width, height = 0.75 + 0.42 * len(places) if len(places) < 16 else 0.75 + 0.24 * len(places), 1.6 + 0.3 * len(layers)

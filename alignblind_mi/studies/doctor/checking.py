@@ -12,12 +12,13 @@ from typing import Any
 
 import pandas as pd
 
+from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.models.adapters import check_folders
 from alignblind_mi.models.budget import release
 from alignblind_mi.models.loading import check_config
 from alignblind_mi.models.model import load_model
-from alignblind_mi.models.spec import ModelError, ModelSpec
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept
+from alignblind_mi.models.spec import AnySpec, ModelError, as_spec
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.studies.doctor.check import PROBLEMS, Check
 from alignblind_mi.studies.doctor.with_weights import (
     Loaded,
@@ -54,7 +55,8 @@ LOADED: dict[str, Callable[[Loaded], Iterator[Check]]] = {
     "transformer-lens": bridge_checks}
 
 
-def check_up(model: str | ModelSpec, concept: str | Concept = DEFAULT_CONCEPT, *, cue: str = "", adapter: Path | str | None = None,
+@takes(ModelError)
+def check_up(model: AnySpec, concept: Concept | str | Path = DEFAULT_CONCEPT, *, cue: str | Cue = "", adapter: File | None = None,
              drift: bool = True, progress: Callable[[str], None] | None = None) -> pd.DataFrame:
     """Check a model for a concept and a cue (default: its first), perhaps with a LoRA adapter; one row per check, in their order.
 
@@ -64,12 +66,12 @@ def check_up(model: str | ModelSpec, concept: str | Concept = DEFAULT_CONCEPT, *
 
     Errors: ModelError, ConceptError for a model, adapter or concept that cannot be reached or does not exist.
     """
-    spec = (ModelSpec(model) if isinstance(model, str) else model).resolved()
-    concept = load_concept(concept) if isinstance(concept, str) else concept
+    spec = as_spec(model).resolved()
+    concept = concept if isinstance(concept, Concept) else load_concept(concept)
     check_config(spec)
     if adapter is not None:
         check_folders([adapter], spec.allow_pickle)
-    subject = Subject(spec, concept, concept.cue(cue or concept.first_cue), adapter)
+    subject = Subject(spec, concept, cue if isinstance(cue, Cue) else concept.cue(cue or concept.first_cue), adapter)
     found: list[Check] = []
     for check in _checks(subject, drift):
         found.append(check)
