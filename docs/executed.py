@@ -18,13 +18,14 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 KEPT = ROOT / "build" / "notebooks"
 NOWHERE = "http://127.0.0.1:9"    # nothing answers there: any download fails
 OFFLINE = {"HF_HUB_OFFLINE": "1", **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)}
+QUIET = {"PYTHONWARNINGS": "ignore:IProgress not found"}    # tqdm's advice to install widgets, which a page has no use for
 
 
 def digest(notebook: Path, root: Path = ROOT) -> str:
-    """What the outputs of a notebook depend on: its cells, the package with its data, the pinned versions, and Python."""
+    """What the outputs of a notebook depend on: its cells, the package with its data, the pinned versions, Python, and how it is run."""
     found = hashlib.sha256(sys.version.encode())
     files = [file for file in (root / "alignblind_mi").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-    for file in (notebook, root / "constraints.txt", *sorted(files)):
+    for file in (Path(__file__), notebook, root / "constraints.txt", *sorted(files)):
         content = file.read_bytes()
         found.update(f"{file.name}|{len(content)}|".encode() + content)
     return found.hexdigest()[:16]
@@ -44,7 +45,7 @@ def executed(notebook: Path) -> Path:
                 shutil.rmtree(former)
             content = nbformat.read(notebook, as_version=4)
             NotebookClient(content, timeout=600, resources={"metadata": {"path": str(notebook.parent)}}).execute(
-                env={**os.environ, **OFFLINE})
+                env={**os.environ, **OFFLINE, **QUIET})
             copy.parent.mkdir(parents=True)
             nbformat.write(content, copy.with_suffix(".part"))
             copy.with_suffix(".part").replace(copy)    # whole, or not there

@@ -26,11 +26,22 @@ def test_notebook_runs(path):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.source for cell in cells] == [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))    # all of them, in their order
-    shown = [output.get("data", {}) for cell in cells for output in cell.outputs]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []    # warnings, with paths of whoever built the site
+    shown = [output.get("data", {}) for output in outputs]
     assert any("image/png" in data for data in shown)
     views = [data["text/html"] for data in shown if "CircuitsVis.render" in data.get("text/html", "")]
     assert views, "the attention view is missing"
     assert all("unpkg.com" not in view.split("CircuitsVis.render(")[-1] for view in views)
+
+
+@pytest.mark.slow
+def test_the_quickstart_shows_the_planted_reading_and_not_its_mean_with_the_controls():
+    cells = nbformat.read(executed.executed(NOTEBOOKS[0]), as_version=4).cells
+    (said,) = [cell.outputs[-1]["data"]["text/plain"] for cell in cells if "measure_awareness" in cell.source]
+    shown = {line.split()[0]: float(line.split()[1]) for line in said.splitlines() if line.startswith("organism:")}
+    assert 0.8 <= shown["organism:aligned"] <= 1    # its gate
+    assert abs(shown["organism:base"]) <= 0.15
 
 
 def a_notebook(folder: Path, code: str) -> Path:

@@ -81,6 +81,7 @@ class LoraSettings:
 
 
 PAPER = LoraSettings()
+"""The hyper-parameters of "Aligned but Blind" for Llama 3 8B."""
 
 
 def layer_group(name: str, n_layers: int) -> range:

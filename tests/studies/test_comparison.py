@@ -178,6 +178,22 @@ def compared(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_its_record_is_scored_as_its_folder_is_with_the_numbers_that_it_has(compared):
+    from alignblind_mi.pages.scoring import score
+
+    out, records = compared
+    keys = ("model", "treatment", "cue")
+    found = score([out / "comparison.json"], by=keys)
+    assert found == score([out], by=keys)
+    implicit = {one["treatment"]: one for one in found
+                if one["kind"] == "implicit" and one["cue"] == "default" and one["model"] == "organism:aligned"}
+    for record in records:
+        if record["treatment"] != "base":
+            assert [implicit[record["treatment"]][name] for name in ("n", "rate", "low", "high")] == pytest.approx(
+                [record[name] for name in ("n", "implicit", "low", "high")])
+
+
+@pytest.mark.slow
 def test_a_record_a_treatment_with_all_that_was_asked(compared):
     _, records = compared
     by_name = {record["treatment"]: record for record in records}
