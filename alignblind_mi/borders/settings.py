@@ -151,19 +151,20 @@ def checked(value: Any, hint: Any, name: str, kind: type[AlignblindError], *, bo
         return _made(value, made, name, kind)
     if any(mark.alone for mark in marks if isinstance(mark, Listed)):
         return _one_or_many(value, hint, name, kind, bounds)
-    if get_origin(base) in (Union, UnionType):
+    origin = get_origin(base)
+    if origin in (Union, UnionType):
         return _any_of(value, get_args(base), hint, name, kind, bounds)
-    if get_origin(base) is Literal:
+    if origin is Literal:
         if value not in get_args(base):
             raise kind(f"unknown {name} {shown(value)}. Known: {', '.join(map(str, get_args(base)))}.")
     elif base in (int, float):
         return _number(value, hint, name, kind, bounds)
-    elif get_origin(base) is Sequence or (get_origin(base) is tuple and get_args(base)[-1] is Ellipsis):
+    elif origin is Sequence or (origin is tuple and get_args(base)[-1] is Ellipsis):
         return _list(value, hint, name, kind, bounds)
     elif base is bool and type(value).__name__ in ("bool", "bool_"):    # numpy's too
         return bool(value)
-    elif base in SAID or _is_class(base) or get_origin(base) in (dict, Mapping):
-        plain = get_origin(base) or base
+    elif base in SAID or _is_class(base) or origin in (dict, Mapping):
+        plain = origin or base
         if not isinstance(value, plain):
             raise kind(f"{name} must be {said(base)}, got {shown(value)}.")
         if bounds and base is str:
@@ -202,7 +203,7 @@ def _is_class(hint: Any) -> bool:
 def shown(value: Any) -> str:
     """A value as a sentence shows it: short whatever it is, numbers of a thousand digits among them."""
     if isinstance(value, float):
-        return repr(value).removesuffix(".0")
+        return repr(float(value)).removesuffix(".0")    # numpy's floats write their type as well
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         whole = int(value)
         return str(whole) if whole.bit_length() < 128 else f"a number of about {int(whole.bit_length() * 0.30103) + 1} digits"
@@ -214,6 +215,7 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
+@functools.cache
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """A type without its marks, and the marks."""
     return (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
@@ -270,9 +272,9 @@ def _number(value: Any, hint: Any, name: str, kind: type[AlignblindError], bound
     plain: int | float = int(value) if isinstance(value, numbers.Integral) else value if isinstance(value, float) else float(value)
     if bounds:
         for bound in (mark for mark in marks if isinstance(mark, Bound)):
-            usual = f"{name} must be a finite number, got {{value}}." if not _finite(plain) else f"{name} must be {bound}, got {{value}}."
-            holds = _finite(plain) and bound.holds(plain)
-            if not holds:
+            finite = _finite(plain)
+            if not (finite and bound.holds(plain)):    # only then is the sentence made
+                usual = f"{name} must be {bound if finite else 'a finite number'}, got {{value}}."
                 raise kind((bound.sentence or usual).replace("{name}", name).replace("{value}", shown(plain)))
     return plain
 

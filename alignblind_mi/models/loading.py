@@ -60,8 +60,7 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
 
     from alignblind_mi.models.weights import check_loaded, check_repository
 
-    assert spec.dtype is not None
-    check_device(spec)
+    assert spec.dtype is not None    # of a resolved spec, whose devices are known to be here
     options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder,
                                "use_safetensors": None if spec.allow_pickle else True, "trust_remote_code": spec.trust_remote_code}
     if spec.quantization is not None:

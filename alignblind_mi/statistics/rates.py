@@ -86,7 +86,7 @@ def mean_interval(values: np.ndarray, clusters: Sequence[np.ndarray], *, level: 
     same interval. A variable with one level cannot vary and adds nothing; (NaN, NaN) if no variable has two levels. Few levels make any
     such interval rough, and where all values agree it has no width.
     """
-    return clustered_interval(as_numbers(values, "the values"), clusters, level=level, draws=draws, seed=seed)
+    return clustered_interval(values, clusters, level=level, draws=draws, seed=seed)
 
 
 @takes(StatisticsError)
@@ -197,9 +197,7 @@ def summarise(rows: pd.DataFrame, by: Names = ("model", "treatment", "kind"), *,
     Errors: StatisticsError for a missing column, an unknown outcome or kind, or a group that mixes implicit and explicit answers.
     """
     require(rows, [*by, *cluster, "kind", "outcome"])
-    unknown = [kind for kind in rows["kind"].unique() if kind not in KINDS]
-    if unknown:
-        raise StatisticsError(f"unknown kind(s) [{', '.join(map(shown, unknown[:5]))}]; known: {', '.join(KINDS)}.")
+    _refuse_unknown(rows, "kind", KINDS)
     records = [{**key, **_summary(group, cluster, level, draws, seed)} for key, group in groups(rows, by)]
     return pd.DataFrame.from_records(records, columns=None if records else [*by, "n"])
 
@@ -215,12 +213,17 @@ def require(rows: pd.DataFrame, columns: Sequence[str], *, numbers: Sequence[str
     missing = [name for name in dict.fromkeys(columns) if name not in rows.columns]
     if missing:
         raise StatisticsError(f"the rows have no column {', '.join(map(repr, missing))}; they have: {', '.join(map(str, rows.columns))}.")
-    unknown = [value for value in rows["outcome"].unique() if value not in OUTCOMES] if "outcome" in columns else []
-    if unknown:
-        raise StatisticsError(f"unknown outcome(s) [{', '.join(map(shown, unknown[:5]))}]; known: {', '.join(OUTCOMES)}.")
+    if "outcome" in columns:
+        _refuse_unknown(rows, "outcome", OUTCOMES)
     for name in numbers:
         if not pd.api.types.is_numeric_dtype(rows[name]):
             as_numbers(rows[name].to_numpy(), f"the column {name!r}")
+
+
+def _refuse_unknown(rows: pd.DataFrame, column: str, known: Sequence[str]) -> None:
+    unknown = [value for value in rows[column].unique() if value not in known]
+    if unknown:
+        raise StatisticsError(f"unknown {column}(s) [{', '.join(map(shown, unknown[:5]))}]; known: {', '.join(known)}.")
 
 
 def as_numbers(values: Any, what: str) -> np.ndarray:

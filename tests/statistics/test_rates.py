@@ -213,3 +213,9 @@ def test_columns_that_cannot_be_computed_with_are_said() -> None:
     require(table, ["p_group", "context"], numbers=["p_group"])
     with pytest.raises(StatisticsError, match="'context' must hold numbers"):
         relative_change(table, table, "context", "p_group")
+
+
+def test_an_outcome_that_is_not_known_is_said_without_numpys_types():
+    rows = pd.DataFrame({"kind": ["implicit"], "outcome": [np.nan], "word_pair": ["a"], "template": ["t"]})
+    with pytest.raises(StatisticsError, match=r"^unknown outcome\(s\) \[nan\]; known: "):
+        summarise(rows, by=())
