@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -41,10 +42,11 @@ from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.organism.checks import NO_EFFECT
 from alignblind_mi.organism.family import build_family, cache_folder, calibration_family, failed_gates, family_concept
 from alignblind_mi.organism.members import Member, measured_concept
-from alignblind_mi.progress import Progress, interruptible
+from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, stamp
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import Prompt, assignments, implicit_prompts
+from alignblind_mi.studies.jobs import Execute, Job, serially
 
 CUE = "default"
 QUESTION, SELFIE_PROMPT = "about", "restated"
@@ -102,18 +104,21 @@ def processors() -> int:
 
 
 @takes(OrganismError)
-def run_calibration(config: CalibrationConfig, out: Path, *, jobs: Jobs = 1, cache: Path | None = None) -> Path:
+def run_calibration(config: CalibrationConfig, out: Path, *, jobs: Jobs = 1, cache: Path | None = None, execute: Execute = serially
+                    ) -> Path:
     """Build (or find in the cache) every organism, measure every instrument on each, and save one part per organism in `out`.
 
-    Finished parts are not measured again. Errors: OrganismError or ResultError for a cache or folder that cannot be used.
+    `jobs` processes build. Finished parts are not measured again. `execute` runs the measuring (see `studies/jobs.py`).
+
+    Errors: OrganismError or ResultError for a cache or folder that cannot be used.
     """
     with interruptible(out), StudyFolder.claim(out, config.identity()) as folder:
         folder.refuse_taken(member.name for member in config.members)
-        _measure_all(config, folder, jobs, cache)
+        _measure_all(config, folder, jobs, cache, execute)
     return out
 
 
-def _measure_all(config: CalibrationConfig, folder: StudyFolder, jobs: int, cache: Path | None) -> None:
+def _measure_all(config: CalibrationConfig, folder: StudyFolder, jobs: int, cache: Path | None, execute: Execute) -> None:
     from alignblind_mi.organism.build import one_thread
 
     members = config.members
@@ -122,11 +127,16 @@ def _measure_all(config: CalibrationConfig, folder: StudyFolder, jobs: int, cach
         missing = [member for member in members if not folder.has(member.name)]
         paths = dict(zip(missing, build_family(missing, cache, jobs=jobs, progress=progress.note), strict=True)) if missing else {}
     with one_thread():
-        for member in members:
-            done = folder.has(member.name)
-            with progress.part(f"measure {member.name}", done=done):
-                if not done:
-                    folder.part(member.name, lambda: _result(config, member, paths[member]))    # noqa: B023 - called at once
+        execute([_job(config, member, paths.get(member)) for member in members], folder, progress)
+
+
+def _job(config: CalibrationConfig, member: Member, path: Path | None) -> Job:
+    """Every instrument on one organism; `path` is None where that has been done."""
+    def run(folder: StudyFolder, advance: Advance) -> None:
+        assert path is not None
+        folder.part(member.name, partial(_result, config, member, path))
+
+    return Job(f"measure {member.name}", run, lambda folder: folder.has(member.name), member.name)
 
 
 def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:

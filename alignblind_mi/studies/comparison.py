@@ -7,9 +7,9 @@ are shown.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pandas as pd
 
 from alignblind_mi.borders.reading import read_object
 from alignblind_mi.borders.settings import File, takes
+from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
 from alignblind_mi.measures.behaviour import ask, measure_behaviour
@@ -33,6 +34,7 @@ from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig, organism_record
 from alignblind_mi.studies.drawn import write_drawn
+from alignblind_mi.studies.jobs import Execute, Job, serially
 from alignblind_mi.studies.parts import instruments
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, plan_rivals
 from alignblind_mi.studies.running import Models, check_fits, check_vocabulary
@@ -46,11 +48,11 @@ FORMAT = 1
 
 @takes(ModelError)
 def run_comparison(config: StudyConfig, out: File, *, data: dict[str, Callable[[HookedModel], pd.DataFrame]] | None = None,
-                   data_identity: str = "") -> Path:
+                   data_identity: str = "", execute: Execute = serially) -> Path:
     """Run or resume a comparison in `out`: the base model untreated, the aligned one under every rival. Returns `out`.
 
     `data`: further measures by name (such as a BBQ file's), each a function of a model under its treatment; `data_identity` says what they
-    are of, so that a folder of other data is refused.
+    are of, so that a folder of other data is refused. `execute` runs the jobs (see `studies/jobs.py`).
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
@@ -58,10 +60,11 @@ def run_comparison(config: StudyConfig, out: File, *, data: dict[str, Callable[[
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     with one_thread() if organism_record(config.aligned) else nullcontext():
-        return _run(config, Path(out), data or {}, data_identity)
+        return _run(config, Path(out), data or {}, data_identity, execute)
 
 
-def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel], pd.DataFrame]], data_identity: str) -> Path:
+def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel], pd.DataFrame]], data_identity: str,
+         execute: Execute) -> Path:
     concept = load_concept(config.concept)
     check_fits(config, ("base", "aligned"), lora=trainable(concept, config.cue))
     split = check_vocabulary(config, concept)
@@ -72,31 +75,48 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     with interruptible(out), StudyFolder.claim(out, identity) as folder:
         folder.refuse_taken(part_name("aligned", rival.name, name) for rival in plan.rivals for name in (*MEASURED, *data))
         write_drawn(out, {"plan.json": (json.dumps(described(plan), indent=1) + "\n").encode()})
-        _compute(config, concept, folder, plan, split, data)
+        wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
+        trainings = [_training(training, out / "adapters") for training in plan.trainings]
+        progress = Progress(len(trainings) + len(wanted))
+        measures = {**{name: _measures()[name] for name in MEASURED}, **{name: _of_data(measure) for name, measure in data.items()}}
+        of = Measured(config, concept, Models(config, progress.note), measures, split, tuple(job.name for job in trainings),
+                      [out / "adapters" / training.name for training in plan.trainings])
+        execute([*trainings, *(_job(of, role, rival) for role, rival in wanted)], folder, progress)
     return out
 
 
-def _compute(config: StudyConfig, concept: Concept, folder: StudyFolder, plan: Plan, split: dict[str, dict[str, int]],
-             data: dict[str, Callable[[HookedModel], pd.DataFrame]]) -> None:
-    """Train what is missing, and measure what is missing of every rival."""
-    out = folder.path
-    measures = {**{name: _measures()[name] for name in MEASURED}, **{name: _of_data(measure) for name, measure in data.items()}}
-    wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
-    progress = Progress(len(plan.trainings) + len(wanted))
-    for training in plan.trainings:
-        _train(training, out / "adapters", progress)
-    models, adapters = Models(config, progress.note), [out / "adapters" / training.name for training in plan.trainings]
-    for role, rival in wanted:
-        missing = [name for name in measures if not folder.has(part_name(role, rival.name, name))]
-        with progress.part(f"{rival.name} ({role})", done=not missing) as advance:
-            if missing:
-                model = models.get(role, adapters if role == "aligned" else ())
-                treatment, cost = _treated(model, rival, out / "adapters", concept, config)
-                note = {"role": role, "rival": rival.name, "family": rival.family, "details": treatment.details, "prefix": treatment.prefix,
-                        "cost": cost, "split_identifiers": split.get(model.spec.name, {}), "config": asdict(config)}
-                made = partial(_result, config, model.under(treatment), note, concept, advance)
-                for name in missing:
-                    folder.part(part_name(role, rival.name, name), partial(made, measures[name]))
+@dataclass(frozen=True)
+class Measured:
+    """What the jobs of one comparison share: the measures, the one model in memory, and the trained adapters with their folders."""
+
+    __repr__ = one_line
+
+    config: StudyConfig
+    concept: Concept
+    models: Models
+    measures: Mapping[str, "Measure"]
+    split: Mapping[str, dict[str, int]]
+    trained: tuple[str, ...]
+    adapters: Sequence[Path]
+
+
+def _job(of: Measured, role: str, rival: Rival) -> Job:
+    """Every measure of one rival: they share the treatment, and what it costs to make."""
+    def missing(folder: StudyFolder) -> list[str]:
+        return [name for name in of.measures if not folder.has(part_name(role, rival.name, name))]
+
+    def run(folder: StudyFolder, advance: Advance) -> None:
+        model = of.models.get(role, of.adapters if role == "aligned" else ())
+        treatment, cost = _treated(model, rival, folder.path / "adapters", of.concept, of.config)
+        note = {"role": role, "rival": rival.name, "family": rival.family, "details": treatment.details, "prefix": treatment.prefix,
+                "cost": cost, "split_identifiers": of.split.get(model.spec.name, {}), "config": asdict(of.config)}
+        made = partial(_result, of.config, model.under(treatment), note, of.concept, advance)
+        for name in missing(folder):
+            folder.part(part_name(role, rival.name, name), partial(made, of.measures[name]))
+
+    aligned = role == "aligned"
+    return Job(f"{rival.name} ({role})", run, lambda folder: not missing(folder), "aligned with adapters" if aligned else "base",
+               of.trained if aligned else ())
 
 
 def part_name(role: str, rival: str, measured: str) -> str:
@@ -112,13 +132,14 @@ def described(plan: Plan) -> dict[str, Any]:
     return {"rivals": rivals, "left_out": plan.left_out, "trained": [training.name for training in plan.trainings]}
 
 
-def _train(training: Training, folder: Path, progress: Progress) -> None:
-    out = folder / training.name
-    done = (out / "adapter_config.json").is_file()
-    with progress.part(f"train {training.name}".replace("_", " "), done=done):
-        if not done:
-            folder.mkdir(parents=True, exist_ok=True)
-            training.train(out)
+def _training(training: Training, adapters: Path) -> Job:
+    adapter = adapters / training.name
+
+    def run(folder: StudyFolder, advance: Advance) -> None:
+        adapters.mkdir(parents=True, exist_ok=True)
+        training.train(adapter)
+
+    return Job(f"train {training.name}".replace("_", " "), run, lambda folder: (adapter / "adapter_config.json").is_file())
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from alignblind_mi.results import Result, StudyFolder, check_parts, load_result,
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
 from alignblind_mi.studies.config import StudyConfig, organism_record
+from alignblind_mi.studies.jobs import Execute, Job, serially
 from alignblind_mi.studies.parts import Part, Parts, lora_groups, study_parts
 
 log = logging.getLogger(__name__)
@@ -58,25 +59,25 @@ def adapter_folders(config: StudyConfig, folder: Path) -> list[Path]:
 
 
 @takes(ModelError)
-def run_study(config: StudyConfig, out: File) -> Path:
-    """Run or resume a study in `out`. Returns `out`.
+def run_study(config: StudyConfig, out: File, *, execute: Execute = serially) -> Path:
+    """Run or resume a study in `out`. Returns `out`. `execute` runs the jobs (see `studies/jobs.py`).
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
-    return run_parts(config, out, list(study_parts(config, load_concept(config.concept))))
+    return run_parts(config, out, list(study_parts(config, load_concept(config.concept))), execute=execute)
 
 
 @takes(ModelError)
-def run_parts(config: StudyConfig, out: File, parts: Parts) -> Path:
+def run_parts(config: StudyConfig, out: File, parts: Parts, *, execute: Execute = serially) -> Path:
     """Run or resume some parts of a study, or parts of one's own, in the folder `out`. Returns `out`. Errors: as `run_study`."""
     from alignblind_mi.organism.build import one_thread
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     with one_thread() if organism_record(config.aligned) else nullcontext():
-        return _run(config, Path(out), many(parts))
+        return _run(config, Path(out), many(parts), execute)
 
 
-def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
+def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute) -> Path:
     check_parts(part.name for part in parts)
     concept = load_concept(config.concept)
     injected = {part.role for part in parts if part.injects_at is not None}
@@ -86,28 +87,32 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Path:
     finished = begun.holds(identity, [part.name for part in parts])    # then nothing is written, and nobody is kept out
     with interruptible(out), nullcontext(begun) if finished else StudyFolder.claim(out, identity) as folder:
         folder.refuse_taken(part.name for part in parts)
-        _compute(config, concept, folder, parts, split)
+        trainings = _trainings(config, concept, out) if any(part.adapters for part in parts) else []
+        progress = Progress(len(parts) + len(trainings))
+        models = Models(config, progress.note)
+        for model, words in split.items():
+            said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
+            progress.note(f"note: identifiers of several tokens in {model} ({said} tokens): edits and readings use the last one.")
+        execute(_jobs(config, models, parts, trainings, split), folder, progress)
     return out
 
 
-def _compute(config: StudyConfig, concept: Concept, folder: StudyFolder, parts: Sequence[Part], split: dict[str, dict[str, int]]) -> None:
-    """Compute and save the parts that are not there yet."""
-    out = folder.path
-    progress = Progress(len(parts) + (len(lora_groups(config)) if any(part.adapters for part in parts) else 0))
-    models = Models(config, progress.note)
-    for model, words in split.items():
-        said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
-        progress.note(f"note: identifiers of several tokens in {model} ({said} tokens): edits and readings use the last one.")
-    trained = False
-    for part in parts:
-        if part.adapters and not trained:
-            _train(config, concept, out, progress)
-            trained = True
-        done = folder.has(part.name)
-        with progress.part(part.name.replace("_", " "), done=done) as advance:
-            if not done:
-                loaded = models.get(part.role, adapter_folders(config, out) if part.adapters else ())
-                folder.part(part.name, partial(_result, config, loaded, part, advance, split))
+def _jobs(config: StudyConfig, models: Models, parts: Sequence[Part], trainings: Sequence[Job], split: dict[str, dict[str, int]]
+          ) -> list[Job]:
+    """A job per part in their order; the trainings stand before the first part that needs them."""
+    trained = tuple(job.name for job in trainings)
+    jobs = [_job(config, models, part, trained if part.adapters else (), split) for part in parts]
+    first = next((i for i, part in enumerate(parts) if part.adapters), len(parts))
+    return [*jobs[:first], *trainings, *jobs[first:]]
+
+
+def _job(config: StudyConfig, models: Models, part: Part, after: tuple[str, ...], split: dict[str, dict[str, int]]) -> Job:
+    def run(folder: StudyFolder, advance: Advance) -> None:
+        model = models.get(part.role, adapter_folders(config, folder.path) if part.adapters else ())
+        folder.part(part.name, partial(_result, config, model, part, advance, split))
+
+    return Job(part.name.replace("_", " "), run, lambda folder: folder.has(part.name),
+               f"{'base' if part.role == 'base' else 'aligned'}{' with adapters' if part.adapters else ''}", after)
 
 
 def _result(config: StudyConfig, model: HookedModel, part: Part, advance: Advance, split: dict[str, dict[str, int]]) -> Result:
@@ -160,14 +165,18 @@ def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[st
     return split
 
 
-def _train(config: StudyConfig, concept: Concept, out: Path, progress: Progress) -> None:
+def _trainings(config: StudyConfig, concept: Concept, out: Path) -> list[Job]:
+    """A job per adapter."""
     n_layers = int(load_config(config.aligned).num_hidden_layers)
     examples = awareness_examples(concept)
-    for group, folder in zip(lora_groups(config), adapter_folders(config, out), strict=True):
-        done = (folder / "training.json").is_file()
-        with progress.part(f"train lora {group}", done=done):
-            if not done:
-                train_lora(config.aligned, examples, layer_group(group, n_layers), folder, settings=config.lora)
+
+    def job(group: str, adapter: Path) -> Job:
+        def run(folder: StudyFolder, advance: Advance) -> None:
+            train_lora(config.aligned, examples, layer_group(group, n_layers), adapter, settings=config.lora)
+
+        return Job(f"train lora {group}", run, lambda folder: (adapter / "training.json").is_file())
+
+    return [job(group, adapter) for group, adapter in zip(lora_groups(config), adapter_folders(config, out), strict=True)]
 
 
 @takes(ResultError)
