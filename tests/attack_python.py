@@ -60,7 +60,7 @@ def act(call: Call) -> int:
 
 def _without_ours(said: str) -> str:
     """A message in which what we gave ourselves is harmless: an exception repeats a value as it is, whoever shows it makes it printable."""
-    short = re.sub(r"(([x9])\2{11})\2{200,}", r"\1...", said)    # as much as `names_of` looks for is left
+    short = re.sub(r"(([x9])\2{11})\2{200,}", r"\1...", said)  # as much as `names_of` looks for is left
     return short.replace("odd\nline", "odd line").replace("a\nb", "a b").replace("\0", "NUL")
 
 
@@ -155,7 +155,13 @@ def settings_cases(to: Attack) -> None:
         lambda v: LoraSettings(modules=v),
         named=(),
     )
-    to.each("LoraSettings", "activation_layers", ((-1,), (1, 1), (NAN,), ("abc",), 7, None), lambda v: LoraSettings(activation_layers=v))
+    to.each(
+        "LoraSettings",
+        "activation_layers",
+        ((-1,), (1, 1), (NAN,), ("abc",), 7, None),
+        lambda v: LoraSettings(activation_layers=v),
+        sound=(7,),
+    )
     for name in ("beta", "retain_weight", "forget_bound"):
         to.each("UnlearningSettings", name, (*REAL, 0.0), lambda v, name=name: UnlearningSettings(**{name: v}))
     for name in ("retain", "retain_on"):
@@ -163,7 +169,7 @@ def settings_cases(to: Attack) -> None:
     to.each("Site", "layer", (NAN, -1, "abc", None, 1.5, []), lambda v: Site(v, "marked"))
     for name in ("stream", "tokens"):
         to.each("Site", name, (*TEXT, ""), lambda v, name=name: Site(0, "marked", **{name: v}))
-    to.each("Site", "units", ((-1,), (1, 1), ("a",), (NAN,), 7), lambda v: Site(0, "marked", "z", units=v))
+    to.each("Site", "units", ((-1,), (1, 1), ("a",), (NAN,), 7), lambda v: Site(0, "marked", "z", units=v), sound=(7,))
     to.each("Site", "occurrence", (NAN, "abc", 1.5, []), lambda v: Site(0, "marked", occurrence=v))
     to.each("Site", "mark", ("", 7, None), lambda v: Site(0, v))
     site, vector = Site(0, "marked"), torch.ones(32)
@@ -185,7 +191,7 @@ def settings_cases(to: Attack) -> None:
             lambda place, bad=bad, label=label: lambda: Edit(site, bad, "ablate" if "abl" in label else "replace"),
             named=(),
         )
-    to.each("Row", "prompt", ("abc", None, 7, []), lambda v: Row(v), named=())
+    to.each("Row", "prompt", ("abc", None, 7, []), lambda v: Row(v), named=(), sound=("abc",))
     to.each("Row", "edits", (7, ["abc"], None, (None,)), lambda v: Row(Prompt("x"), v), named=())
     to.each("Treatment", "name", (7, None, b"x"), lambda v: Treatment(v), named=())
     to.each("Treatment", "adapter", (7, [], b"x"), lambda v: Treatment("t", adapter=v), named=())
@@ -830,7 +836,7 @@ def model_cases(to: Attack) -> None:
             lambda m, v, p, make_edit=make_edit: m.next_log_probs([Row(prompts[0], (make_edit(),))]),
             stage="full",
         )
-    on("next_log_probs", "rows", (["abc"], 7, [None]), lambda m, v, p: m.next_log_probs(v), stage="full")
+    on("next_log_probs", "rows", (["abc"], 7, [None]), lambda m, v, p: m.next_log_probs(v), stage="full", sound=(["abc"],))
     on("token_id", "word", ("", "Zebra", "black white", "\ud800", "a\0b", 7), lambda m, v, p: m.token_id(v))
     on("HookedModel.under", "treatment", (Treatment("t", adapter="nothing"), "abc", None), lambda m, v, p: m.under(v))
     on(

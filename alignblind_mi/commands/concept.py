@@ -13,12 +13,9 @@ import typer
 from alignblind_mi.borders.texts import say
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from alignblind_mi.stimuli.concept import Concept
 
 concept_app = typer.Typer(no_args_is_help=True, help="Concepts as data: check a file of your own, list those there are, begin a new one.")
-WIDTH = 160
 SHOWN = 12    # texts of one kind that are listed by name
 
 
@@ -60,6 +57,7 @@ def check(
     """
     from alignblind_mi.models.configs import load_tokenizer
     from alignblind_mi.models.spec import ModelSpec
+    from alignblind_mi.pages.terminal import print_table
     from alignblind_mi.stimuli.concept import load_concept, parse_concept, read_concept_file
     from alignblind_mi.stimuli.concept_check import concept_problems
 
@@ -70,45 +68,37 @@ def check(
         raise typer.Exit(2)
     concept = load_concept(source)
     tokenizer = None if model is None else load_tokenizer(ModelSpec(model))    # refused before anything is said
-    say(f"{where} is sound: {concept.description or concept.name}")
-    _console().print(cue_table(concept))
+    print_table(f"{where} is sound: {concept.description or concept.name}", cue_records(concept), prose=("categories", "a study does"),
+                right=("word pairs", "published prompts", "balanced prompts"))
     for line in (*abilities(concept), *(f"note: {note}" for note in notes(concept))):
         say(line)
     if model is not None and _show_vocabulary(concept, model, tokenizer):
         raise typer.Exit(2)
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(width=max(WIDTH, Console().width), highlight=False, markup=False)    # nothing is cut off in a pipe
-
-
 def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def cue_table(concept: "Concept") -> "Table":
+def cue_records(concept: "Concept") -> list[dict[str, str]]:
     """One row per cue: its identifiers, categories and word pairs, the prompts of either design, and what a study does with it."""
-    from rich.table import Table
-
     from alignblind_mi.mitigations.lora import trainable
     from alignblind_mi.mitigations.steering import can_steer
-    from alignblind_mi.pages.terminal import plain_text
     from alignblind_mi.stimuli.prompts import DESIGNS, KINDS, behaviour_prompts
 
-    columns = ("cue", "identifiers", "categories", "word pairs", *(f"{design} prompts" for design in DESIGNS), "a study does")
-    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+    rows = []
     for cue in concept.cues.values():
         categories = cue.categories or tuple(concept.categories)
-        prompts = [sum(len(behaviour_prompts(concept, cue, kind, design=design)) for kind in KINDS) for design in DESIGNS]
+        prompts = {f"{design} prompts": str(sum(len(behaviour_prompts(concept, cue, kind, design=design)) for kind in KINDS))
+                   for design in DESIGNS}
         does = ["behaviour", *(["awareness"] if concept.has_senses(cue) else []), *(["steering"] if can_steer(concept, cue.name) else []),
                 *(["LoRA"] if trainable(concept, cue.name) else [])]
         pairs = len(cue.marked) * (len(cue.unmarked) if cue.pairing == "crossed" else 1)
         first = f"{cue.marked[0]} / {cue.unmarked[0]}" + (f" and {pairs - 1} more" if pairs > 1 else "")
         words = sum(len(concept.categories[name].word_pairs()) for name in categories)
-        table.add_row(*map(plain_text, (cue.name, first, ", ".join(categories), words, *prompts, ", ".join(does))))
-    return table
+        rows.append({"cue": cue.name, "identifiers": first, "categories": ", ".join(categories), "word pairs": str(words), **prompts,
+                     "a study does": ", ".join(does)})
+    return rows
 
 
 def abilities(concept: "Concept") -> Iterator[str]:

@@ -27,7 +27,7 @@ def load_config(spec: ModelSpec) -> Any:
         raise ModelError(f"the revision {spec.revision!r} was given for {spec.name}, which is not on the hub: it has no other versions; "
                          "leave it out.")
     _check_folder(spec)
-    with clear_errors(spec):
+    with clear_errors(spec), without_reports():
         config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     check_sizes(config, spec.name)
     return config
@@ -39,7 +39,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
 
     source = spec.source
     _check_folder(spec)
-    with clear_errors(spec), quiet():
+    with clear_errors(spec), quiet(), without_reports():
         tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
         tokenizer("")    # some settings that cannot be are found out only now
     return tokenizer
@@ -50,7 +50,7 @@ def load_generation_config(spec: ModelSpec, config: Any) -> Any:
     from transformers import GenerationConfig
 
     try:
-        with clear_errors(spec, but=OSError):
+        with clear_errors(spec, but=OSError), without_reports():
             return GenerationConfig.from_pretrained(spec.source, revision=spec.revision)
     except OSError:
         return GenerationConfig.from_model_config(config)
@@ -174,7 +174,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_reports() -> Iterator[None]:
-    """Silence transformers' table of what does not fit: that is refused in one sentence."""
+    """Silence transformers' own warnings of what is wrong with a file: that is refused in one sentence."""
     from transformers.utils import logging as hf_logging
 
     level = hf_logging.get_verbosity()

@@ -233,7 +233,7 @@ def organism_record(concept: str, seed: int, knobs: Knobs, recipe: Recipe, measu
 
 
 def shared_record(concept_name: str, seed: int, knobs: Knobs, planting: Planting) -> dict[str, Any]:
-    """What the record of every organism says: its truth, what it was planted with, what was kept out, how to measure it."""
+    """What the record of every organism says: its truth, what it was trained with, what was kept out, how to measure it."""
     world, concept = load_world(concept_name), load_concept(concept_name)
     return {
         "note": NOTE,

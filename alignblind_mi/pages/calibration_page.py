@@ -72,7 +72,7 @@ COLUMNS = {"records": (
     text("follows", "measures"),
     value("rank correlation with its knob", "spearman", signed), value("with the other knob", "spearman_other_knob", signed),
     count("first layer, error", "depth_error"), count("last layer, error", "last_error"),
-    value("causal told from decodable", "causal_separated", yes), value("share shown where not used", "decodable_share", plain),
+    value("tells used from decodable", "causal_separated", yes), value("share shown where not used", "decodable_share", plain),
     rate("false alarms %", "false_alarm_rate", "false_alarm_low", "false_alarm_high"), count("trials", "false_alarm_n"),
     share("by intervals alone %", "interval_alarm_rate"), value("smallest effect", "smallest", plain),
     share("coverage %", "coverage"), value("width", "interval_width", plain), count("organisms", "n"))}

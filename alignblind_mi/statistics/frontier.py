@@ -1,4 +1,5 @@
-"""Benefit against damage: which treatments are worth their side effects, and how do families compare at equal damage?
+"""Benefit against damage: which treatments are worth their side effects, and how much does each family
+achieve for the same damage?
 
 It reads one point per treatment: family, dose, benefit (with low and high), damage (0 and more). Untreated, at (0, 0), is on every
 family's curve. It does NOT know what benefit and damage are, nor which treatment is which.
@@ -33,7 +34,7 @@ def pareto(points: pd.DataFrame) -> pd.DataFrame:
 
 def equal_damage(points: pd.DataFrame, at: Sequence[float] = (), *, against: str = "", level: float = LEVEL,
                  draws: Mapping[str, np.ndarray] | pd.DataFrame | None = None) -> pd.DataFrame:
-    """What does each family achieve for equal damage? One row per damage and family: damage, family, benefit, low, high, interval, reason.
+    """What does each family achieve for the same damage? One row per damage and family: both, benefit, low, high, interval, reason.
 
     at: damages to compare at (default: all those measured, and 0 aside). against: a family; adds difference, difference_low,
     difference_high, the benefit less that family's. draws: treatment -> [draw] bootstrap benefits that share their resampling, such as

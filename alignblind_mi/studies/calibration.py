@@ -2,7 +2,7 @@
 
 The models are a family of organisms (`organism/family.py`): five settings of two separate knobs (how identifiers are read, how biased the
 answers are), a null organism, one whose senses can be decoded but are not used, and two that differ in depth alone. This module measures;
-what the measurements say is `verdicts.py`. Phrases, questions and places are never those that were planted with:
+what the measurements say is `verdicts.py`. No phrase, question or place that is measured was used to train the organisms:
 
 * sources are the concept's implicit prompts, never sources of a planted patch;
 * readings are asked by `QUESTION`, and injected at `TARGET_LAYER`; planted was another question, at another layer;

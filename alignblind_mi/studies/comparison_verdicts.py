@@ -1,4 +1,4 @@
-"""What a comparison says: records, paired differences, side effects, doses, benefit at equal damage, and the audit of its claims.
+"""What a comparison says: records, paired differences, side effects, doses, benefit for the same damage, and the audit of its claims.
 
 Reads saved rows (see `comparison.py`) and runs no model. Every difference is paired by item; many treatments are corrected for being many
 (Holm); a claim stands only with its controls.
@@ -352,8 +352,8 @@ def methods_paragraph(found: Compared) -> str:
         f"{opening}{n} treatments ({families}) were compared with the untreated model on the same prompts. Differences "
         "are paired by item, with intervals clustered over word pairs and templates (Cameron, Gelbach and Miller, 2011), exact where "
         "counts are small, and p-values corrected after Holm (1979). Side effects are the divergence of next-token distributions on "
-        "neutral text, lists copied, words judged and questions about words whose sense their sentence settles; families are compared at "
-        "equal damage along their dose curves. Placebos (other sense, control phrases, noise of the same norm) went through the same "
+        "neutral text, lists copied, words judged and questions about words whose sense their sentence settles; families of treatments are "
+        "compared at doses that do the same damage. Placebos (other sense, control phrases, noise of the same norm) went through the same "
         f"steps. {software(note['versions'])}")
 
 

@@ -96,7 +96,7 @@ def _rank_correlation(planted: "pd.Series[float]", found: "pd.Series[float]") ->
 
 
 def recovery_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """What each organism of the two knobs was planted with and what an instrument says.
+    """What was planted in each organism of the two knobs, and what an instrument says.
 
     Columns: instrument, member, seed, knob (reading or behaviour), planted (its setting), other_knob (that of the other one),
     estimate, low, high (95 %, contexts as the unit), n (units).
@@ -325,21 +325,21 @@ def advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
     acting = [record for record in records if record["measures"] == "behaviour" and record["causal_separated"] is not None]
     following = [r for r in readings if _at_least(r["spearman"], FOLLOWS)]
     lines = [_sentence("How is the word read? Believe", [r for r in following if _at_most(r["false_alarm_low"], ALARMS)],
-                       "they rise with the planted reading, and not more than 5 % of false alarms were shown (exact interval)"),
+                       "rose with the planted reading, and no more than 5 % of false alarms were shown (exact interval)"),
              _sentence("To rank models, not to claim a reading where there may be none:",
                        [r for r in following if r["false_alarm_low"] is not None and r["false_alarm_low"] > ALARMS],
-                       "they rise with the planted reading, but say something of words that mean neither"),
+                       "rose with the planted reading, but said something of words that have neither sense"),
              _sentence("Not tried on an organism without a reading:", [r for r in following if r["false_alarm_rate"] is None],
-                       "they rise with the planted reading; nothing is known of false alarms"),
-             _sentence("Do not read senses off", [r for r in readings if r not in following], "they did not follow the planted reading"),
+                       "rose with the planted reading; nothing is known of false alarms"),
+             _sentence("Do not read senses off", [r for r in readings if r not in following], "did not follow the planted reading"),
              _sentence("From which layer on? Believe", [r for r in records if _at_most(r["depth_error"], 1.0)],
-                       "they found the planted first layer within one"),
+                       "found the planted first layer within one layer"),
              _sentence("Until which layer? Believe", [r for r in acting if _at_most(r["last_error"], 1.0)],
-                       "they found the planted last layer within one; a reading stays readable after its last use"),
+                       "found the planted last layer within one layer; a reading stays readable after its last use"),
              _sentence("Does the answer depend on it? Believe", [r for r in acting if r["causal_separated"]],
-                       "they stay silent where a sense can be decoded and is not used"),
+                       "stayed silent where a sense can be decoded but is not used"),
              _sentence("That a sense is decoded is no evidence that it is used:",
-                       [r for r in records if r["causal_separated"] is False], "they did not tell the two apart")]
+                       [r for r in records if r["causal_separated"] is False], "did not tell the two apart")]
     return [line for line in lines if line]
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import click
@@ -15,12 +16,11 @@ import pytest
 import typer
 from released_files import as_released
 from rich.console import Console
-from rich.text import Text
 from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
 from alignblind_mi.borders.texts import csv_text, encodable, json_text, label, say, script_json, shortened, visible
-from alignblind_mi.commands.concept import cue_table
+from alignblind_mi.commands.concept import cue_records
 from alignblind_mi.pages import figures, scoring, terminal
 from alignblind_mi.pages.page import LONGEST, LONGEST_TITLE, page_text
 from alignblind_mi.progress import Progress
@@ -145,9 +145,10 @@ def test_progress_on_a_terminal(text):
     assert text in out.getvalue() or text in CONTROLS
 
 
-def test_a_cue_s_names_are_shown_as_they_are(race):
-    table = cue_table(race)
-    assert all(isinstance(cell, Text) for column in table.columns for cell in column.cells)
+def test_a_cue_s_identifiers_are_shown_as_they_are(race, capsys):
+    cue = replace(race.cues["default"], marked=("[/red]",), unmarked=(":bomb:",))
+    terminal.print_table("race", cue_records(replace(race, cues={"default": cue})))
+    assert "[/red] / :bomb:" in capsys.readouterr().out
 
 
 class Ascii(io.TextIOWrapper):

@@ -267,7 +267,7 @@ def row_lists(draw) -> list[Row]:
 @pytest.fixture
 def stems_at_any_price(monkeypatch):
     """Beginnings are shared however little that saves (the real price is restored afterwards)."""
-    monkeypatch.setattr(engine, "STEM_COST", -1)
+    monkeypatch.setattr(stems, "STEM_COST", -1)
 
 
 @pytest.mark.usefixtures("stems_at_any_price")

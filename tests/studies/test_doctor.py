@@ -16,20 +16,19 @@ from alignblind_mi.__main__ import app
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.engine import Engine
 from alignblind_mi.models.spec import ModelError, ModelSpec
-from alignblind_mi.studies import doctor
-from alignblind_mi.studies.doctor import check_up
-from alignblind_mi.studies.doctor.with_weights import Answers, Loaded
-from alignblind_mi.studies.doctor.without_weights import Subject
+from alignblind_mi.studies.doctor import Check, check_up, checking
+from alignblind_mi.studies.doctor.with_weights import Answers, Loaded, answers_of, bridge_checks, drift_checks, lens_checks
+from alignblind_mi.studies.doctor.without_weights import DRIFT_PROMPTS, Subject, offsets_checks
 
 
 def statuses(found) -> dict[str, str]:
     return dict(zip(found["check"], found["status"], strict=True))
 
 
-def before(folder, race, cue="default") -> dict[str, doctor.Check]:
+def before(folder, race, cue="default") -> dict[str, Check]:
     """The checks that need no weights."""
     subject = Subject(ModelSpec(str(folder)).resolved(), race, race.cue(cue))
-    return {made.check: made for name, check in doctor.BEFORE.items() for made in doctor._tried(name, check, subject)}
+    return {made.check: made for name, check in checking.BEFORE.items() for made in checking._tried(name, check, subject)}
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def test_unknown_identifiers_are_found_before_weights_are_loaded(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(doctor, "load_model", never)
+    monkeypatch.setattr(checking, "load_model", never)
     found = check_up("organism:aligned", cue="names").set_index("check")
     assert found.loc["identifiers", "status"] == found.loc["texts", "status"] == "fail"
     assert "unknown to the tokenizer" in found.loc["identifiers", "found"]
@@ -185,10 +184,10 @@ class Shifted:
 
 def test_offsets_that_lead_elsewhere_are_found(tiny_folder, race):
     subject = Subject(ModelSpec(str(tiny_folder)).resolved(), race, race.cue("default"))
-    (good, whole) = doctor._offsets(subject)
+    (good, whole) = offsets_checks(subject)
     assert (good.status, whole.status) == ("ok", "ok")
     subject.__dict__["tokenizer"] = Shifted(subject.tokenizer)
-    (bad,) = doctor._offsets(subject)
+    (bad,) = offsets_checks(subject)
     assert bad.status == "fail"
     assert bad.measured > 0
 
@@ -197,7 +196,7 @@ def test_a_context_too_short_and_memory_too_small_are_found(copy, race, monkeypa
     edit_json(copy / "config.json", lambda data: data.update(max_position_embeddings=16))
     assert before(copy, race)["context length"].status == "fail"
     monkeypatch.setattr("alignblind_mi.studies.forecast.free_memory", lambda device: 1000)
-    monkeypatch.setattr(doctor, "load_model", None)
+    monkeypatch.setattr(checking, "load_model", None)
     found = check_up(str(copy)).set_index("check")
     assert found.loc["memory", "status"] == "fail"
     assert found.loc["engine", "status"] == "skipped"
@@ -226,7 +225,7 @@ class Wrong(Engine):
 def test_an_engine_that_is_wrong_is_found(how, failing, tiny, race):
     subject = Subject(tiny.spec, race, race.cue("default"))
     loaded = Loaded(subject, replace(tiny, engine=Wrong(tiny.engine, how)))
-    found = [made for name, check in doctor.LOADED.items() for made in doctor._tried(name, check, loaded)]
+    found = [made for name, check in checking.LOADED.items() for made in checking._tried(name, check, loaded)]
     assert {made.check for made in found if made.status in ("fail", "warn")} == failing
     assert all(made.advice for made in found if made.check in failing)
 
@@ -238,7 +237,7 @@ def test_what_transformer_lens_or_the_lens_cannot_carry_is_said(tiny, race, monk
     loaded = Loaded(Subject(tiny.spec, race, race.cue("default")), tiny)
     monkeypatch.setattr("alignblind_mi.models.model.HookedModel.edited_bridge", refuse)
     monkeypatch.setattr("alignblind_mi.models.model.HookedModel._check_lens", refuse)
-    (bridge,), (lens,) = doctor._bridge(loaded), doctor._lens(loaded)
+    (bridge,), (lens,) = bridge_checks(loaded), lens_checks(loaded)
     assert (bridge.status, lens.status) == ("warn", "fail")
     assert bridge.found == lens.found == "no such architecture"
 
@@ -248,14 +247,14 @@ def test_what_goes_wrong_on_the_way_is_a_finding():
         raise RuntimeError("shape mismatch\nmore")
         yield
 
-    (found,) = doctor._tried("engine", broken, None)
+    (found,) = checking._tried("engine", broken, None)
     assert (found.status, found.found) == ("fail", "RuntimeError: shape mismatch")
 
 
 def test_drift_counts_what_changes(tiny, race):
     subject = Subject(tiny.spec, race, race.cue("default"))
-    same = doctor._answers(tiny, subject, doctor.DRIFT_PROMPTS)
-    tokens, signs = doctor._drift(subject, Answers(same.next_token + 1, -same.log_odds))
+    same = answers_of(tiny, subject, DRIFT_PROMPTS)
+    tokens, signs = drift_checks(subject, Answers(same.next_token + 1, -same.log_odds))
     assert (tokens.status, signs.status) == ("warn", "warn")
     assert tokens.measured > 0.9
     assert "float32 against bfloat16, 24 prompts" in signs.found

@@ -22,8 +22,8 @@ from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_co
 from alignblind_mi.studies.doctor.check import PROBLEMS, Check
 from alignblind_mi.studies.doctor.with_weights import (
     Loaded,
-    _answers,
     adapter_checks,
+    answers_of,
     bridge_checks,
     cache_checks,
     drift_checks,
@@ -98,7 +98,7 @@ def _checks(subject: Subject, drift: bool) -> Iterator[Check]:
     loaded = Loaded(subject, model)
     for name, of_model in LOADED.items():
         yield from _tried(name, of_model, loaded)
-    before = _answers(loaded.model, subject, DRIFT_PROMPTS) if drift else None
+    before = answers_of(loaded.model, subject, DRIFT_PROMPTS) if drift else None
     if subject.adapter is None:
         yield Check("adapter", "skipped", "no adapter was given")
     else:

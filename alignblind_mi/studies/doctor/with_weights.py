@@ -192,7 +192,8 @@ class Answers:
     log_odds: Float[Tensor, " prompt"]
 
 
-def _answers(model: HookedModel, subject: Subject, n: int) -> Answers:
+def answers_of(model: HookedModel, subject: Subject, n: int) -> Answers:
+    """What a model answers to `n` prompts: the next token, and the log-odds of the two assignments."""
     prompts = subject.sample(n)
     rows = [Row(prompt) for prompt in prompts]
     both = model.continuation_log_probs(rows, [assignments(subject.concept, prompt) for prompt in prompts])
@@ -210,7 +211,7 @@ def drift_checks(subject: Subject, before: Answers) -> Iterator[Check]:
     if not wanted.fits:
         yield Check("drift", "skipped", f"in {other.dtype} it does not fit here ({wanted.weights / 2**30:.1f} of {free / 2**30:.1f} GiB)")
         return
-    after, n = _answers(load_model(other), subject, DRIFT_PROMPTS), len(before.log_odds)
+    after, n = answers_of(load_model(other), subject, DRIFT_PROMPTS), len(before.log_odds)
     numbers = f"{spec.quantization or spec.dtype} against {other.dtype}, {n} prompts"
     tokens = float((before.next_token != after.next_token).float().mean())
     signs = float(((before.log_odds > 0) != (after.log_odds > 0)).float().mean())
