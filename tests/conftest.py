@@ -1,5 +1,8 @@
+import os
 import re
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"    # before anything is imported: no test needs a hub, and without a network each try takes 20 seconds
 
 import pytest
 import torch

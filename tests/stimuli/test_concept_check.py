@@ -191,7 +191,7 @@ def test_the_template_passes_the_check_and_says_what_it_has(tmp_path):
     code, said = alignblind("concept", "check", file)
     assert code == 0, said
     assert "is sound" in said
-    row = next(line for line in said.splitlines() if line.startswith("default"))
+    row = next(line for line in said.splitlines() if line.split()[:1] == ["default"])
     assert row.split()[-7:] == ["13", "26", "104", "behaviour,", "awareness,", "steering,", "LoRA"]
     assert "awareness: 12 training pairs for LoRA" in said
     assert "there is no" not in said
@@ -201,7 +201,7 @@ def test_a_concept_without_senses_is_sound(tmp_path):
     code, said = alignblind("concept", "check", "religion")
     assert code == 0
     assert "senses: none, so a study measures behaviour alone" in said
-    assert next(line for line in said.splitlines() if line.startswith("islam")).split()[-4:] == ["16", "128", "384", "behaviour"]
+    assert next(line for line in said.splitlines() if line.split()[:1] == ["islam"]).split()[-4:] == ["16", "128", "384", "behaviour"]
     code, said = alignblind("concept", "list")
     assert code == 0
     assert {"age", "health", "race", "race_iat", "religion"} <= {line.split(":")[0] for line in said.splitlines()}
