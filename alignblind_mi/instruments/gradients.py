@@ -73,7 +73,7 @@ def log_odds_gradients(model: HookedModel, row: Row, answers: tuple[str, str], p
     to the embeddings of the prompt's tokens.
     """
     (tokens,) = model.token_rows([row])
-    choices = [model.word_ids(answer) for answer in answers]
+    (choices,) = model.continuation_ids([row], [list(answers)])
     rows = [TokenRow((*tokens.ids, *ids), tokens.edits) for ids in choices]
     with torch.enable_grad():
         keeper, logits = _forward(model, rows, places, 1 + max(map(len, choices)), shift)

@@ -75,7 +75,7 @@ def _log_probs(model: HookedModel, case: Case, answer: str, senders: Sequence[He
     """The answer's log-probability after each path patch, and in the source and the target run."""
     from transformer_lens.patching import get_act_patch_direct_path
 
-    ids = model.word_ids(answer)
+    ((ids,),) = model.continuation_ids([case.target], [[answer]])
     names = sorted({f"blocks.{layer}.attn.hook_z" for layer, _ in senders})
 
     def metric(logits: Tensor) -> Tensor:

@@ -241,7 +241,7 @@ def measure_bbq(model: HookedModel, items: Sequence[BBQItem], concept: Concept |
                for one in asked]
     by_place = model.continuation_log_probs(rows, choices).numpy().astype(float)
     if style == "text":
-        by_place = by_place / np.array([[len(model.word_ids(text)) for text in texts] for texts in choices])
+        by_place = by_place / np.array([[len(ids) for ids in spelt] for spelt in model.continuation_ids(rows, choices)])
     table = judge_bbq(asked, by_place)
     about = {"model": model.spec.name, "treatment": model.treatment.name}
     table = table.assign(style=style, edits=[len(row.edits) for row in rows], **about)

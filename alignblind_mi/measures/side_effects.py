@@ -23,6 +23,7 @@ from alignblind_mi.measures.behaviour import Decoding, ask
 from alignblind_mi.models.edits import PROMPT, UNTREATED
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
+from alignblind_mi.models.tokens import unknown_words
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Prompt, Span, fill, implicit_prompts
 
@@ -65,8 +66,7 @@ def measure_side_effects(model: HookedModel, concept: Concept, cue: str | Cue, *
 
 def _known(model: HookedModel, texts: Sequence[Prompt]) -> list[Prompt]:
     """The texts whose words the tokenizer knows."""
-    unknown = model.tokenizer.unk_token_id
-    found = [item.prompt for item in model.encode(texts) if unknown is None or unknown not in item.ids]
+    found = [item.prompt for item in model.encode(texts) if not unknown_words(model.tokenizer, item)]
     if len(found) < FEWEST:
         raise ModelError(f"the tokenizer of {model.spec.name} knows the words of {len(found)} of {len(texts)} neutral texts: side effects "
                          "on text cannot be measured on it.")
@@ -122,10 +122,9 @@ def _copying(model: HookedModel, concept: Concept, cue: Cue, word_pairs: int, se
     words = list(dict.fromkeys(word for category in concept.categories.values() for word in (*category.positive, *category.negative)
                                if " " not in word))
     drawn = [random.Random(f"{seed}|{i}").sample(words, LISTED) for i in range(LISTS)]
-    unknown = model.tokenizer.unk_token_id
     for form in _data()["copying"]:
         prompts = [Prompt(form.format(words=", ".join(some))) for some in drawn]
-        if unknown is None or all(unknown not in item.ids for item in model.encode(prompts)):
+        if not any(unknown_words(model.tokenizer, item) for item in model.encode(prompts)):
             break
     else:
         raise ModelError(f"the tokenizer of {model.spec.name} does not know the words of any form of the copying task.")

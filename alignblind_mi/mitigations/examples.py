@@ -11,7 +11,7 @@ from torch import Tensor
 from alignblind_mi.borders.reading import foreign
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.mitigations.lora_settings import LoraError
-from alignblind_mi.models.tokens import Encoded
+from alignblind_mi.models.tokens import continuation_ids, encode as tokens_of, unknown_words
 from alignblind_mi.stimuli.prompts import Prompt, Span
 
 Item = dict[str, list[int]]
@@ -47,27 +47,48 @@ def split_examples(examples: Sequence[Example], share: float, seed: int) -> tupl
     return sides
 
 
-def encode(tokenizer: Any, examples: Sequence[Example], max_length: int, *, identifiers: bool = False) -> list[Item]:
-    """Token ids and labels (-100 on the text; the completion and its end token are learnt), in a fixed random order.
+@dataclass(frozen=True)
+class Learnt:
+    """Examples in tokens: `items` in a fixed random order; how many were left out for unknown words, and how many lost a part of what is
+    to be learnt to the longest length."""
 
-    Examples with unknown words are left out. `identifiers`: also 1 at the last token of each of the text's identifiers, 0 elsewhere.
+    __repr__ = one_line
+
+    items: list[Item]
+    left_out: int = 0
+    cut: int = 0
+
+
+def encode(tokenizer: Any, examples: Sequence[Example], max_length: int, *, identifiers: bool = False) -> Learnt:
+    """Token ids and labels (-100 on the text; the completion, as it is spelt behind the text, and its end token are learnt).
+
+    Examples with unknown words are left out, and so are those of which nothing to be learnt is left within `max_length` tokens.
+    `identifiers`: also 1 at the last token of each of the text's identifiers, 0 elsewhere. Errors: LoraError for a tokenizer without an
+    end token, or one that cannot read an example.
     """
-    unknown, encoded = tokenizer.unk_token_id, list[Item]()
-    for example in examples:
-        with foreign("the tokenizer cannot read an example", LoraError, "choose another model or concept"):
-            text = tokenizer(example.text, return_offsets_mapping=identifiers)
-        ids = text["input_ids"]
-        completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if unknown is not None and unknown in ids + completion:
+    if tokenizer.eos_token_id is None:
+        raise LoraError(f"the tokenizer of {tokenizer.name_or_path} has no end token, which completions are trained to end with: set "
+                        "eos_token in its tokenizer_config.json.")
+    prompts = [Prompt(example.text) for example in examples]
+    with foreign("the tokenizer cannot read an example", LoraError, "choose another model or concept"):
+        texts = tokens_of(tokenizer, prompts)
+        completions, _ = continuation_ids(tokenizer, prompts, [[example.completion] for example in examples])
+    items, left_out, cut = list[Item](), 0, 0
+    for example, text, (completion,) in zip(examples, texts, completions, strict=True):
+        if not completion or unknown_words(tokenizer, text):
+            left_out += 1
             continue
-        item = {"input_ids": (ids + completion)[:max_length], "labels": ([-100] * len(ids) + completion)[:max_length]}
+        ids, whole = list(text.ids), [*completion, tokenizer.eos_token_id]
+        cut += len(ids) + len(whole) > max_length
+        if len(ids) >= max_length:
+            continue
+        item = {"input_ids": (ids + whole)[:max_length], "labels": ([-100] * len(ids) + whole)[:max_length]}
         if identifiers:
-            seen = Encoded(Prompt(example.text), tuple(ids), tuple(tuple(pair) for pair in text["offset_mapping"]))
-            last = {seen.tokens_of(span)[-1] for span in example.identifiers}
+            last = {text.tokens_of(span)[-1] for span in example.identifiers}
             item["identifiers"] = [int(i in last) for i in range(len(item["input_ids"]))]
-        encoded.append(item)
-    random.Random(0).shuffle(encoded)
-    return encoded
+        items.append(item)
+    random.Random(0).shuffle(items)
+    return Learnt(items, left_out, cut)
 
 
 def collate(batch: Sequence[Item], pad: int) -> dict[str, Tensor]:

@@ -53,11 +53,15 @@ DRAFTED = re.compile(r"identity\.json|README\.md|adapter_config\.json|adapter_mo
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What is trained on, once the tokenizer and the untreated model are there. `objective` None is the language-model loss."""
+    """What is trained on, once the tokenizer and the untreated model are there. `objective` None is the language-model loss.
+
+    `dropped`: examples that are not trained on; `cut`: those that lost a part of what is to be learnt to the longest length.
+    """
 
     train: list[Item]
     validation: list[Item] = field(default_factory=list)
     dropped: int = 0
+    cut: int = 0
     objective: "Objective | None" = None
 
 
@@ -210,14 +214,15 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     model, tokenizer = load_huggingface(job.spec)
     data = job.prepare(model, tokenizer)
     if not data.train or (settings.validation_share and not data.validation):
-        raise LoraError(f"the tokenizer of {job.spec.name} does not know the words of any training example.")
+        raise LoraError(f"no example is left to train on: {data.dropped} are not known to the tokenizer of {job.spec.name}, or have "
+                        f"nothing to be learnt within {settings.max_length} tokens (max_length; {data.cut} are longer).")
     set_seed(settings.seed)
     with quiet():
         peft = get_peft_model(model, LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(settings.modules),
             layers_to_transform=list(job.layers), task_type="CAUSAL_LM"))
     parameters = sum(p.numel() for p in peft.parameters() if p.requires_grad)
-    pad = int(tokenizer.pad_token_id)
+    pad = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)    # masked, and never learnt
     done = checkpoints(folder)
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)    # transformers' own, about its next major version
@@ -236,8 +241,8 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     peft.load_adapter(str(kept), "default", torch_device="cpu")
     peft.peft_config["default"].base_model_name_or_path = job.spec.name    # the name, not where it lies on this machine
     peft.save_pretrained(str(folder), save_embedding_layers=False)
-    note = {"examples": len(data.train), "examples_dropped": data.dropped, "parameters": parameters, "steps": state.global_step,
-            "steps_planned": state.max_steps, "seconds": round(seconds, 2), **_losses(state, bool(data.validation)), "versions": versions()}
+    note = {"examples": len(data.train), "examples_dropped": data.dropped, "examples_cut": data.cut, "parameters": parameters,
+            "steps": state.global_step, "steps_planned": state.max_steps, "seconds": round(seconds, 2), **_losses(state, bool(data.validation)), "versions": versions()}
     if data.validation:
         note["examples_validation"] = len(data.validation)
     if data.objective is not None:

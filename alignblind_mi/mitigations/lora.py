@@ -149,8 +149,8 @@ def train_lora(spec: AnySpec, examples: Examples, layers: str | int | Sequence[i
             from alignblind_mi.mitigations.sense_loss import SenseLoss, find_reading
 
             objective = SenseLoss(find_reading(model, tokenizer, *contexts, read), settings.activation_weight)
-        items, held = (encode(tokenizer, side, settings.max_length, identifiers=bool(contexts)) for side in (train, validation))
-        return Prepared(items, held, len(examples) - len(items) - len(held), objective)
+        learnt, held = (encode(tokenizer, side, settings.max_length, identifiers=bool(contexts)) for side in (train, validation))
+        return Prepared(learnt.items, held.items, len(examples) - len(learnt.items) - len(held.items), learnt.cut + held.cut, objective)
 
     learnt_from = [[asdict(example) for example in part] for part in (examples, *(contexts or ()))]
     method = f"{kind}+activation" if contexts else kind

@@ -46,7 +46,7 @@ def find_reading(model: Any, tokenizer: Any, group: Sequence[Example], other: Se
 def _at_identifiers(model: Any, tokenizer: Any, examples: Sequence[Example], layers: Sequence[int]
                     ) -> Float[Tensor, "vector layer d_model"]:
     found = []
-    for item in encode(tokenizer, examples, 10**6, identifiers=True):
+    for item in encode(tokenizer, examples, 10**6, identifiers=True).items:
         batch = {key: value.to(model.device) for key, value in collate([item], 0).items()}
         with torch.no_grad():
             found.append(_recorded(model, batch, layers).cpu())

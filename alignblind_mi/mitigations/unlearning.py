@@ -84,12 +84,12 @@ def train_unlearning(spec: AnySpec, concept: Concept, out: File, *, method: str 
     retain = _retained(concept, settings)
 
     def prepare(model: Any, tokenizer: Any) -> Prepared:
-        items = encode(tokenizer, forget, settings.lora.max_length)
-        kept = encode(tokenizer, retain, settings.lora.max_length)
+        learnt, other = (encode(tokenizer, side, settings.lora.max_length) for side in (forget, retain))
+        items, kept = learnt.items, other.items
         if retain and not kept:
             raise LoraError("the tokenizer does not know the words of any pair of the retain term: choose another, or retain='none'.")
         paired = [{**item, **_retain_keys(kept[i % len(kept)])} if kept else item for i, item in enumerate(items)]
-        return Prepared(paired, dropped=len(forget) - len(items), objective=Forgetting(method, settings))
+        return Prepared(paired, dropped=len(forget) - len(items), cut=learnt.cut + other.cut, objective=Forgetting(method, settings))
 
     own = {key: value for key, value in asdict(settings).items() if key != "lora"}
     learnt_from = [[asdict(example) for example in part] for part in (forget, retain)]

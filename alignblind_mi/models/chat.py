@@ -65,6 +65,18 @@ def render(text: str, tokenizer: Any, chat: Chat, name: str) -> str:
     return rendered(chat.messages(text), tokenizer, name, add_generation_prompt=True, date_string=given)
 
 
+def chat_ids(text: str, tokenizer: Any, chat: Chat, name: str) -> list[int]:
+    """A user's text in tokens by transformers itself: `apply_chat_template(..., tokenize=True)`. Errors: as `render`.
+
+    The template is rendered once in a process of its own before: one that is a trap is refused there.
+    """
+    render(text, tokenizer, chat, name)
+    given = datetime.date.fromisoformat(chat.date).strftime("%d %b %Y")
+    with foreign(f"the chat template of {name} refuses a conversation", ModelError):
+        return list(tokenizer.apply_chat_template(chat.messages(text), tokenize=True, add_generation_prompt=True, date_string=given,
+                                                  return_dict=False))
+
+
 def rendered(messages: list[dict[str, str]], tokenizer: Any, name: str, **options: Any) -> str:
     """A conversation as the tokenizer's own chat template writes it, with the template's `options`. Errors: as `render`."""
     if not getattr(tokenizer, "chat_template", None):
@@ -89,24 +101,19 @@ def _has_own_way(tokenizer: Any) -> bool:
 
 def chat_frame(tokenizer: Any, chat: Chat, name: str) -> Frame:
     """The frame of every prompt of a chat. Errors: ModelError, beside those of `render`, for a template that drops or repeats the user's
-    text, drops the system prompt, or writes the BOS elsewhere than once at the beginning."""
+    text, or drops the system prompt."""
     before, *after = render(_STAND_IN, tokenizer, chat, name).split(_STAND_IN)
     if len(after) != 1:
         raise ModelError(f"the chat template of {name} writes the user's text {len(after)} times: it must stand there once.")
     if chat.system.strip() not in before + after[0]:
         raise ModelError(f"the chat template of {name} drops the system prompt: leave it out for this model.")
-    bos = tokenizer.bos_token
-    if bos and bos in (before + after[0]).removeprefix(bos):
-        raise ModelError(f"the chat template of {name} writes its BOS {bos!r} elsewhere than once at the beginning: it would be read "
-                         "twice.")
     return Frame(before, after[0])
 
 
 def in_chat(prompts: Sequence[Prompt], tokenizer: Any, chat: Chat, name: str) -> list[Prompt]:
     """The prompts as user turns, marks moved along, labels kept. See `render` for `name`.
 
-    Text that already begins with the BOS gets no second one when it is tokenised (`HookedModel.encode`); where a template writes none, the
-    tokenizer adds its own.
+    They are tokenised as `apply_chat_template(..., tokenize=True)` does it: nothing is put before what the template writes.
 
     Errors: ModelError as in `chat_frame`, or for a template that changes a prompt's text; PromptError for a mark on blanks that it trims.
     """
@@ -125,5 +132,5 @@ def _framed(prompt: Prompt, rendered: str, frame: Frame, name: str) -> Prompt:
         if any(span.start < trimmed or span.end > trimmed + len(body) for span in spans):
             raise PromptError(f"the mark {mark!r} is on blanks at an end of {text!r} that the chat template of {name} trims.")
     start = len(frame.before) - trimmed
-    return replace(prompt, text=rendered, marks={mark: tuple(Span(span.start + start, span.end + start) for span in spans)
+    return replace(prompt, text=rendered, formatted=True, marks={mark: tuple(Span(span.start + start, span.end + start) for span in spans)
                                                  for mark, spans in prompt.marks.items()})

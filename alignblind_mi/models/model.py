@@ -203,9 +203,12 @@ class HookedModel(View):
     @takes(ModelError)
     @alone
     def continuation_log_probs(self, rows: Rows, continuations: Sequence[Words]) -> Float[Tensor, "row choice"]:
-        """Log-probability of each of a row's continuations (the same number for every row), summed over their tokens, in float32."""
+        """Log-probability of each of a row's continuations (the same number for every row), summed over their tokens, in float32.
+
+        They are scored as they are spelt behind the row's prompt: see `continuation_ids`.
+        """
         rows = self.as_rows(rows)
-        ids = self._continuation_ids(rows, continuations)
+        ids = self.continuation_ids(rows, continuations)
         out = torch.empty(len(rows), len(ids[0]) if ids else 0)
 
         def keep(batch: Batch) -> None:
@@ -213,16 +216,6 @@ class HookedModel(View):
 
         self._over(self.token_rows(rows), _longest(ids), keep)
         return out
-
-    def _continuation_ids(self, rows: Sequence[Row], continuations: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        counts = {len(choices) for choices in continuations}
-        if len(continuations) != len(rows) or len(counts) > 1:
-            raise ModelError(f"every row needs the same number of continuations: {len(rows)} rows, {len(continuations)} lists of "
-                             f"{' or '.join(map(str, sorted(counts))) or 'none'}.")
-        if 0 in counts:
-            raise ModelError("a row without continuations has nothing to be scored: give each row at least one.")
-        known: dict[str, list[int]] = {text: self.word_ids(text) for text in {text for choices in continuations for text in choices}}
-        return [[known[text] for text in choices] for choices in continuations]
 
     @takes(ModelError)
     @alone
@@ -242,7 +235,7 @@ class HookedModel(View):
             raise ModelError(f"every row needs its own name in `draws`: {len(rows)} rows, {len(draws)} names.")
         if "" in stop:
             raise ModelError("an empty stop string would end every answer at once.")
-        ids = [] if continuations is None else self._continuation_ids(rows, continuations)
+        ids = [] if continuations is None else self.continuation_ids(rows, continuations)
         out: list[Generation | None] = [None] * len(rows)
         room = max(max_new_tokens - 1, _longest(ids) if ids else 0)
 

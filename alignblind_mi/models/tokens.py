@@ -67,23 +67,89 @@ class Encoded:
         return [position for found in each for position in (found if tokens == "all" else found[-1:])]
 
 
+Pieces = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]    # ids, and the characters that each stands for
+ANCHORS = ("\n", ":", "a")    # texts that a word can follow; the first with which its tokens do not merge shows how it is spelt
+
+
 def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Encoded]:
-    """Tokenise prompts. Raw text gets the tokenizer's BOS; text that already begins with it (a chat template's) does not."""
-    found: dict[str, tuple[tuple[int, ...], tuple[tuple[int, int], ...]]] = {}
-    bos = tokenizer.bos_token
-    for with_bos in (True, False):
-        texts = [text for text in dict.fromkeys(p.text for p in prompts) if bool(bos and text.startswith(bos)) != with_bos]
-        if texts:
-            out = tokenizer(texts, add_special_tokens=with_bos, return_offsets_mapping=True)
-            found |= {text: (tuple(ids), tuple(offsets))
-                      for text, ids, offsets in zip(texts, out["input_ids"], out["offset_mapping"], strict=True)}
-    return [Encoded(prompt, *found[prompt.text]) for prompt in prompts]
+    """Tokenise prompts: the very ids that transformers gives to their text.
+
+    Raw text gets what its tokenizer puts before a text (its BOS, if it does), and nothing that it would put after one (an end token). A
+    prompt that a chat template has written (`Prompt.formatted`) and text that already begins with the BOS stand as they are.
+    """
+    found = _pieces(tokenizer, [(prompt.text, _is_whole(tokenizer, prompt)) for prompt in prompts])
+    return [Encoded(prompt, *pieces) for prompt, pieces in zip(prompts, found, strict=True)]
+
+
+def _is_whole(tokenizer: Any, prompt: Prompt) -> bool:
+    return prompt.formatted or bool(tokenizer.bos_token and prompt.text.startswith(tokenizer.bos_token))
+
+
+def _pieces(tokenizer: Any, texts: Sequence[tuple[str, bool]]) -> list[Pieces]:
+    """Texts in tokens; each with whether it is whole as it stands."""
+    found: dict[tuple[str, bool], Pieces] = {}
+    for whole in (False, True):
+        some = [text for text, is_whole in dict.fromkeys(texts) if is_whole == whole]
+        if some:
+            out = tokenizer(some, add_special_tokens=not whole, return_offsets_mapping=True, return_special_tokens_mask=True)
+            for text, ids, offsets, added in zip(some, out["input_ids"], out["offset_mapping"], out["special_tokens_mask"], strict=True):
+                end = len(ids)
+                while end and added[end - 1] and any(not mark for mark in added):    # what stands behind the text
+                    end -= 1
+                found[text, whole] = tuple(ids[:end]), tuple(map(tuple, offsets[:end]))
+    return [found[key] for key in texts]
 
 
 def word_ids(tokenizer: Any, word: str) -> list[int]:
-    """The ids of a word as it stands, without special tokens; none if the tokenizer does not know it."""
-    ids = list(tokenizer(word, add_special_tokens=False)["input_ids"])
-    return [] if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids else ids
+    """The ids of a word as it stands in a text, behind other words; none if the tokenizer does not know it.
+
+    Tokenised alone it could be spelt as the beginning of a text: SentencePiece puts a blank there that is not in the text.
+    """
+    for anchor in ANCHORS:
+        before, both = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (anchor, anchor + word))
+        if both[: len(before)] == before and len(both) > len(before):
+            return _known(tokenizer, both[len(before) :])
+    return _known(tokenizer, list(tokenizer(word, add_special_tokens=False)["input_ids"]))
+
+
+def _known(tokenizer: Any, ids: list[int]) -> list[int]:
+    return [] if unknown_id(tokenizer) in ids else ids
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """The id that stands for what a tokenizer does not know; None where it knows every text, or where that token is its end or beginning
+    as well (GPT-2, OPT and others that spell every text in bytes)."""
+    unknown: int | None = tokenizer.unk_token_id
+    return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
+
+
+def unknown_words(tokenizer: Any, item: Encoded) -> list[str]:
+    """The parts of a prompt's own text that its tokenizer does not know."""
+    unknown = unknown_id(tokenizer)
+    return [item.prompt.text[start:end].strip() for i, (start, end) in zip(item.ids, item.offsets, strict=True)
+            if unknown is not None and i == unknown and end > start]
+
+
+def continuation_ids(tokenizer: Any, prompts: Sequence[Prompt], continuations: Sequence[Sequence[str]]
+                     ) -> tuple[list[list[list[int]]], list[tuple[str, str]]]:
+    """The ids of each prompt's continuations as they are spelt behind it: both are tokenised together, and the tail is kept.
+
+    Where the tokens of the two merge at the border, the prompt stays as it is asked and the continuation is spelt as behind other text;
+    these pairs are given second. A continuation that the tokenizer does not know has no ids.
+    """
+    encoded = encode(tokenizer, prompts)
+    pairs = [(item, text) for item, choices in zip(encoded, continuations, strict=True) for text in choices]
+    together = _pieces(tokenizer, [(item.prompt.text + text, _is_whole(tokenizer, item.prompt)) for item, text in pairs])
+    apart, tails = [], list[list[int]]()
+    for (item, text), (ids, _) in zip(pairs, together, strict=True):
+        n = len(item.ids)
+        if ids[:n] == item.ids and len(ids) > n:
+            tails.append(_known(tokenizer, list(ids[n:])))
+        else:
+            apart.append((item.prompt.text, text))
+            tails.append(word_ids(tokenizer, text) if text else [])
+    rest = iter(tails)
+    return [[next(rest) for _ in choices] for choices in continuations], apart
 
 
 class Place(NamedTuple):

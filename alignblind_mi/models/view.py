@@ -5,6 +5,7 @@ What is read out of the rows is in `model.py`. This module does NOT know concept
 
 import contextlib
 import functools
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from alignblind_mi.borders.settings import Text, many, takes
+from alignblind_mi.borders.settings import Text, Words, many, takes
 from alignblind_mi.borders.texts import named_line
 from alignblind_mi.models.adapters import switch, switched
 from alignblind_mi.models.blocks import decoder_layers, mixer_width, text_config
@@ -24,11 +25,12 @@ from alignblind_mi.models.edits import GENERATED, UNITS, UNTREATED, EditError, R
 from alignblind_mi.models.engine import Engine
 from alignblind_mi.models.plain import PlainEngine
 from alignblind_mi.models.spec import ModelError, ModelSpec
-from alignblind_mi.models.tokens import Encoded, Reader, TokenEdit, TokenRow, encode, place, word_ids
+from alignblind_mi.models.tokens import Encoded, Reader, TokenEdit, TokenRow, continuation_ids, encode, place, unknown_words, word_ids
 from alignblind_mi.models.twin import Twin
 from alignblind_mi.progress import Advance, counted
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Prompts, as_prompts
 
+log = logging.getLogger(__name__)
 M = TypeVar("M", bound="View")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -146,7 +148,7 @@ class View:
     @takes(ModelError)
     @alone
     def encode(self, prompts: Prompts) -> list[Encoded]:
-        """Tokenise prompts. Raw text gets the tokenizer's BOS; text that already begins with it (a chat template's) does not."""
+        """Tokenise prompts: the ids that transformers gives to their text, but no end token behind it (see `tokens.encode`)."""
         return encode(self.tokenizer, as_prompts(prompts))
 
     @takes(ModelError)
@@ -160,7 +162,7 @@ class View:
     @takes(ModelError)
     @alone
     def word_ids(self, word: Text) -> list[int]:
-        """The ids of a word as it stands, without special tokens. Errors: ModelError if the tokenizer does not know it."""
+        """The ids of a word as it stands in a text, behind other words. Errors: ModelError if the tokenizer does not know it."""
         ids = word_ids(self.tokenizer, word)
         if not ids:
             raise ModelError(f"the tokenizer of {self.spec.name} does not know {word!r}: choose another cue or model.")
@@ -170,13 +172,36 @@ class View:
     @alone
     def check_known(self, prompts: Prompts) -> None:
         """Errors: ModelError naming the first word of a prompt that the tokenizer does not know."""
-        unknown = self.tokenizer.unk_token_id
         for item in self.encode(prompts):
-            if unknown is not None and unknown in item.ids:
-                start, end = item.offsets[item.ids.index(unknown)]
-                word = item.prompt.text[start:end].strip()
+            for word in unknown_words(self.tokenizer, item)[:1]:
                 raise ModelError(f"the tokenizer of {self.spec.name} does not know {word!r} (in the prompt {item.prompt.text!r}): "
                                  "this model cannot be asked about it; choose another cue or model.")
+
+    @takes(ModelError)
+    @alone
+    def continuation_ids(self, rows: Rows, continuations: Sequence[Words]) -> list[list[list[int]]]:
+        """The ids of each row's continuations as they are spelt behind its prompt: both are tokenised together, and the tail is kept.
+
+        Where a tokenizer merges the end of a prompt with the beginning of its continuation, the continuation is spelt as behind other
+        text, and a warning says so. Errors: ModelError for a continuation that the tokenizer does not know, or another number of lists.
+        """
+        rows = self.as_rows(rows)
+        counts = {len(choices) for choices in continuations}
+        if len(continuations) != len(rows) or len(counts) > 1:
+            raise ModelError(f"every row needs the same number of continuations: {len(rows)} rows, {len(continuations)} lists of "
+                             f"{' or '.join(map(str, sorted(counts))) or 'none'}.")
+        if 0 in counts:
+            raise ModelError("a row without continuations has nothing to be scored: give each row at least one.")
+        ids, apart = continuation_ids(self.tokenizer, [row.prompt for row in rows], continuations)
+        for spelt, choices in zip(ids, continuations, strict=True):
+            for one, text in zip(spelt, choices, strict=True):
+                if not one:
+                    raise ModelError(f"the tokenizer of {self.spec.name} does not know {text!r}: choose another cue or model.")
+        if apart:
+            log.warning("the tokenizer of %s merges the end of %d prompts with the beginning of their continuations (%r + %r): these are "
+                        "scored as they are spelt behind other text. End the prompt where a token ends, such as without a blank.",
+                        self.spec.name, len(apart), apart[0][0][-20:], apart[0][1][:20])
+        return ids
 
     @alone
     def _over(self, rows: Sequence[TokenRow], room: int | None, work: Callable[[Batch], None], reader: Reader | None = None) -> None:

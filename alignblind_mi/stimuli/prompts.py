@@ -40,13 +40,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, its marks (name -> spans in order of occurrence) and its labels (name -> value; they become columns)."""
+    """A text, its marks (name -> spans in order of occurrence) and its labels (name -> value; they become columns).
+
+    `formatted`: the text is whole, as a chat template has written it; no BOS is put before it.
+    """
 
     __repr__ = one_line
 
     text: str
     marks: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    formatted: bool = False
 
     def __post_init__(self) -> None:
         checked(self.text, Text, "the text of a prompt", PromptError)

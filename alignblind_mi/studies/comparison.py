@@ -28,6 +28,7 @@ from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.edits import Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
+from alignblind_mi.models.tokens import unknown_words
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, check_parts, stamp
 from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
@@ -206,8 +207,7 @@ def _elsewhere(model: HookedModel, concept: Concept, config: StudyConfig, advanc
     others += [(other, other.cue(other.first_cue)) for other in map(load_concept, concept_names()) if other.name != concept.name]
     for other, cue in others:
         prompts = implicit_prompts(other, cue, design="balanced", seed=config.seed, max_word_pairs=1)
-        unknown = model.tokenizer.unk_token_id
-        if unknown is not None and any(unknown in item.ids for item in model.encode(prompts)):
+        if any(unknown_words(model.tokenizer, item) for item in model.encode(prompts)):
             continue
         same = (cue.marked, cue.unmarked) == (treated.marked, treated.unmarked)
         parts.append(ask(model, other, prompts if same else [replace(prompt, marks={}) for prompt in prompts], config.decoding, advance,

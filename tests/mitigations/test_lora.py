@@ -52,7 +52,7 @@ def test_identifiers_are_marked_in_the_text(race):
 
 def test_an_identifier_of_several_tokens_is_read_at_its_last(llama3):
     example = Example("Choose Tremayne or white.", "x", (Span(7, 15), Span(19, 24)))
-    (item,) = encode(llama3.tokenizer, [example], 99, identifiers=True)
+    (item,) = encode(llama3.tokenizer, [example], 99, identifiers=True).items
     out = llama3.tokenizer(example.text, return_offsets_mapping=True)
     ends = [out["offset_mapping"][i][1] for i, here in enumerate(item["identifiers"]) if here]
     assert ends == [15, 24]
@@ -282,7 +282,7 @@ def validation_loss(base, adapter, race, settings):
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
     _, held = split_examples(awareness_examples(race)[::5], settings.validation_share, settings.seed)
-    items, batches = encode(tokenizer, held, 256), []
+    items, batches = encode(tokenizer, held, 256).items, []
     for start in range(0, len(items), settings.batch_size):
         chunk, total, count = items[start:start + settings.batch_size], 0.0, 0
         for item in chunk:
@@ -314,7 +314,7 @@ def test_the_activation_loss_raises_the_reading_on_held_out_sentences(race, tiny
     reading = find_reading(model, tokenizer, *_contexts(race), [1, 2])
     loss = SenseLoss(reading, 1.0)
     _, held = split_examples(awareness_examples(race)[::5], HELD.validation_share, HELD.seed)
-    batch = collate(encode(tokenizer, held, 256, identifiers=True), 0)
+    batch = collate(encode(tokenizer, held, 256, identifiers=True).items, 0)
     scores = {}
     for name in ("plain", "raised"):
         peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), str(tmp_path / name)).eval()

@@ -45,7 +45,7 @@ def pair(tiny_folder, small, *, init=False):
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder),
                            LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init))
-    items = encode(tokenizer, awareness_examples(small)[:6], 99)
+    items = encode(tokenizer, awareness_examples(small)[:6], 99).items
     batch = collate([{**item, **{f"retain_{key}": value for key, value in item.items()}} for item in items], 0)
     return model.train(), batch
 
@@ -115,7 +115,7 @@ def test_what_is_to_be_forgotten_becomes_less_likely(forgotten, tiny_folder, sma
         assert treatment.details["layers"] == "0-3"
     base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder).eval(), AutoTokenizer.from_pretrained(tiny_folder)
     model = PeftModel.from_pretrained(base, str(out / "npo")).eval()
-    items = encode(tokenizer, awareness_examples(small), 99)
+    items = encode(tokenizer, awareness_examples(small), 99).items
     with torch.no_grad():
         assert float(language_model_loss(model, collate(items, 0))) == pytest.approx(found["npo"][1]["forget_loss"]["after"], abs=1e-3)
 
@@ -127,7 +127,7 @@ def test_the_retain_term_holds_the_rest(forgotten, tiny_folder, small):
         from alignblind_mi.mitigations.lora import placebo_examples
 
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-        batch = collate(encode(tokenizer, placebo_examples(small), 99), 0)
+        batch = collate(encode(tokenizer, placebo_examples(small), 99).items, 0)
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), str(out / name)).eval()
         with torch.no_grad():
             own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)

@@ -35,7 +35,7 @@ from alignblind_mi.studies.doctor.without_weights import (
     DRIFT_PROMPTS,
     Subject,
     bos_checks,
-    bos_in_chat_checks,
+    chat_checks,
     context_checks,
     generation_checks,
     memory_checks,
@@ -47,7 +47,7 @@ from alignblind_mi.studies.doctor.without_weights import (
 )
 
 BEFORE: dict[str, Callable[[Subject], Iterator[Check]]] = {
-    "tokenizer": tokenizer_checks, "bos": bos_checks, "bos in chat": bos_in_chat_checks, "padding token": padding_checks,
+    "tokenizer": tokenizer_checks, "bos": bos_checks, "chat template": chat_checks, "padding token": padding_checks,
     "words": words_checks, "round trip": round_trip_checks, "offsets": offsets_checks, "context length": context_checks,
     "end tokens": generation_checks, "memory": memory_checks}
 LOADED: dict[str, Callable[[Loaded], Iterator[Check]]] = {

@@ -8,11 +8,11 @@ from typing import Any
 
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.measures.behaviour import Decoding
-from alignblind_mi.models.chat import Chat, in_chat, render, rendered
+from alignblind_mi.models.chat import Chat, chat_ids, in_chat, render, rendered
 from alignblind_mi.models.configs import load_config, load_generation_config, load_tokenizer
 from alignblind_mi.models.loading import end_tokens, token_count
 from alignblind_mi.models.spec import ModelError, ModelSpec
-from alignblind_mi.models.tokens import Encoded, encode
+from alignblind_mi.models.tokens import Encoded, encode, unknown_words
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import KINDS, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
 from alignblind_mi.studies.config import organism_record
@@ -83,7 +83,7 @@ def tokenizer_checks(subject: Subject) -> Iterator[Check]:
 
 
 def bos_checks(subject: Subject) -> Iterator[Check]:
-    """BOS before raw prompts, exactly once."""
+    """BOS before raw prompts, exactly once, where the model has one that begins texts."""
     tokenizer, bos = subject.tokenizer, subject.tokenizer.bos_token_id
     if bos is None:
         yield Check("bos", "skipped", "the tokenizer has no BOS: prompts begin without one")
@@ -92,6 +92,10 @@ def bos_checks(subject: Subject) -> Iterator[Check]:
     counts = [item.ids.count(bos) for item in encoded]
     first = all(item.ids[0] == bos for item in encoded)
     if max(counts) == 0:
+        other = "also its end token" if bos == tokenizer.eos_token_id else "a mark of turns in its chats" if _marks_turns(subject) else ""
+        if other:
+            yield Check("bos", "ok", f"{tokenizer.bos_token!r}, {other}, is not put before texts, as its tokenizer does by itself")
+            return
         yield Check("bos", "warn", f"{tokenizer.bos_token!r} is not put before prompts", 0.0, ">=", 1.0, "times",
                     "as its tokenizer does by itself; if the model was trained with a BOS, set add_bos_token in its tokenizer_config.json")
         return
@@ -100,21 +104,37 @@ def bos_checks(subject: Subject) -> Iterator[Check]:
                    "mend the tokenizer's post-processor (tokenizer.json): every activation depends on one BOS, at the start")
 
 
-def bos_in_chat_checks(subject: Subject) -> Iterator[Check]:
-    """BOS in texts of the chat template: never twice as this project encodes them; and twice as a bare tokenizer call does?"""
-    tokenizer, bos = subject.tokenizer, subject.tokenizer.bos_token_id
+def _marks_turns(subject: Subject) -> bool:
+    """Whether the chat template writes the BOS at turns, not at the beginning alone."""
+    tokenizer = subject.tokenizer
     if not tokenizer.chat_template:
-        yield Check("bos in chat", "skipped", "the tokenizer has no chat template")
+        return False
+    try:
+        return render("x", tokenizer, Chat(), subject.spec.name).count(tokenizer.bos_token) > 1
+    except AlignblindError:    # found by the check of the chat template
+        return False
+
+
+def chat_checks(subject: Subject) -> Iterator[Check]:
+    """Prompts in the chat template: the ids that transformers itself gives to the same conversation."""
+    tokenizer = subject.tokenizer
+    if not tokenizer.chat_template:
+        yield Check("chat template", "skipped", "the tokenizer has no chat template")
         return
     try:
-        text = render(subject.trial[0].text, tokenizer, Chat(), subject.spec.name)
-        ours, bare = encode(tokenizer, [Prompt(text)])[0].ids.count(bos), list(tokenizer(text)["input_ids"]).count(bos)
-        twice = "; a bare tokenizer(text) would double it" if bare > 1 >= ours else ""
-        yield at_most("bos in chat", ours, 1, "times", f"{ours} in a text of the chat template{twice}",
-                       "the template writes a BOS that does not stand at the very start: take it out of the template")
-        in_chat(subject.trial, tokenizer, Chat(), subject.spec.name)
+        asked = in_chat(subject.trial, tokenizer, Chat(), subject.spec.name)
+        differ = [prompt.text for prompt, item in zip(subject.trial, encode(tokenizer, asked), strict=True)
+                  if list(item.ids) != chat_ids(prompt.text, tokenizer, Chat(), subject.spec.name)]
     except AlignblindError as error:
         yield Check("chat template", "fail", str(error), advice="ask this model raw (without chat), or mend the template")
+        return
+    twice = encode(tokenizer, asked)[0].ids[:2].count(tokenizer.bos_token_id) > 1
+    yield at_most("chat template", len(differ), 0, "otherwise than transformers",
+                  f"{len(asked)} prompts in the chat template, in transformers' own tokens",
+                  "report the model's name: its prompts would be read otherwise than by transformers")
+    if twice:
+        yield Check("bos in chat", "warn", f"the template begins with {tokenizer.bos_token!r} twice", 2.0, "<=", 1.0, "times",
+                    "so transformers reads it, too; take one out of the template if the model was trained with one")
 
 
 def padding_checks(subject: Subject) -> Iterator[Check]:
@@ -158,8 +178,8 @@ def words_checks(subject: Subject) -> Iterator[Check]:
 
 
 def _unknown_texts(check: str, tokenizer: Any, prompts: Sequence[Prompt], advice: str, *, worse: str = "fail") -> Check:
-    unknown = [item for item in encode(tokenizer, prompts) if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in item.ids]
-    words = dict.fromkeys(item.prompt.text[slice(*item.offsets[item.ids.index(tokenizer.unk_token_id)])].strip() for item in unknown)
+    unknown = [words for words in (unknown_words(tokenizer, item) for item in encode(tokenizer, prompts)) if words]
+    words = dict.fromkeys(first for first, *_ in unknown)
     said = f"unknown: {', '.join(map(repr, list(words)[:5]))}" if words else f"all {len(prompts)} known"
     return at_most(check, len(unknown), 0, "with unknown words", said, advice, worse=worse)
 
