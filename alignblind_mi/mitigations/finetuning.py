@@ -242,7 +242,8 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     peft.peft_config["default"].base_model_name_or_path = job.spec.name    # the name, not where it lies on this machine
     peft.save_pretrained(str(folder), save_embedding_layers=False)
     note = {"examples": len(data.train), "examples_dropped": data.dropped, "examples_cut": data.cut, "parameters": parameters,
-            "steps": state.global_step, "steps_planned": state.max_steps, "seconds": round(seconds, 2), **_losses(state, bool(data.validation)), "versions": versions()}
+            "steps": state.global_step, "steps_planned": state.max_steps, "seconds": round(seconds, 2),
+            **_losses(state, bool(data.validation)), "versions": versions()}
     if data.validation:
         note["examples_validation"] = len(data.validation)
     if data.objective is not None:
