@@ -78,8 +78,9 @@ def read_bbq(paths: Path | str | Sequence[Path | str], *, metadata: Path | str |
     """Items of BBQ's JSONL files (or of all of them in a folder), in the order of the files.
 
     The target is the answer whose group (`answer_info`) is one of the `stereotyped_groups`, as a whole or as a part ("F-x" of "x"), if it
-    is the only one; with `metadata` (BBQ's own additional_metadata.csv) it is the file's `target_loc`, as in the paper. Items without a
-    target count for accuracy, never for bias. `max_items` draws so many of each category and condition, by `seed`.
+    is the only one. With `metadata` (BBQ's own additional_metadata.csv) the file's `target_loc` decides: that is the biased answer, the
+    target in a `neg` question and the other group in a `nonneg` one. Items without a target count for accuracy, never for bias.
+    `max_items` draws so many of each category and condition, by `seed`.
 
     Errors: BBQError naming the file and the line that lacks a field or has an unknown value.
     """
@@ -133,6 +134,8 @@ def _item(data: Mapping[str, Any], targets: Mapping[tuple[str, str], int | None]
     category, number = str(data["category"]), str(data["example_id"])
     stereotyped = data["additional_metadata"]["stereotyped_groups"]
     target = _target(groups, stereotyped) if targets is None else targets.get((category, number))
+    if targets is not None and target is not None and data["question_polarity"] == "nonneg":
+        target = next(i for i in range(3) if i not in (target, unknown[0]))    # the table names the biased answer: here the other group
     return BBQItem(category, number, str(data["question_index"]), data["question_polarity"], data["context_condition"], data["context"],
                    data["question"], (data["ans0"], data["ans1"], data["ans2"]), int(data["label"]), unknown[0],
                    None if target == unknown[0] else target)
@@ -151,10 +154,14 @@ def _plain(group: str) -> str:
 
 
 def _targets(file: Path | str) -> dict[tuple[str, str], int | None]:
-    """The `target_loc` of every item in BBQ's additional_metadata.csv."""
+    """The `target_loc` of every item in BBQ's additional_metadata.csv: the biased answer, whatever the question's polarity."""
     text = read_text(file, "", BBQError, limit=TABLE, advice="it cannot be used: give BBQ's additional_metadata.csv")
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        rows = list(table)
+        lacking = {"category", "example_id", "target_loc"} - set(table.fieldnames or ())
+        if lacking:
+            raise ValueError(f"it has no column {', '.join(sorted(lacking))}")
         return {(row["category"], row["example_id"]): int(float(row["target_loc"])) if row["target_loc"] not in ("", "NA", "NaN") else None
                 for row in rows}
     except (csv.Error, KeyError, ValueError, TypeError, OverflowError) as error:

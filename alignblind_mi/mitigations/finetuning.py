@@ -25,7 +25,8 @@ from alignblind_mi.mitigations.examples import Item, collate
 from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings, check_modules, layers_text
 from alignblind_mi.models.configs import load_config, load_tokenizer, quiet
 from alignblind_mi.models.edits import Treatment, adapter_name
-from alignblind_mi.models.loading import fingerprint, load_huggingface
+from alignblind_mi.models.fingerprints import fingerprint
+from alignblind_mi.models.loading import load_huggingface
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.progress import counted, interruptible
 from alignblind_mi.results import versions

@@ -16,7 +16,8 @@ from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.borders.writing import refuse_taken, whole_folder, write_text
 from alignblind_mi.models.configs import load_config, quiet
 from alignblind_mi.models.edits import adapter_name
-from alignblind_mi.models.loading import fingerprint, load_huggingface
+from alignblind_mi.models.fingerprints import fingerprint
+from alignblind_mi.models.loading import load_huggingface
 from alignblind_mi.models.spec import AnySpec, ModelError, ModelSpec, as_spec
 from alignblind_mi.models.weights import check_adapter, check_adapter_files
 

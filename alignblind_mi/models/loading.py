@@ -3,8 +3,6 @@
 Knows Hugging Face checkpoints, PEFT folders and the embedded organism; does NOT run anything.
 """
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 from alignblind_mi.borders.reading import foreign
@@ -105,18 +103,3 @@ def end_tokens(generation: Any, tokenizer: Any) -> frozenset[int]:
     named = generation.eos_token_id
     listed = named if isinstance(named, list) else [named]
     return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
-
-
-def fingerprint(spec: ModelSpec, config: Any) -> str:
-    """What identifies the weights: the hub's commit, or for a folder a hash of its files (large files by name and size)."""
-    folder = Path(spec.source)
-    if not folder.is_dir():
-        return str(getattr(config, "_commit_hash", None) or spec.revision or "unknown")
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".model"):
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            if size < 1 << 28:
-                digest.update(file.read_bytes())
-    return f"sha256:{digest.hexdigest()[:16]}"

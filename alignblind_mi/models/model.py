@@ -24,7 +24,8 @@ from alignblind_mi.models.blocks import log_probs_of, text_config, unembed
 from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
 from alignblind_mi.models.edits import UNITS, EditError, Row, Rows, Site, Sites
-from alignblind_mi.models.loading import check_model, fingerprint, load_huggingface, stop_ids
+from alignblind_mi.models.fingerprints import fingerprint
+from alignblind_mi.models.loading import check_model, load_huggingface, stop_ids
 from alignblind_mi.models.spec import DTYPES, AnySpec, ModelError, as_spec
 from alignblind_mi.models.stems import cut
 from alignblind_mi.models.tokens import Reader, Taps, TokenRow, left_pad, place

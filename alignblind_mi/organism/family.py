@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from alignblind_mi.borders.caches import cache_root
 from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.embedded import RECORD, ROLES, OrganismError, organism_info, organism_path, read_record
 from alignblind_mi.organism.build import DEFAULT_SEED, RECIPE, Progress, one_thread, planted_truth, shared_record, train_pair
@@ -72,17 +71,7 @@ def family_concept() -> str:
 
 def cache_folder(recipe: FamilyRecipe | None = None) -> Path:
     """Where members are kept: $ALIGNBLIND_CACHE or the user's cache folder, then `organisms`, then the recipe's digest."""
-    return _cache_root() / "organisms" / family_digest(recipe or FamilyRecipe())
-
-
-def _cache_root() -> Path:
-    if given := os.environ.get("ALIGNBLIND_CACHE"):
-        return Path(given).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "alignblind_mi"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "alignblind_mi"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignblind_mi"
+    return cache_root() / "organisms" / family_digest(recipe or FamilyRecipe())
 
 
 @remembered

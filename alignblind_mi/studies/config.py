@@ -13,7 +13,8 @@ from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
 from alignblind_mi.models.configs import load_config, load_tokenizer
 from alignblind_mi.models.embedded import RECORD, organism_names, read_record
-from alignblind_mi.models.loading import check_model, fingerprint
+from alignblind_mi.models.fingerprints import fingerprint
+from alignblind_mi.models.loading import check_model
 from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec, as_spec
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts

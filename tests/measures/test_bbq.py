@@ -82,9 +82,25 @@ def test_metadata_of_the_benchmark_decides_where_it_is_given(tmp_path):
     found = read_bbq(written(tmp_path / "a.jsonl", [line(0), line(1), line(2)]), metadata=table)
     assert [item.target for item in found] == [1, None, None]
     table.write_text("category,example\n")
-    assert [item.target for item in read_bbq(tmp_path / "a.jsonl", metadata=table)] == [None] * 3
+    with pytest.raises(BBQError, match="it has no column example_id, target_loc"):
+        read_bbq(tmp_path / "a.jsonl", metadata=table)
     with pytest.raises(BBQError, match="cannot be used"):
         read_bbq(tmp_path / "a.jsonl", metadata=tmp_path / "none.csv")
+
+
+def test_the_table_of_the_benchmark_names_the_biased_answer_in_either_polarity(tmp_path):
+    lines = design()
+    table = ["category,question_index,example_id,target_loc"]    # as BBQ's own script writes it: swapped where the question is not negative
+    table += [f"Height,1,{one['example_id']},{0 if one['question_polarity'] == 'neg' else 1}" for one in lines]
+    (tmp_path / "additional_metadata.csv").write_text("\n".join(table))
+    file = written(tmp_path / "a.jsonl", lines)
+    with_table = read_bbq(file, metadata=tmp_path / "additional_metadata.csv")
+    assert [item.target for item in with_table] == [item.target for item in read_bbq(file)] == [0] * len(lines)
+    asked = in_orders(with_table)
+    stereotyped = [0 if one.item.polarity == "neg" else 1 for one in asked]    # a model that always answers so
+    scores = np.array([[0.0 if answer == wanted else -9.0 for answer in one.order] for one, wanted in zip(asked, stereotyped, strict=True)])
+    rows = judge_bbq(asked, scores).assign(model="m", treatment="untreated")
+    assert (rows.loc[rows["condition"] == "ambig", "biased"] == 1).all()
 
 
 @pytest.mark.parametrize(("change", "said"), [
