@@ -18,6 +18,7 @@ from alignblind_mi.progress import counted
 from alignblind_mi.stimuli.answers import judge
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Design, Kind, Prompt, PromptError, Prompts, as_prompts, assignments, behaviour_prompts
+from alignblind_mi.stimuli.thoughts import is_thinking
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, d
 
     Columns: the prompt's labels, model, treatment, prompt, answer, finished, n_tokens, outcome, reason, log_odds. `log_odds` (nats) is
     log P(stereotyped assignment) - log P(reversed assignment), both in the concept's `assignment` form and the prompt's word order; it is
-    never invalid, and NaN for explicit prompts.
+    never invalid, and NaN for explicit prompts, and where a chat template begins a thought (an answer does not stand there).
 
     A view in a chat (`HookedModel.in_chat`) is asked in it: `prompt` is then the whole rendered text, and the assignments that are scored
     begin without their blank, as an assistant's answer does.
@@ -101,8 +102,9 @@ def _answers(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts:
         answers |= zip(index, made, strict=True)
     records = []
     for i, row in enumerate(rows):
-        answer, outcome = answers[i], judge(answers[i].text, prompts[i].labels)
-        log_odds = answer.choices[0] - answer.choices[1] if answer.choices else float("nan")
+        answer, outcome = answers[i], judge(answers[i].text, prompts[i].labels, prompt=row.prompt.text)
+        scored = answer.choices and not is_thinking(row.prompt.text)
+        log_odds = answer.choices[0] - answer.choices[1] if scored else float("nan")
         records.append({**prompts[i].labels, "prompt": row.prompt.text,
                         "answer": answer.text, "finished": answer.finished, "n_tokens": answer.n_tokens,
                         "outcome": outcome.label, "reason": outcome.reason, "log_odds": log_odds,

@@ -26,6 +26,7 @@ from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.tokens import unknown_words
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Prompt, Span, fill, implicit_prompts
+from alignblind_mi.stimuli.thoughts import without_thought
 
 FEWEST = 5    # texts that a tokenizer must know for a mean over them
 LISTS, LISTED = 24, 6
@@ -128,8 +129,10 @@ def _copying(model: HookedModel, concept: Concept, cue: Cue, word_pairs: int, se
             break
     else:
         raise ModelError(f"the tokenizer of {model.spec.name} does not know the words of any form of the copying task.")
-    answers = model.generate(model.rows(prompts, partial=True), 5 * LISTED)
-    said = [answer.text.split("\n\n")[0].translate(SEPARATORS).split()[:LISTED] for answer in answers]
+    rows = model.rows(prompts, partial=True)
+    answers = model.generate(rows, 5 * LISTED)
+    texts = [without_thought(answer.text, row.prompt.text) or "" for answer, row in zip(answers, rows, strict=True)]
+    said = [text.split("\n\n")[0].translate(SEPARATORS).split()[:LISTED] for text in texts]
     return [", ".join(some) for some in drawn], [float(some == words) for some, words in zip(said, drawn, strict=True)]
 
 

@@ -5,17 +5,23 @@ after it ends where the assistant's answer begins. This module does NOT know whi
 """
 
 import datetime
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from alignblind_mi.borders.reading import foreign, has_halves, said
-from alignblind_mi.borders.settings import check_fields
+from alignblind_mi.borders.settings import check_fields, shown
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.template_process import WORKER, TemplateRefusal
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span
 
+OURS = ("messages", "conversations", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+        "date_string", "tools", "documents", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
+        "bos_token", "eos_token")    # what is no option of a template, or is given otherwise
 _STAND_IN = "\ue000\ue001"    # a user's text that no template contains or changes
 
 
@@ -26,12 +32,15 @@ class Chat:
     `date` (ISO) is given to templates that take one (`date_string`, as those of Llama 3.1 and later do), so that a study can be resumed and
     repeated on another day; it is the one that they fall back on. A template that asks the clock itself writes today's: the frame of a
     study's prompts is part of its configuration, so that days are never mixed.
+
+    `options` are those that a template reads by a name of its own, such as {"enable_thinking": False}: texts, numbers, true or false.
     """
 
     __repr__ = one_line
 
     system: str = ""
     date: str = "2024-07-26"
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, PromptError)
@@ -41,6 +50,15 @@ class Chat:
             datetime.date.fromisoformat(self.date)
         except ValueError:
             raise PromptError(f"a date of a chat is written like 2024-07-26, not {self.date!r}.") from None
+        for name, value in self.options.items():
+            if not isinstance(name, str) or not name.isidentifier() or name in OURS:
+                raise PromptError(f"{shown(name)} is no option of a chat template: give a name that the template reads, such as "
+                                  f"enable_thinking ({', '.join(OURS)} are given by this project).")
+            if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not math.isfinite(value)):
+                raise PromptError(f"the option {name} of a chat must be a text, a number, true or false, got {shown(value)}.")
+
+    def __hash__(self) -> int:
+        return hash((self.system, self.date, tuple(sorted(self.options.items()))))
 
     def messages(self, text: str) -> list[dict[str, str]]:
         """The conversation as `apply_chat_template` takes it."""
@@ -61,8 +79,26 @@ def render(text: str, tokenizer: Any, chat: Chat, name: str) -> str:
     Errors: ModelError for a tokenizer without a chat template, or a template that refuses the conversation (a system prompt, often),
     is broken, or takes too long or too much memory: it is a program of whoever made the checkpoint, and runs in a process of its own.
     """
+    check_options(tokenizer, chat, name)
+    return rendered(chat.messages(text), tokenizer, name, **_told(chat))
+
+
+def _told(chat: Chat) -> dict[str, Any]:
+    """What a template is given beside the conversation."""
     given = datetime.date.fromisoformat(chat.date).strftime("%d %b %Y")
-    return rendered(chat.messages(text), tokenizer, name, add_generation_prompt=True, date_string=given)
+    return {"add_generation_prompt": True, "date_string": given, **chat.options}
+
+
+def check_options(tokenizer: Any, chat: Chat, name: str) -> None:
+    """Whether the template reads every option that a chat gives. Errors: ModelError naming one that it would pass over in silence."""
+    if not chat.options or not getattr(tokenizer, "chat_template", None):
+        return
+    template = tokenizer.chat_template
+    words = set(re.findall(r"[A-Za-z_]\w*", template if isinstance(template, str) else json.dumps(template)))
+    for option in chat.options:
+        if option not in words:
+            raise ModelError(f"the chat template of {name} does not read the option {option!r}: leave it out, or see in its "
+                             "tokenizer_config.json (chat_template) how it is called there.")
 
 
 def chat_ids(text: str, tokenizer: Any, chat: Chat, name: str) -> list[int]:
@@ -71,10 +107,8 @@ def chat_ids(text: str, tokenizer: Any, chat: Chat, name: str) -> list[int]:
     The template is rendered once in a process of its own before: one that is a trap is refused there.
     """
     render(text, tokenizer, chat, name)
-    given = datetime.date.fromisoformat(chat.date).strftime("%d %b %Y")
     with foreign(f"the chat template of {name} refuses a conversation", ModelError):
-        return list(tokenizer.apply_chat_template(chat.messages(text), tokenize=True, add_generation_prompt=True, date_string=given,
-                                                  return_dict=False))
+        return list(tokenizer.apply_chat_template(chat.messages(text), tokenize=True, return_dict=False, **_told(chat)))
 
 
 def rendered(messages: list[dict[str, str]], tokenizer: Any, name: str, **options: Any) -> str:

@@ -4,7 +4,7 @@ Knows batches of either engine; does NOT know how prompts were read or what was 
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from alignblind_mi.borders.texts import one_line
+from alignblind_mi.stimuli.thoughts import MARKS
 
 COMPACT_SHARE = 1 / 8    # a batch is compacted when at least this share of its rows have ended
 
@@ -84,16 +85,38 @@ def decode(batch: Batch, tokenizer: Any, limit: int, stop: Stop, choose: Callabl
             batch = batch.select(torch.tensor(going))
             live, chosen = [live[k] for k in going], [chosen[k] for k in going]
         logits = batch.extend(torch.tensor(chosen)[:, None], torch.ones(len(chosen), 1, dtype=torch.bool))[:, -1]
-    return [_generation(tokenizer, ids, end, stop) for ids, end in zip(made, ended, strict=True)]
+    marks = thought_marks(tokenizer)
+    return [_generation(tokenizer, ids, end, stop, marks) for ids, end in zip(made, ended, strict=True)]
+
+
+def thought_marks(tokenizer: Any) -> dict[int, str]:
+    """The tokens that mark thoughts and that a text without special tokens would lose."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known = {tokenizer.convert_tokens_to_ids(mark): mark for mark in MARKS}
+    return {i: mark for i, mark in known.items() if i in special and tokenizer.convert_ids_to_tokens(i) == mark}
+
+
+def decoded(tokenizer: Any, ids: Sequence[int], marks: Mapping[int, str]) -> str:
+    """Tokens as a text without special tokens, but for `marks`: without them a thought would read as an answer."""
+    if not marks or not any(i in marks for i in ids):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    parts, run = list[str](), list[int]()
+    for i in ids:
+        if i in marks:
+            parts += [str(tokenizer.decode(run, skip_special_tokens=True)), marks[i]]
+            run = []
+        else:
+            run.append(i)
+    return "".join([*parts, str(tokenizer.decode(run, skip_special_tokens=True))])
 
 
 def _contains(tokenizer: Any, ids: list[int], strings: Sequence[str]) -> bool:
     return bool(strings) and any(string in tokenizer.decode(ids, skip_special_tokens=True) for string in strings)
 
 
-def _generation(tokenizer: Any, ids: list[int], ended: bool, stop: Stop) -> Generation:
+def _generation(tokenizer: Any, ids: list[int], ended: bool, stop: Stop, marks: Mapping[int, str]) -> Generation:
     kept = ids[:-1] if ids and ids[-1] in stop.ids else ids
-    text = tokenizer.decode(kept, skip_special_tokens=True)
+    text = decoded(tokenizer, kept, marks)
     cut = min((text.index(string) for string in stop.strings if string in text), default=len(text))
     return Generation(text[:cut], len(kept), ended)
 

@@ -115,7 +115,7 @@ def judge_rows(rows: pd.DataFrame, rule: str = "robust") -> pd.DataFrame:
     """The rows with `outcome` and `reason` by `rule`, whatever they had before."""
     names = [str(name) for name in rows.columns]
     labels = (dict(zip(names, values, strict=True)) for values in rows.itertuples(index=False, name=None))
-    outcomes = [judge(str(row["answer"]), row, rule) for row in labels]
+    outcomes = [judge(str(row["answer"]), row, rule, prompt=str(row.get("prompt", ""))) for row in labels]
     return rows.assign(outcome=[outcome.label for outcome in outcomes], reason=[outcome.reason for outcome in outcomes])
 
 

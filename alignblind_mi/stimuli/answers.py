@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from alignblind_mi.stimuli.agreement import judge_explicit
 from alignblind_mi.stimuli.outcome import ASKED_AGAIN, AnswerError, Outcome
+from alignblind_mi.stimuli.thoughts import without_thought
 
 Rule = Literal["robust", "published"]
 RULES: tuple[Rule, ...] = ("robust", "published")
@@ -22,14 +23,19 @@ ROLES = ("marked", "unmarked", "positive", "negative")
 _STEREOTYPE = {"positive": "unmarked", "negative": "marked"}
 
 
-def judge(answer: str, labels: Mapping[str, Any], rule: str = "robust") -> Outcome:
-    """The outcome of one answer (the text after the prompt), by the rule for its `kind`."""
+def judge(answer: str, labels: Mapping[str, Any], rule: str = "robust", *, prompt: str = "") -> Outcome:
+    """The outcome of one answer (the text after the prompt), by the rule for its `kind`.
+
+    Of a model that thinks, what follows the thought is judged; a thought that was cut off is invalid (`thought_cut`). `prompt`: what was
+    asked, if its template may have begun a thought.
+    """
     kind = labels.get("kind", "")
-    if kind == "explicit":
-        return judge_explicit(answer, labels)
-    if kind == "implicit":
-        return judge_implicit(answer, labels, rule)
-    raise AnswerError(f"an answer has kind {kind!r}; expected 'implicit' or 'explicit'.")
+    if kind not in ("implicit", "explicit"):
+        raise AnswerError(f"an answer has kind {kind!r}; expected 'implicit' or 'explicit'.")
+    said = without_thought(answer, prompt)
+    if said is None:
+        return Outcome("invalid", "thought_cut")
+    return judge_explicit(said, labels) if kind == "explicit" else judge_implicit(said, labels, rule)
 
 
 def judge_implicit(answer: str, labels: Mapping[str, Any], rule: str = "robust") -> Outcome:
