@@ -3,6 +3,7 @@
 A verb takes a kind as one parameter (`loading: Loading`), and `with_options` puts the kind's options in its place on the command line.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, fields
@@ -31,6 +32,7 @@ DeviceMap = Annotated[str | None, typer.Option(help="Passed to transformers, e.g
 Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes; pip install 'alignblind-mi\\[quantized]').")]
 Chatting = Annotated[bool, typer.Option("--chat", help="Ask in the models' own chat templates (default: raw text, as the paper).")]
 System = Annotated[str, typer.Option(help="A system prompt before every prompt of the chat.")]
+ChatOptions = Annotated[str, typer.Option(help="Options of the chat template, such as enable_thinking=false (several with commas).")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy, above it answers are sampled (default: 0; 1 for an organism).")]
 EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own forward pass), or auto: fast where both agree.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along (read it first).")]
@@ -83,6 +85,7 @@ class Asking:
     quick: Quick = False
     chat: Chatting = False
     system: System = ""
+    chat_options: ChatOptions = ""
     temperature: Temperature = None
     seed: Seed = 0
 
@@ -153,7 +156,29 @@ def configured(asked: One | Pair, asking: Asking, loading: Loading) -> "StudyCon
     from alignblind_mi.studies.config import StudyConfig
 
     base, aligned = asked.models
-    return StudyConfig.create(base, aligned, concept=asked.concept, cue=asked.cue, **asdict(asking), **asdict(loading))
+    asks = asdict(asking) | {"chat_options": template_options(asking.chat_options)}
+    return StudyConfig.create(base, aligned, concept=asked.concept, cue=asked.cue, **asks, **asdict(loading))
+
+
+def template_options(text: str) -> dict[str, bool | int | float | str]:
+    """The options of a chat template as they are typed: true, false, numbers, and texts. Errors: AlignblindError for one without a value
+    or given twice."""
+    found: dict[str, bool | int | float | str] = {}
+    for part in listed(text):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name or not value or name in found:
+            raise AlignblindError(f"{part!r} is no option of a chat template, or stands there twice: write name=value, such as "
+                                  "enable_thinking=false.")
+        plain = {"true": True, "false": False}.get(value.lower())
+        found[name] = plain if plain is not None else _number_or_text(value)
+    return found
+
+
+def _number_or_text(value: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 # ---- what is given -------------------------------------------------------------------------------------------------------

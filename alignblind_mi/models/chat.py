@@ -40,7 +40,7 @@ class Chat:
 
     system: str = ""
     date: str = "2024-07-26"
-    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, PromptError)
@@ -52,8 +52,9 @@ class Chat:
             raise PromptError(f"a date of a chat is written like 2024-07-26, not {self.date!r}.") from None
         for name, value in self.options.items():
             if not isinstance(name, str) or not name.isidentifier() or name in OURS:
-                raise PromptError(f"{shown(name)} is no option of a chat template: give a name that the template reads, such as "
-                                  f"enable_thinking ({', '.join(OURS)} are given by this project).")
+                why = " (this project gives it itself)" if name in OURS else ""
+                raise PromptError(f"{shown(name)} is no option of a chat template{why}: give a name that the template reads, such as "
+                                  "enable_thinking.")
             if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not math.isfinite(value)):
                 raise PromptError(f"the option {name} of a chat must be a text, a number, true or false, got {shown(value)}.")
 

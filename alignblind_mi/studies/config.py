@@ -1,8 +1,10 @@
 """What a study is asked to do: everything that its rows depend on, checked before anything is loaded. Does NOT run anything."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from alignblind_mi.borders.settings import Count, Layer, Made, PathText, Seed, Temperature, check_fields, takes, widened
@@ -63,10 +65,11 @@ class StudyConfig:
     @takes(ModelError)
     def create(cls, base: PathText, aligned: PathText, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "",
                quick: bool = False, seed: Seed = 0, chat: bool = False, system: str = "", temperature: Temperature | None = None,
-               **options: Any) -> "StudyConfig":
+               chat_options: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
-        `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one.
+        `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one,
+        with the template's `chat_options` (such as {"enable_thinking": False}).
         `temperature`: 0 is greedy; None is greedy, but sampled at 1 where an organism's record says so. `options` are those of
         `ModelSpec` (dtype, device, device_map, quantization, engine ...), for both models.
 
@@ -74,8 +77,11 @@ class StudyConfig:
         """
         if system and not chat:
             raise ModelError(f"the system prompt {system!r} needs a chat to stand in: ask in a chat (chat=True, --chat), or leave it out.")
+        if chat_options and not chat:
+            raise ModelError(f"the option {next(iter(chat_options))} of a chat template needs a chat: ask in a chat (chat=True, --chat), "
+                             "or leave it out.")
         return cls.of(ModelSpec(base, **options), ModelSpec(aligned, **options), concept=concept, cue=cue, quick=quick, seed=seed,
-                      chat=Chat(system) if chat else None, temperature=temperature)
+                      chat=Chat(system, options=dict(chat_options)) if chat else None, temperature=temperature)
 
     @classmethod
     @takes(ModelError)
