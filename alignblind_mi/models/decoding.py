@@ -28,6 +28,9 @@ class Batch(Protocol):
     def logits(self) -> Float[Tensor, "row vocabulary"]:
         """Logits after the last column, in float32."""
 
+    def is_finite(self) -> bool:
+        """Whether what the next token is computed from, or was read, are numbers."""
+
     def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
         """Exact log-probabilities of some next tokens."""
 
@@ -85,8 +88,15 @@ def decode(batch: Batch, tokenizer: Any, limit: int, stop: Stop, choose: Callabl
             batch = batch.select(torch.tensor(going))
             live, chosen = [live[k] for k in going], [chosen[k] for k in going]
         logits = batch.extend(torch.tensor(chosen)[:, None], torch.ones(len(chosen), 1, dtype=torch.bool))[:, -1]
+        refuse_nan(batch)
     marks = thought_marks(tokenizer)
     return [_generation(tokenizer, ids, end, stop, marks) for ids, end in zip(made, ended, strict=True)]
+
+
+def refuse_nan(batch: Batch) -> None:
+    """Errors: FloatingPointError where a model's numbers have become NaN or infinite: nothing that follows from them means anything."""
+    if not batch.is_finite():
+        raise FloatingPointError("activations or logits are not finite")
 
 
 def thought_marks(tokenizer: Any) -> dict[int, str]:
@@ -158,7 +168,9 @@ def _continuations(batch: Batch, choices: Sequence[Sequence[Sequence[int]]], wid
     log_probs = first.gather(1, targets[:, 0].view(-1, n).to(first.device)).view(-1, 1).cpu()
     if width > 1:
         rows = torch.arange(len(choices)).repeat_interleave(n)    # on the CPU: an index that works on every device
-        logits = batch.select(rows).extend(targets[:, :-1], real[:, :-1])
+        part = batch.select(rows)
+        logits = part.extend(targets[:, :-1], real[:, :-1])
+        refuse_nan(part)
         rest = logits.log_softmax(-1).gather(2, targets[:, 1:, None].to(logits.device))[..., 0]
         log_probs = torch.cat([log_probs, rest.cpu()], 1)
     return (log_probs * real).sum(1).view(-1, n)

@@ -131,6 +131,10 @@ class Batch:
         """Logits after the last column, in float32."""
         return unembed(self.engine.model, self.hidden)
 
+    def is_finite(self) -> bool:
+        """Whether what the next token is computed from, or was read, are numbers."""
+        return bool((self.hidden if self.found is None else self.found).isfinite().all())
+
     def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
         """Exact log-probabilities of some next tokens; the vocabulary is there for a part of the rows at a time."""
         return log_probs_of(self.engine.model, self.hidden, ids, self.engine.budget.lens_block)

@@ -36,6 +36,10 @@ class Batch:
         """Logits after the last column, in float32."""
         return self.last
 
+    def is_finite(self) -> bool:
+        """Whether the logits of the next token, or what was read, are numbers; a logit may be minus infinity."""
+        return bool((self.last < torch.inf).all()) if self.found is None else bool(self.found.isfinite().all())
+
     def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
         """Exact log-probabilities of some next tokens, on the CPU."""
         return self.last.log_softmax(-1)[:, ids.to(self.last.device)].cpu()

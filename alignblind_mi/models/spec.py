@@ -119,3 +119,11 @@ def _check_device(name: Any) -> None:
     count = 1 if device.type in ("cpu", "mps") else module.device_count()
     if not module.is_available() or (device.index or 0) >= count:
         raise ModelError(f"there is no device {name!r} that torch can use here: give cpu, or one that this machine has.")
+
+
+def not_finite(spec: ModelSpec) -> ModelError:
+    """The error for a model whose activations become NaN or infinite: which numbers it ran in, and which would hold."""
+    wider = {"float16": "load it in bfloat16 or float32, whose range is wider (dtype, --dtype)", "bfloat16": "load it in float32 (--dtype)"}
+    advice = wider.get(str(spec.dtype), "its weights, or a vector that is put into it, are too large")
+    return ModelError(f"the numbers of {spec.name} become NaN or infinite in {spec.dtype}, so that no answer of it means anything: "
+                      f"{advice}.")

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from alignblind_mi.models.blocks import input_device, is_llama_like, text_config
 from alignblind_mi.models.budget import Budget, RowCost
+from alignblind_mi.models.decoding import refuse_nan
 from alignblind_mi.models.engine import Engine
 from alignblind_mi.models.plain import PlainEngine
-from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
+from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec, not_finite
 from alignblind_mi.models.tokens import TokenEdit, TokenRow, place
 
 log = logging.getLogger(__name__)
@@ -22,17 +23,20 @@ def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:
     Errors: ModelError if the fast engine is asked for and cannot run the model.
     """
     plain = PlainEngine(model, Budget(RowCost.of(model.config, DTYPES[str(spec.dtype)].itemsize), input_device(model)))
+    own = model.config._attn_implementation
+    try:
+        expected = _trial(plain)    # before the fast engine changes the model's attention
+    except FloatingPointError as error:
+        raise not_finite(spec) from error
     if spec.engine == "plain":
         return plain
-    own = model.config._attn_implementation
     wrong = "its layers are not laid out as Llama's"
     if is_llama_like(model):
-        expected = _trial(plain)    # before the fast engine changes the model's attention
         fast = Engine(model, plain.budget)
         try:
             difference = max(float((a - b).abs().max()) for a, b in zip(_trial(fast), expected, strict=True))
             wrong = "" if difference <= tolerance(model) else f"its log-probabilities differ from the model's own by {difference:.2g}"
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, FloatingPointError) as error:
             wrong = f"its layers cannot be called one by one ({error})"
         if not wrong:
             return fast
@@ -53,6 +57,7 @@ def _trial(engine: Engine | PlainEngine) -> list[Tensor]:
     first, then = torch.empty(2, len(rows), config.vocab_size)
     with torch.no_grad():
         for batch in engine.batches(rows, 1):
+            refuse_nan(batch)
             first[batch.index] = batch.logits().log_softmax(-1).cpu()
             more = batch.extend(torch.full((len(batch.index), 1), ids[0]), torch.ones(len(batch.index), 1, dtype=torch.bool))
             then[batch.index] = more[:, -1].log_softmax(-1).cpu()

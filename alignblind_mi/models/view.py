@@ -20,11 +20,11 @@ from alignblind_mi.models.adapters import switch, switched
 from alignblind_mi.models.blocks import decoder_layers, mixer_width, text_config
 from alignblind_mi.models.budget import is_out_of_memory, release
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
-from alignblind_mi.models.decoding import Batch
+from alignblind_mi.models.decoding import Batch, refuse_nan
 from alignblind_mi.models.edits import GENERATED, UNITS, UNTREATED, EditError, Row, Rows, Site, Treatment
 from alignblind_mi.models.engine import Engine
 from alignblind_mi.models.plain import PlainEngine
-from alignblind_mi.models.spec import ModelError, ModelSpec
+from alignblind_mi.models.spec import ModelError, ModelSpec, not_finite
 from alignblind_mi.models.tokens import Encoded, Reader, TokenEdit, TokenRow, continuation_ids, encode, place, unknown_words, word_ids
 from alignblind_mi.models.twin import Twin
 from alignblind_mi.progress import Advance, counted
@@ -212,6 +212,8 @@ class View:
                 done: set[int] = set()
                 try:
                     self._through({i: rows[i] for i in left}, room, reader, work, done, advance)
+                except FloatingPointError as error:
+                    raise not_finite(self.spec) from error
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -226,6 +228,7 @@ class View:
         numbers = list(rows)
         for batch in self.engine.batches(list(rows.values()), room, reader):
             index = batch.index = [numbers[i] for i in batch.index]
+            refuse_nan(batch)
             work(batch)
             done.update(index)
             advance(len(index))
