@@ -15,6 +15,7 @@ from alignblind_mi.models.adapters import switched
 from alignblind_mi.models.edits import Row, Stream
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.plain import PlainEngine
+from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.tokens import Taps, TokenRow, left_pad
 
 Where = tuple[int, Stream]
@@ -87,7 +88,9 @@ def log_odds_gradients(model: HookedModel, row: Row, answers: tuple[str, str], p
 
 def _forward(model: HookedModel, rows: list[TokenRow], places: Collection[Where], keep: int, shift: Tensor | None = None
              ) -> tuple[_Keeper, Tensor]:
-    engine = PlainEngine(model.engine.model, model.engine.budget)
+    engine = model.engine if isinstance(model.engine, PlainEngine) else PlainEngine(model.engine.model, model.engine.budget)
+    if not engine.padded and len({len(row.ids) for row in rows}) > 1:
+        raise ModelError(f"gradients on {model.spec.name} need answers of the same number of tokens: its rows cannot be padded.")
     ids, mask = left_pad([row.ids for row in rows], engine.device)
     keeper = _Keeper(rows, [len(row.ids) - ids.shape[1] for row in rows], places, shift)
     with model.lock, switched(model.peft, model.treatment.adapter), engine.tapped(keeper):

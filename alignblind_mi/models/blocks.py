@@ -153,11 +153,9 @@ def _added_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
             raise EditError(f"in {type(layer).__name__} attention is not simply added to the stream: the streams inside it are not those "
                             "of a pre-norm block. Edit or read resid_pre or resid_post.")
 
-    def after_mlp(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return taps.touch(index, "mlp_out", output)
-
     with hooked(layer.register_forward_pre_hook(before), attention.register_forward_hook(after_attention),
-                norm.register_forward_pre_hook(before_norm), mlp.register_forward_hook(after_mlp)):
+                norm.register_forward_pre_hook(before_norm),
+                mlp.register_forward_hook(output_hook(lambda value: taps.touch(index, "mlp_out", value)))):
         yield
 
 

@@ -8,7 +8,8 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,17 +21,11 @@ from alignblind_mi.models.budget import Budget
 from alignblind_mi.models.tokens import Later, Reader, Taps, TokenRow, left_pad, positions
 
 
-@dataclass(eq=False)
-class Batch:
-    """Rows whose prompts have been read by the model's own forward pass: see `engine.Batch`."""
+class _Said:
+    """What both kinds of batches say of the next token."""
 
-    engine: "PlainEngine"
-    index: list[int]
     last: Float[Tensor, "row vocabulary"]
-    mask: Bool[Tensor, "row column"]
-    past: Any
-    later: Later
-    found: Float[Tensor, "row read value"] | None = None
+    found: Float[Tensor, "row read value"] | None
 
     def logits(self) -> Float[Tensor, "row vocabulary"]:
         """Logits after the last column, in float32."""
@@ -43,6 +38,19 @@ class Batch:
     def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
         """Exact log-probabilities of some next tokens, on the CPU."""
         return self.last.log_softmax(-1)[:, ids.to(self.last.device)].cpu()
+
+
+@dataclass(eq=False)
+class Batch(_Said):
+    """Rows whose prompts have been read by the model's own forward pass: see `engine.Batch`."""
+
+    engine: "PlainEngine"
+    index: list[int]
+    last: Float[Tensor, "row vocabulary"]
+    mask: Bool[Tensor, "row column"]
+    past: Any
+    later: Later
+    found: Float[Tensor, "row read value"] | None = None
 
     def extend(self, tokens: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new vocabulary"]:
         """Read more tokens of every row and return the logits after each; `real` is False in padding on the right."""
@@ -65,30 +73,83 @@ class Batch:
         return Batch(self.engine, self.index, self.last, self.mask, copy.deepcopy(self.past), self.later)
 
 
+@dataclass(eq=False)
+class Anew(_Said):
+    """The same of a model whose cache cannot be used: at every step its rows are read from their beginning, with their edits."""
+
+    engine: "PlainEngine"
+    index: list[int]
+    last: Float[Tensor, "row vocabulary"]
+    rows: list[TokenRow]
+    found: Float[Tensor, "row read value"] | None = None
+
+    def extend(self, tokens: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new vocabulary"]:
+        """Read more tokens of every row and return the logits after each; `real` is False in padding on the right."""
+        new = [[int(t) for t, there in zip(some, is_real, strict=True) if there]
+               for some, is_real in zip(tokens.tolist(), real.tolist(), strict=True)]
+        self.rows = [_grown(row, more) for row, more in zip(self.rows, new, strict=True)]
+        out = self.last.new_zeros(len(self.rows), tokens.shape[1], self.last.shape[-1])
+        for some in [range(len(self.rows))] if self.engine.padded else [[i] for i in range(len(self.rows))]:
+            part = [self.rows[i] for i in some]
+            ids, mask = left_pad([row.ids for row in part], self.engine.device)
+            with self.engine.tapped(Taps(part, [len(row.ids) - ids.shape[1] for row in part])):
+                logits = self.engine.forward(ids, mask, None, use_cache=False).logits.float()
+            for i, of_row in zip(some, logits, strict=True):
+                if new[i]:
+                    out[i, : len(new[i])] = of_row[-len(new[i]) :]
+                    self.last[i] = of_row[-1]
+        return out
+
+    def select(self, rows: Int[Tensor, " row"]) -> "Anew":
+        """The batch of these rows only (or of some rows more than once)."""
+        chosen = rows.tolist()
+        return Anew(self.engine, [self.index[i] for i in chosen], self.last[rows.to(self.last.device)], [self.rows[i] for i in chosen])
+
+    def copy(self) -> "Anew":
+        """A batch that can be used up while this one stays."""
+        return Anew(self.engine, list(self.index), self.last.clone(), list(self.rows))
+
+
+def _grown(row: TokenRow, new: list[int]) -> TokenRow:
+    """A row with more tokens, and the edits that act on them."""
+    places = range(len(row.ids), len(row.ids) + len(new))
+    later = tuple(replace(edit, at=edit.at._replace(position=at)) for at in places for edit in row.later)
+    return replace(row, ids=(*row.ids, *new), edits=(*row.edits, *later), reads=())
+
+
 class PlainEngine:
     """Runs token rows by a transformers model's own forward pass. See the module's docstring."""
 
     name = "plain"
 
     def __init__(self, model: Any, budget: Budget) -> None:
+        """`padded`: rows of different lengths run together; `cached`: what was read is kept for the tokens that follow. The trial at load
+        (`trial.py`) switches off what a model does not bear: recurrent ones often neither."""
         self.model, self.budget, self.device = model, budget, input_device(model)
+        self.padded = self.cached = True
         self.n_layers = int(text_config(model).num_hidden_layers)
         self.layers = decoder_layers(model)
-        self.takes = set(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters.values()
+        self.takes = {one.name for one in parameters}
+        self.takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
 
-    def batches(self, rows: Sequence[TokenRow], room: int | None, reader: Reader | None = None) -> Iterator[Batch]:
+    def batches(self, rows: Sequence[TokenRow], room: int | None, reader: Reader | None = None) -> "Iterator[Batch | Anew]":
         """Read all rows, long ones first, in batches: see `engine.Engine.batches`."""
         length = [len(row.ids) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -length[i])
-        for index in self.budget.parts(order, length, length, room):
-            yield self._read([rows[i] for i in index], index, room, reader)
+        alike = [order] if self.padded else [list(same) for _, same in groupby(order, key=length.__getitem__)]
+        for some in alike:
+            for index in self.budget.parts(some, length, length, room):
+                yield self._read([rows[i] for i in index], index, room, reader)
 
-    def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None) -> Batch:
+    def _read(self, rows: Sequence[TokenRow], index: list[int], room: int | None, reader: Reader | None) -> "Batch | Anew":
         ids, mask = left_pad([row.ids for row in rows], self.device)
         taps = Taps(rows, [len(row.ids) - ids.shape[1] for row in rows], reader)
         with self.tapped(taps):
-            out = self.forward(ids, mask, None, use_cache=room is not None, logits_to_keep=1)
-        return Batch(self, index, out.logits[:, -1].float(), mask, out.past_key_values, Later.of(rows), taps.found)
+            out = self.forward(ids, mask, None, use_cache=room is not None and self.cached, logits_to_keep=1)
+        if not self.cached:
+            return Anew(self, index, out.logits[:, -1].float(), list(rows), taps.found)
+        return Batch(self, index, out.logits[:, -1].float(), mask, getattr(out, "past_key_values", None), Later.of(rows), taps.found)
 
     @contextmanager
     def tapped(self, taps: Taps) -> Iterator[None]:
@@ -114,5 +175,6 @@ class PlainEngine:
                 logits_to_keep: int = 0) -> Any:
         """The model's forward pass on new tokens behind what is cached; the mask covers all columns."""
         optional = {"position_ids": positions(mask)[:, -ids.shape[1] :], "logits_to_keep": logits_to_keep}
-        return self.model(ids, attention_mask=mask.long(), past_key_values=past, use_cache=use_cache,
-                          **{name: value for name, value in optional.items() if name in self.takes})
+        usual = {"attention_mask": mask.long(), "past_key_values": past, "use_cache": use_cache}
+        given = {name: value for name, value in usual.items() if name in self.takes or (self.takes_all and name != "past_key_values")}
+        return self.model(ids, **given, **{name: value for name, value in optional.items() if name in self.takes})

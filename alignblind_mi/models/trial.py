@@ -1,11 +1,13 @@
 """Which engine runs a model: the fast one where it gives the model's own numbers on a small trial. Does NOT know prompts."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignblind_mi.borders.reading import said
 from alignblind_mi.models.blocks import input_device, is_llama_like, text_config
 from alignblind_mi.models.budget import Budget, RowCost
 from alignblind_mi.models.decoding import refuse_nan
@@ -17,15 +19,18 @@ from alignblind_mi.models.tokens import TokenEdit, TokenRow, place
 log = logging.getLogger(__name__)
 
 
+BROKEN = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)    # a forward pass's end
+
+
 def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:
     """The engine that a spec asks for; `auto` is the fast one if it gives the model's own numbers on a small trial, and says if not.
 
-    Errors: ModelError if the fast engine is asked for and cannot run the model.
+    Errors: ModelError if the fast engine is asked for and cannot run the model, and for a model that no engine can run.
     """
     plain = PlainEngine(model, Budget(RowCost.of(model.config, DTYPES[str(spec.dtype)].itemsize), input_device(model)))
     own = model.config._attn_implementation
     try:
-        expected = _trial(plain)    # before the fast engine changes the model's attention
+        expected = _settle(spec, plain)    # before the fast engine changes the model's attention
     except FloatingPointError as error:
         raise not_finite(spec) from error
     if spec.engine == "plain":
@@ -34,7 +39,7 @@ def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:
     if is_llama_like(model):
         fast = Engine(model, plain.budget)
         try:
-            difference = max(float((a - b).abs().max()) for a, b in zip(_trial(fast), expected, strict=True))
+            difference = _apart(_trial(fast), expected)
             wrong = "" if difference <= tolerance(model) else f"its log-probabilities differ from the model's own by {difference:.2g}"
         except (RuntimeError, TypeError, ValueError, AttributeError, FloatingPointError) as error:
             wrong = f"its layers cannot be called one by one ({error})"
@@ -47,21 +52,91 @@ def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:
     return plain
 
 
-def _trial(engine: Engine | PlainEngine) -> list[Tensor]:
-    """Log-probabilities of rows that use all that an engine has: padding, a shared prompt with edits, and tokens that follow."""
+def _settle(spec: ModelSpec, plain: PlainEngine) -> list[Tensor]:
+    """What the trial should give; the plain engine's `padded` and `cached` are set to what the model bears.
+
+    Expected is what single rows give without padding and cache; that in turn is held against the model's own forward pass, and a token's
+    answer against the same token's with others behind it. Errors: ModelError for a model whose rows cannot be run, or that is not causal.
+    """
+    plain.padded = plain.cached = False
+    try:
+        expected, (first, then, within) = _trial(plain), _own(plain)
+    except BROKEN as error:
+        raise ModelError(f"{spec.name} ({type(plain.model).__name__}) cannot be run: its forward pass ends in "
+                         f"{said(error)}.") from error
+    near = tolerance(plain.model)
+    if float((within - first).abs().max()) > near:
+        raise ModelError(f"{spec.name} ({type(plain.model).__name__}) is not a causal language model: what it says after a token "
+                         "depends on the tokens that follow.")
+    apart = _apart([part[ALONE] for part in expected[:3]], [first, then, then])
+    if apart > near:
+        raise ModelError(f"{spec.name} cannot be run: with our hooks and positions its log-probabilities differ from its own by "
+                         f"{apart:.2g}.")
+    found = []
+    for plain.padded, plain.cached in ((True, True), (True, False), (False, False)):
+        if not plain.padded:
+            break
+        try:
+            difference = _apart(_trial(plain), expected)
+            if difference <= near:
+                break
+            found.append(f"log-probabilities {difference:.2g} apart")
+        except (*BROKEN, FloatingPointError) as error:
+            found.append(said(error))
+    if not plain.cached:
+        how = "" if plain.padded else ", and rows of different lengths do not run together"
+        log.warning("%s keeps no keys and values that can be used (%s): it is read from the beginning at every token%s. Slow, and right.",
+                    spec.name, found[0], how)
+    return expected
+
+
+ALONE = [0, 3]    # the rows of the trial without edits
+
+
+def _rows(engine: Engine | PlainEngine) -> list[TokenRow]:
+    """Rows of different lengths that share beginnings, with edits."""
     config = text_config(engine.model)
     ids = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     vector = torch.ones(config.hidden_size)
     edits = [(TokenEdit(place(layer, "resid_post", 20), vector, "add", 1.0),) for layer in range(min(2, engine.n_layers))]
-    rows = [TokenRow(tuple(ids)), *(TokenRow(tuple(ids[:30]), edit) for edit in edits), TokenRow(tuple(ids[5:12]))]
-    first, then = torch.empty(2, len(rows), config.vocab_size)
+    return [TokenRow(tuple(ids)), *(TokenRow(tuple(ids[:30]), edit) for edit in edits), TokenRow(tuple(ids[5:12]))]
+
+
+def _trial(engine: Engine | PlainEngine) -> list[Tensor]:
+    """Log-probabilities of rows that use all that an engine has: padding, a shared prompt with edits, a token that follows, and two
+    continuations of different lengths behind each row."""
+    rows = _rows(engine)
+    token = rows[0].ids[0]
+    first, then, one, two = torch.empty(4, len(rows), text_config(engine.model).vocab_size)
     with torch.no_grad():
-        for batch in engine.batches(rows, 1):
+        for batch in engine.batches(rows, 2):
             refuse_nan(batch)
+            n = len(batch.index)
             first[batch.index] = batch.logits().log_softmax(-1).cpu()
-            more = batch.extend(torch.full((len(batch.index), 1), ids[0]), torch.ones(len(batch.index), 1, dtype=torch.bool))
+            both = batch.copy().select(torch.arange(n).repeat_interleave(2))
+            real = torch.tensor([[True, False], [True, True]]).repeat(n, 1)
+            behind = both.extend(torch.full((2 * n, 2), token), real).log_softmax(-1).cpu()
+            one[batch.index], two[batch.index] = behind[::2, 0], behind[1::2, 1]
+            more = batch.extend(torch.full((n, 1), token), torch.ones(n, 1, dtype=torch.bool))
             then[batch.index] = more[:, -1].log_softmax(-1).cpu()
-    return [first, then]
+    return [first, then, one, two]
+
+
+def _own(engine: PlainEngine) -> tuple[Tensor, Tensor, Tensor]:
+    """By the bare model, of the rows without edits: after the row, after one more token, and after the row with that token behind it."""
+    rows = _rows(engine)
+    parts = []
+    with torch.no_grad():
+        for row in (rows[i] for i in ALONE):
+            given = [torch.tensor([ids], device=engine.device) for ids in (row.ids, (*row.ids, rows[0].ids[0]))]
+            short, long = (engine.model(ids).logits[0].float().log_softmax(-1).cpu() for ids in given)
+            parts.append(torch.stack([short[-1], long[-1], long[-2]]))
+    first, then, within = torch.stack(parts, 1)
+    return first, then, within
+
+
+def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
 
 
 def tolerance(model: Any) -> float:
