@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from importlib import resources
 from itertools import islice
@@ -80,6 +80,7 @@ BAD: dict[str | tuple[str, str], Sequence[str]] = {
     "concept": (*NAMES, "race.toml", "/dev/null", "concepts/race", "a\0b.toml", "x" * 5000 + ".toml", "\ud800.toml"),
     "cue": (*TEXTS, " "),
     "system": (*TEXTS,),
+    "chat_options": ("abc", "=1", "a=", "a=1,a=2", ",", "a b=1", "messages=1", "enable_thinkin=false", "[/]=1", "\x1b[31m=1"),
     "temperature": (*REAL, "1e300"),
     "seed": WHOLE,
     "dtype": (*NAMES, "float64", "Float32", "int8", "torch.float32"),
@@ -144,7 +145,7 @@ SOUND = {
     ("system", value)
     for value in ("abc", "a\nb", "[bold]x[/bold]", "[/]", "../x", "=1+1", "\x1b[31mred", "; rm -rf x", "{x}", "%s", "a\0b", "x" * 5000)
 }
-LATE = {"system", "modules"}  # what can be wrong with them is seen by the tokenizer or the model
+LATE = {"system", "chat_options", "modules"}  # what can be wrong with them is seen by the tokenizer or the model
 
 
 def options() -> list[tuple[str, Any]]:
@@ -240,7 +241,7 @@ def _key(verb: str, name: str) -> str | tuple[str, str]:
 
 def _case(verb: str, option: Any, value: str, *, named: tuple[str, ...] = ()) -> Case:
     given = [f"{option.opts[0]}={value}"] if option.param_type_name == "option" else ["--", value]
-    extra = [*RARE.get((verb, option.name), ()), *(["--chat"] if option.name == "system" else [])]
+    extra = [*RARE.get((verb, option.name), ()), *(["--chat"] if option.name in ("system", "chat_options") else [])]
     fine = (option.name, value) in SOUND
 
     def run(place: Place) -> list[str]:
@@ -248,6 +249,8 @@ def _case(verb: str, option: Any, value: str, *, named: tuple[str, ...] = ()) ->
         return [*line, *extra, *given]
 
     flag = option.opts[0]
+    if option.name == "chat_options":
+        named = names_of(value.partition("=")[0] or value)
     what = named or (*names_of(value), *((flag,) if not value.strip() else ()))
     return Case(
         verb or "alignblind",
@@ -718,6 +721,7 @@ YAML_VALUES: dict[type, Sequence[str]] = {
     str: ("[]", "{}", "7", "abc", '"a\\0b"', '"\\ud800"', '"a\\nb"', '""', "[1, 2]", "!!python/name:os.system", "x" * 5000),
     bool: ("abc", "7", "[]", '"yes"', "{}"),
     tuple: ("abc", "7", "[[]]", "[.nan]", "[-1]", '[""]', "[abc]", "{}", "[7]"),
+    Mapping: ("abc", "7", "[]", "{a: null}", "{a: .nan}", "{a: [1]}", "{7: 1}", "{messages: 1}", "{enable_thinkin: false}"),
 }
 YAML_EXTRA = {
     "decoding.max_new_tokens": ("0",),

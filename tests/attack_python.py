@@ -196,6 +196,13 @@ def settings_cases(to: Attack) -> None:
     to.each("Treatment", "name", (7, None, b"x"), lambda v: Treatment(v), named=())
     to.each("Treatment", "adapter", (7, [], b"x"), lambda v: Treatment("t", adapter=v), named=())
     to.each("Chat", "date", (*TEXT, ""), lambda v: Chat(date=v))
+    to.each(
+        "Chat",
+        "options",
+        ({"a": None}, {"a": NAN}, {"a b": 1}, {"messages": 1}, {"a": [1]}, 7, "abc", None),
+        lambda v: Chat(options=v),
+        named=(),
+    )
     to.each("Chat", "system", ("\ud800x", 7, None, b"x"), lambda v: Chat(system=v))
     for name in ("untreated", "treated", "discordant", "icc", "template_icc"):
         to.each(

@@ -53,10 +53,10 @@ class Chat:
         for name, value in self.options.items():
             if not isinstance(name, str) or not name.isidentifier() or name in OURS:
                 why = " (this project gives it itself)" if name in OURS else ""
-                raise PromptError(f"{shown(name)} is no option of a chat template{why}: give a name that the template reads, such as "
-                                  "enable_thinking.")
+                raise PromptError(f"the chat options have {shown(name)}, which is no option of a template{why}: give a name that the "
+                                  "template reads, such as enable_thinking.")
             if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not math.isfinite(value)):
-                raise PromptError(f"the option {name} of a chat must be a text, a number, true or false, got {shown(value)}.")
+                raise PromptError(f"the chat options have {name} as {shown(value)}: it must be a text, a finite number, true or false.")
 
     def __hash__(self) -> int:
         return hash((self.system, self.date, tuple(sorted(self.options.items()))))

@@ -54,8 +54,9 @@ def test_an_option_that_the_template_does_not_read_is_refused(thinker, race):
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"messages": "x"}, "'messages' is no option of a chat template .this project gives it itself"), ({"a b": 1}, "'a b' is no option"),
-    ({"a": None}, "the option a of a chat must be a text, a number, true or false, got None"), ({"a": float("nan")}, "got nan"),
+    ({"messages": "x"}, "'messages', which is no option of a template .this project gives it itself"),
+    ({"a b": 1}, "'a b', which is no option"),
+    ({"a": None}, "have a as None: it must be a text, a finite number, true or false"), ({"a": float("nan")}, "a as nan: it must be"),
     ({"a": [1]}, "must be a text")])
 def test_options_that_mean_nothing_are_refused(options, said):
     with pytest.raises(PromptError, match=said):
