@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 QUICK := tests/borders tests/stimuli tests/statistics tests/models/test_edits.py tests/models/test_chat.py \
-	tests/models/test_adapters.py tests/models/test_weights.py tests/test_floors.py tests/test_results.py
+	tests/models/test_adapters.py tests/test_floors.py tests/test_results.py
 
 .PHONY: install study test quick check docs clean
 
