@@ -1,9 +1,12 @@
-# install: the virtual environment with everything, at the pinned versions. study, test: the same, then run. docs: the same, then site/.
+# install: the virtual environment with everything, at the pinned versions. study, test: the same, then run. quick: the tests for while one
+# works. docs: the same, then site/.
 VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
+QUICK := tests/borders tests/stimuli tests/statistics tests/models/test_edits.py tests/models/test_chat.py \
+	tests/models/test_adapters.py tests/test_floors.py tests/test_results.py
 
-.PHONY: install study test check docs notebooks clean
+.PHONY: install study test quick check docs clean
 
 install: $(STAMP)
 
@@ -23,6 +26,9 @@ check: install
 
 test: check
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+
+quick: check
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not slow" $(QUICK)
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from alignblind_mi.models import budget, decoding, engine
+from alignblind_mi.models import budget, decoding, engine, stems
 from benchmarks.jobs import Bench
 from benchmarks.timing import Contest, timed
 
@@ -28,7 +28,7 @@ def without(bench: Bench) -> dict[str, Callable[[], AbstractContextManager[Any]]
 
     return {
         "shared trunks and stems": lambda: patch.object(engine.Engine, "batches", alone),
-        "shared stems": lambda: patch.object(engine, "STEM_COST", 10**9),
+        "shared stems": lambda: patch.object(stems, "STEM_COST", 10**9),
         "last column only in the last layer": lambda: patch.object(ours, "trims", False),
         "batches cut where that is cheapest": lambda: patch.dict(budget.OVERHEAD, {"cpu": 1e9}),
         "grouped heads without copies": transformers_attention,

@@ -15,7 +15,7 @@ from alignblind_mi.borders.settings import File, Listed, many, takes
 from alignblind_mi.mitigations.examples import Example, encode, split_examples
 from alignblind_mi.mitigations.finetuning import Job, Prepared, finetune
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, PAPER, LoraError, LoraSettings, choose_layers, layer_group
-from alignblind_mi.models.configs import load_config
+from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import Treatment
 from alignblind_mi.models.spec import AnySpec, as_spec
 from alignblind_mi.stimuli.concept import Awareness, Concept, ConceptError
@@ -137,7 +137,7 @@ def train_lora(spec: AnySpec, examples: Examples, layers: str | int | Sequence[i
     if len(examples) < settings.batch_size:
         raise LoraError(f"{len(examples)} examples do not fill a batch of {settings.batch_size}.")
     spec = as_spec(spec).resolved()
-    depth = int(load_config(spec).get_text_config().num_hidden_layers)
+    depth = depth_of(spec)
     chosen = choose_layers(layers, depth)
     read = choose_layers(settings.activation_layers or chosen, depth)
     contexts = _contexts(concept) if settings.activation_weight else None

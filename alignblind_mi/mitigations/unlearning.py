@@ -28,7 +28,7 @@ from alignblind_mi.mitigations.examples import Example, Item, encode
 from alignblind_mi.mitigations.finetuning import Job, Prepared, finetune
 from alignblind_mi.mitigations.lora import awareness_examples, blindness_examples, placebo_examples
 from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings, choose_layers
-from alignblind_mi.models.configs import load_config
+from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import Treatment
 from alignblind_mi.models.spec import AnySpec, as_spec
 from alignblind_mi.stimuli.concept import Concept
@@ -79,7 +79,7 @@ def train_unlearning(spec: AnySpec, concept: Concept, out: File, *, method: str 
         raise LoraError(f"unknown unlearning method {method!r}. Known: {', '.join(METHODS)}.")
     settings = settings or UnlearningSettings()
     spec = as_spec(spec).resolved()
-    chosen = choose_layers(layers, int(load_config(spec).get_text_config().num_hidden_layers))
+    chosen = choose_layers(layers, depth_of(spec))
     forget = awareness_examples(concept)
     retain = _retained(concept, settings)
 

@@ -33,6 +33,11 @@ def load_config(spec: ModelSpec) -> Any:
     return config
 
 
+def depth_of(spec: ModelSpec) -> int:
+    """How many decoder layers a model has, by its configuration. Errors: as `load_config`."""
+    return int(load_config(spec).get_text_config().num_hidden_layers)
+
+
 def load_tokenizer(spec: ModelSpec) -> Any:
     """A model's tokenizer alone. Errors: ModelError in one sentence for one that cannot be reached or read."""
     from transformers import AutoTokenizer

@@ -24,7 +24,7 @@ from alignblind_mi.measures.awareness import measure_awareness, measure_lens, me
 from alignblind_mi.measures.behaviour import ask, measure_behaviour
 from alignblind_mi.measures.side_effects import measure_side_effects
 from alignblind_mi.mitigations.lora import trainable
-from alignblind_mi.models.configs import load_config
+from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
@@ -69,7 +69,7 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     concept = load_concept(config.concept)
     check_fits(config, ("base", "aligned"), lora=trainable(concept, config.cue))
     split = check_vocabulary(config, concept)
-    n_layers = int(load_config(config.aligned).get_text_config().num_hidden_layers)
+    n_layers = depth_of(config.aligned)
     plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)
     check_parts(part_name("aligned", rival.name, name) for rival in plan.rivals for name in (*MEASURED, *data))
     identity = config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}

@@ -20,7 +20,7 @@ from alignblind_mi.mitigations.lora import trainable
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
 from alignblind_mi.mitigations.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.models.chat import Chat, in_chat
-from alignblind_mi.models.configs import load_config
+from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import UNTREATED, Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
@@ -88,7 +88,7 @@ def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
 
     A concept or cue without senses has behaviour (and the view of attention) alone.
     """
-    n_layers = int(load_config(config.aligned).num_hidden_layers)
+    n_layers = depth_of(config.aligned)
     for role in ("base", "aligned"):
         yield from observations(config, concept, role)
     if can_steer(concept, config.cue):
@@ -160,7 +160,7 @@ def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat
     def loads() -> list[Load]:
         sources = reading_sources(concept, config.cue, seed=config.seed)
         sources += control_sources(concept, sources, controls, seed=config.seed)
-        layers = int(load_config(config.aligned).num_hidden_layers)
+        layers = depth_of(config.aligned)
         question = interpretation_prompt(concept.interpretation(reading))
         return [Load([source.prompt for source in sources], chat=config.chat), Load([question], times=len(sources) * layers)]
     return compute, loads
@@ -204,7 +204,7 @@ def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
         found = [Load([source.prompt for source in sources], chat=config.chat)]
         if name == "selfie":
             target = interpretation_prompt(concept.selfie_prompt(config.selfie))
-            found.append(Load([target], SELFIE_TOKENS, len(sources) * int(load_config(config.aligned).num_hidden_layers)))
+            found.append(Load([target], SELFIE_TOKENS, len(sources) * depth_of(config.aligned)))
         if name == "probes":
             found.append(Load(context_prompts(concept, config.cue, "train") + context_prompts(concept, config.cue, "test"),
                               chat=config.chat))

@@ -17,7 +17,7 @@ from alignblind_mi.borders.settings import File, many, takes
 from alignblind_mi.errors import ResultError
 from alignblind_mi.mitigations.lora import awareness_examples, train_lora
 from alignblind_mi.mitigations.lora_settings import check_modules, choose_layers, layer_group
-from alignblind_mi.models.configs import load_config, load_tokenizer
+from alignblind_mi.models.configs import depth_of, load_tokenizer
 from alignblind_mi.models.loading import token_count
 from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.models.spec import ModelError
@@ -132,12 +132,12 @@ def check_fits(config: StudyConfig, injected: Collection[str], *, lora: bool) ->
     if concept.has_senses(config.cue) and concept.selfie:
         concept.selfie_prompt(config.selfie)
     for spec in (config.base if role == "base" else config.aligned for role in sorted({*injected})):
-        depth = int(load_config(spec).get_text_config().num_hidden_layers)
+        depth = depth_of(spec)
         if config.target_layer >= depth:
             raise ModelError(f"target_layer {config.target_layer} does not exist: {spec.name} has the layers 0 to {depth - 1}.")
     if lora:
         check_modules(config.aligned, config.lora.modules)
-        choose_layers(config.lora.activation_layers or [0], int(load_config(config.aligned).get_text_config().num_hidden_layers))
+        choose_layers(config.lora.activation_layers or [0], depth_of(config.aligned))
 
 
 def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[str, int]]:
@@ -167,7 +167,7 @@ def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[st
 
 def _trainings(config: StudyConfig, concept: Concept, out: Path) -> list[Job]:
     """A job per adapter."""
-    n_layers = int(load_config(config.aligned).num_hidden_layers)
+    n_layers = depth_of(config.aligned)
     examples = awareness_examples(concept)
 
     def job(group: str, adapter: Path) -> Job:

@@ -32,7 +32,7 @@ from alignblind_mi.mitigations.steering import (
     steering_grid,
     steering_vectors,
 )
-from alignblind_mi.models.configs import load_config
+from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import UNTREATED, EditError, How
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.results import Result, Results, load_result
@@ -218,7 +218,7 @@ class SteeringPlan:
             factors = tuple(float(text) for text in strengths.split(","))
         except ValueError:
             raise SingleError(f"{strengths!r} are no strengths: give numbers separated by commas, such as 0.5,1,2.") from None
-        depth = int(load_config(config.aligned).get_text_config().num_hidden_layers)
+        depth = depth_of(config.aligned)
         groups = layer_windows(depth) if layers == "windows" else [choose_layers(layers, depth)] if layers else [early_window(depth)]
         replaces = (how or ("replace" if method == "replacement" else "add")) == "replace"
         if replaces != (method == "replacement"):

@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -423,7 +422,7 @@ def test_rows_of_another_version_are_named(tmp_path):
 @pytest.mark.parametrize("cue", ["default", "names"])
 @pytest.mark.parametrize("quick", [True, False])
 def test_the_expected_parts_are_those_that_a_study_computes(monkeypatch, race, cue, quick):
-    monkeypatch.setattr(study_parts_of, "load_config", lambda spec: SimpleNamespace(num_hidden_layers=N_LAYERS))
+    monkeypatch.setattr(study_parts_of, "depth_of", lambda spec: N_LAYERS)
     config = studies.StudyConfig(ModelSpec("some/base"), ModelSpec("some/aligned"), cue=cue, quick=quick)
     wanted = [part.name for part in study_parts_of.study_parts(config, race)]
     assert expected_parts({"cue": cue, "quick": quick}, race, N_LAYERS) == wanted

@@ -158,7 +158,7 @@ def test_whatever_stands_in_a_file_is_a_sentence_never_an_error(data):
 
 
 def alignblind(*arguments: object) -> tuple[int, str]:
-    done = CliRunner().invoke(app, list(map(str, arguments)))
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(app, list(map(str, arguments)))
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.output
 
