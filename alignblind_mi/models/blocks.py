@@ -5,7 +5,7 @@ Knows modules and their names; does NOT know prompts or batches.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,20 @@ PLAIN_ROPE = {"default", "llama3", "linear", "yarn"}    # rotary embeddings that
 def text_config(model: Any) -> Any:
     """The configuration of a model's language part (its own, where there is no other part)."""
     return model.config.get_text_config()
+
+
+def own_answers(model: Any, more: Sequence[int] = ()) -> tuple[list[int], Float[Tensor, "token vocab"]]:
+    """One fixed row of random tokens (and `more`), and the log-probabilities after each of them by the model's own forward pass."""
+    vocab = text_config(model).vocab_size
+    ids = torch.randint(vocab, (40,), generator=torch.Generator().manual_seed(0)).tolist() + list(more)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids], device=input_device(model))).logits
+    return ids, logits[0].float().log_softmax(-1).cpu()
+
+
+def tolerance(model: Any) -> float:
+    """How far log-probabilities of two computations of the same model may be apart: rounding, more of it in fewer bits."""
+    return 1e-3 if model.dtype == torch.float32 and not getattr(model, "is_quantized", False) else 0.2
 
 
 def input_device(model: Any) -> torch.device:

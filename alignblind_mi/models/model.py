@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from alignblind_mi.borders.settings import Files, NewTokens, Seed, Temperature, Words, many, takes
-from alignblind_mi.models.adapters import switched, with_adapters
-from alignblind_mi.models.blocks import log_probs_of, text_config, unembed
+from alignblind_mi.models.adapters import adapted, switched, with_adapters
+from alignblind_mi.models.blocks import log_probs_of, text_config, tolerance, unembed
 from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
 from alignblind_mi.models.edits import UNITS, EditError, Row, Rows, Site, Sites
@@ -29,7 +29,7 @@ from alignblind_mi.models.loading import check_model, load_huggingface, stop_ids
 from alignblind_mi.models.spec import DTYPES, AnySpec, ModelError, as_spec
 from alignblind_mi.models.stems import cut
 from alignblind_mi.models.tokens import Reader, Taps, TokenRow, left_pad, place
-from alignblind_mi.models.trial import choose_engine, tolerance
+from alignblind_mi.models.trial import choose_engine, try_adapters
 from alignblind_mi.models.twin import Cached, Twin, bridge_hooks, name_filter
 from alignblind_mi.models.view import View, alone
 from alignblind_mi.stimuli.prompts import Prompts
@@ -276,6 +276,7 @@ def load_model(spec: AnySpec, *, adapters: Files = ()) -> HookedModel:
         model, tokenizer = load_huggingface(spec)
         peft = with_adapters(model, many(adapters), spec)
         engine = choose_engine(spec, model)
+        try_adapters(engine, spec, adapted(peft))
     return HookedModel(spec, engine, Twin(spec, peft or model, tokenizer), tokenizer, stop_ids(model, tokenizer),
                        fingerprint(spec, model.config), peft)
 

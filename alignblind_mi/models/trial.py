@@ -1,14 +1,15 @@
 """Which engine runs a model: the fast one where it gives the model's own numbers on a small trial. Does NOT know prompts."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.reading import said
-from alignblind_mi.models.blocks import input_device, is_llama_like, text_config
+from alignblind_mi.models.blocks import input_device, is_llama_like, text_config, tolerance
 from alignblind_mi.models.budget import Budget, RowCost
 from alignblind_mi.models.decoding import refuse_nan
 from alignblind_mi.models.engine import Engine
@@ -22,19 +23,25 @@ log = logging.getLogger(__name__)
 BROKEN = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)    # a forward pass's end
 
 
+Adapted = Iterable[tuple[str, list[int], Float[Tensor, "token vocab"]]]    # see `adapters.adapted`
+
+
 def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:
     """The engine that a spec asks for; `auto` is the fast one if it gives the model's own numbers on a small trial, and says if not.
 
     Errors: ModelError if the fast engine is asked for and cannot run the model, and for a model that no engine can run.
     """
     plain = PlainEngine(model, Budget(RowCost.of(model.config, DTYPES[str(spec.dtype)].itemsize), input_device(model)))
-    own = model.config._attn_implementation
     try:
         expected = _settle(spec, plain)    # before the fast engine changes the model's attention
     except FloatingPointError as error:
         raise not_finite(spec) from error
-    if spec.engine == "plain":
-        return plain
+    return plain if spec.engine == "plain" else _fast_or(plain, spec, expected)
+
+
+def _fast_or(plain: PlainEngine, spec: ModelSpec, expected: list[Tensor]) -> Engine | PlainEngine:
+    """The fast engine if it runs the model as expected, or the plain one. Errors: ModelError where the fast one is asked for."""
+    model, own = plain.model, plain.model.config._attn_implementation
     wrong = "its layers are not laid out as Llama's"
     if is_llama_like(model):
         fast = Engine(model, plain.budget)
@@ -50,6 +57,26 @@ def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:
         raise ModelError(f"the fast engine cannot run {spec.name}: {wrong}. Use engine='plain' (or auto).")
     log.warning("%s runs on the plain engine: %s.", spec.name, wrong)
     return plain
+
+
+def try_adapters(engine: Engine | PlainEngine, spec: ModelSpec, adapted: Adapted) -> None:
+    """Whether an engine gives what PEFT computes with each adapter on (`adapted` turns one after the other on). Errors: ModelError."""
+    for name, ids, answers in adapted:
+        apart = _apart_from(engine, ids, answers)
+        if not apart <= tolerance(engine.model):
+            advice = "" if isinstance(engine, PlainEngine) else " Try engine='plain'."
+            raise ModelError(f"the adapter {name} cannot be used on {spec.name}: with it on, log-probabilities are {apart:.2g} apart from "
+                             f"PEFT's own, as of an adapter that acts on some tokens only.{advice}")
+
+
+def _apart_from(engine: Engine | PlainEngine, ids: list[int], answers: Float[Tensor, "token vocab"]) -> float:
+    """How far an engine's log-probabilities are from others, after a whole row of tokens and two of its beginnings, run together."""
+    ends = [len(ids), 20, 7]
+    found = torch.empty(len(ends), answers.shape[1])
+    with torch.no_grad():
+        for batch in engine.batches([TokenRow(tuple(ids[:end])) for end in ends], 0):
+            found[batch.index] = batch.logits().log_softmax(-1).cpu()
+    return float((found - answers[[end - 1 for end in ends]]).abs().max())
 
 
 def _settle(spec: ModelSpec, plain: PlainEngine) -> list[Tensor]:
@@ -137,8 +164,3 @@ def _own(engine: PlainEngine) -> tuple[Tensor, Tensor, Tensor]:
 
 def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
-
-
-def tolerance(model: Any) -> float:
-    """How far log-probabilities of two computations of the same model may be apart: rounding, more of it in fewer bits."""
-    return 1e-3 if model.dtype == torch.float32 and not getattr(model, "is_quantized", False) else 0.2

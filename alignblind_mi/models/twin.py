@@ -14,11 +14,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from alignblind_mi.borders.texts import one_line
+from alignblind_mi.models.blocks import tolerance
 from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.edits import hook_name
 from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
 from alignblind_mi.models.tokens import Taps
-from alignblind_mi.models.trial import tolerance
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 
 from alignblind_mi.borders.settings import Text, Words, many, takes
 from alignblind_mi.borders.texts import named_line
-from alignblind_mi.models.adapters import switch, switched
+from alignblind_mi.models.adapters import adapters_of, switch, switched
 from alignblind_mi.models.blocks import decoder_layers, mixer_width, text_config
 from alignblind_mi.models.budget import is_out_of_memory, release
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
@@ -92,7 +92,7 @@ class View:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the LoRA adapters that were loaded with the model."""
-        return tuple(self.peft.peft_config) if self.peft is not None else ()
+        return adapters_of(self.peft)
 
     @takes(ModelError)
     def under(self: M, treatment: Treatment) -> M:

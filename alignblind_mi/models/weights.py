@@ -5,6 +5,7 @@ draw what is missing at random and leave out what does not fit. Does NOT know ho
 """
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -218,15 +219,22 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
             yield key, opened.get_tensor(key)
 
 
+def adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in an adapter's file, by their names in it."""
+    from peft.utils.save_and_load import load_peft_weights
+
+    return load_peft_weights(str(folder), device="cpu")
+
+
 def check_adapter(peft: Any, name: str, folder: Path, model: str) -> None:
     """All of an adapter's file is in the model, and all of that adapter in the model comes from the file, which holds finite numbers.
 
     PEFT warns at most. Its own reading is done once more, so that what it renames is renamed here too. Errors: ModelError naming one or two
     keys, and how many there are.
     """
-    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+    from peft.utils.save_and_load import set_peft_model_state_dict
 
-    weights = load_peft_weights(str(folder), device="cpu")
+    weights = adapter_weights(folder)
     if not weights:
         raise ModelError(f"the adapter {folder} holds no weights: train or fetch it again.")
     broken = [key for key, tensor in weights.items() if not is_finite(tensor)]
@@ -246,5 +254,4 @@ def check_adapter(peft: Any, name: str, folder: Path, model: str) -> None:
 
 def _belongs(key: str, adapter: str) -> bool:
     """Whether a key of a PEFT model is a weight of this adapter."""
-    parts = key.split(".")
-    return adapter in parts and any(part.startswith(("lora_", "modules_to_save", "trainable_tokens")) for part in parts)
+    return re.search(rf"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.{re.escape(adapter)}(\.|$)", key) is not None

@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.models.adapters import with_adapters
-from alignblind_mi.models.blocks import text_config
+from alignblind_mi.models.adapters import adapted, merge_in_place, with_adapters
+from alignblind_mi.models.blocks import text_config, tolerance
 from alignblind_mi.models.edits import Edit, Row, Site, Treatment
 from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.models.plain import PlainEngine
 from alignblind_mi.models.tokens import TokenRow
-from alignblind_mi.models.trial import tolerance
+from alignblind_mi.models.trial import try_adapters
 from alignblind_mi.models.twin import Twin, share_weights
 from alignblind_mi.stimuli.prompts import Prompt, Span, assignments
 from alignblind_mi.studies.doctor.check import Check, at_least, at_most
@@ -166,6 +166,7 @@ def adapter_checks(loaded: Loaded) -> Iterator[Check]:
     model, subject, base = loaded.model, loaded.subject, loaded.found
     assert subject.adapter is not None
     peft = with_adapters(model.engine.model, [subject.adapter], subject.spec)
+    try_adapters(model.engine, subject.spec, adapted(peft))
     carried = replace(model, peft=peft, twin=Twin(model.spec, peft, model.tokenizer))
     rows, (name,) = [Row(prompt) for prompt in subject.trial], carried.adapters
     yield at_most("adapter off", _apart(carried.next_log_probs(rows), base), UNCHANGED, "nats",
@@ -177,9 +178,7 @@ def adapter_checks(loaded: Loaded) -> Iterator[Check]:
     if subject.spec.quantization is not None:
         yield Check("adapter merged", "skipped", "merging into quantised weights rounds them")
         return
-    peft.base_model.enable_adapter_layers()
-    peft.set_adapter(name, inference_mode=True)
-    peft.merge_adapter([name])
+    merge_in_place(peft, name)
     yield at_most("adapter merged", _apart(next_log_probs(model.engine, loaded.rows), on), max(loaded.bound, UNCHANGED), "nats",
                    f"{name} merged into the weights, against {name} on", "export the adapter unmerged, or merge it in float32")
 
