@@ -1,6 +1,7 @@
 """The configuration and the tokenizer of a model, and what is wrong with them: read before any weights."""
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from alignblind_mi.borders.reading import NOTE, TABLE, check_file, foreign, is_file, is_folder, is_panic, read_object, said
 from alignblind_mi.errors import AlignblindError
+from alignblind_mi.models.gguf import check_gguf, gguf_path
 from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec
 
 SIZES = {"num_hidden_layers": 1000, "hidden_size": 1 << 17, "intermediate_size": 1 << 20, "num_attention_heads": 1 << 12,
@@ -27,10 +29,28 @@ def load_config(spec: ModelSpec) -> Any:
         raise ModelError(f"the revision {spec.revision!r} was given for {spec.name}, which is not on the hub: it has no other versions; "
                          "leave it out.")
     _check_folder(spec)
-    with clear_errors(spec), without_reports():
-        config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    with clear_errors(spec), quiet(), without_reports():
+        config = AutoConfig.from_pretrained(source, **spec.options) if spec.gguf_file is None else _gguf_config(spec)
     check_sizes(config, spec.name)
     return config
+
+
+def _gguf_config(spec: ModelSpec) -> Any:
+    """The configuration in a GGUF file, kept as long as the file stays as it is: reading it takes seconds."""
+    path = gguf_path(spec)
+    state = path.stat() if path.is_file() else None
+    if state is None:
+        raise ModelError(f"there is no file {path}: check its name.")
+    key = (str(path), state.st_size, state.st_mtime_ns, state.st_ino)
+    if key not in _GGUF:
+        from transformers import AutoConfig
+
+        check_gguf(spec)
+        _GGUF[key] = AutoConfig.from_pretrained(spec.source, **spec.options)
+    return copy.deepcopy(_GGUF[key])
+
+
+_GGUF: dict[tuple[object, ...], Any] = {}
 
 
 def depth_of(spec: ModelSpec) -> int:
@@ -45,7 +65,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     source = spec.source
     _check_folder(spec)
     with clear_errors(spec), quiet(), without_reports():
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **spec.options)
         tokenizer("")    # some settings that cannot be are found out only now
     return tokenizer
 
@@ -54,6 +74,8 @@ def load_generation_config(spec: ModelSpec, config: Any) -> Any:
     """What a checkpoint says of generation (its end tokens, sampling); from its configuration where it has no file of its own for that."""
     from transformers import GenerationConfig
 
+    if spec.gguf_file is not None:
+        return GenerationConfig.from_model_config(config)
     try:
         with clear_errors(spec, but=OSError), without_reports():
             return GenerationConfig.from_pretrained(spec.source, revision=spec.revision)

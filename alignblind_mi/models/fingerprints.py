@@ -16,6 +16,7 @@ from alignblind_mi.borders.caches import cache_root
 from alignblind_mi.borders.texts import say
 from alignblind_mi.borders.writing import write_text
 from alignblind_mi.errors import ResultError
+from alignblind_mi.models.gguf import gguf_path
 from alignblind_mi.models.spec import ModelSpec
 
 LARGE = 1 << 28
@@ -26,7 +27,10 @@ KINDS = (".json", ".safetensors", ".bin", ".model")
 
 
 def fingerprint(spec: ModelSpec, config: Any) -> str:
-    """What identifies the weights of a model: the hub's commit, or "sha256:..." of all that a folder's files hold."""
+    """What identifies the weights of a model: the hub's commit, or "sha256:..." of all that a folder's files, or a GGUF file, hold."""
+    if spec.gguf_file is not None:
+        path = gguf_path(spec)
+        return f"sha256:{hashlib.sha256(f'{path.name}:{large_digest(path)}'.encode()).hexdigest()[:16]}"
     folder = Path(spec.source)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or spec.revision or "unknown")

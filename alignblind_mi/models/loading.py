@@ -7,6 +7,7 @@ from typing import Any
 
 from alignblind_mi.borders.reading import foreign
 from alignblind_mi.models.configs import clear_errors, load_config, load_tokenizer, quiet, without_reports
+from alignblind_mi.models.gguf import check_gguf_weights
 from alignblind_mi.models.spec import DTYPES, EMBEDDED, ModelError, ModelSpec, check_device
 from alignblind_mi.models.tokens import word_ids
 
@@ -60,16 +61,18 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
 
     assert spec.dtype is not None    # of a resolved spec, whose devices are known to be here
     options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder,
-                               "use_safetensors": None if spec.allow_pickle else True, "trust_remote_code": spec.trust_remote_code}
+                               "use_safetensors": None if spec.allow_pickle or spec.gguf_file is not None else True, **spec.options}
     if spec.quantization is not None:
         options["quantization_config"] = quantization_config(spec)
     with clear_errors(spec):
         check_repository(spec)
     tokenizer = load_tokenizer(spec)
     with clear_errors(spec), quiet(), without_reports():
-        model, found = AutoModelForCausalLM.from_pretrained(spec.source, revision=spec.revision, dtype=DTYPES[spec.dtype],
+        model, found = AutoModelForCausalLM.from_pretrained(spec.source, dtype=DTYPES[spec.dtype],
                                                             output_loading_info=True, ignore_mismatched_sizes=True, **options)
     check_loaded(spec, model, found)
+    if spec.gguf_file is not None:
+        check_gguf_weights(spec, model)
     check_vocabulary_size(model, tokenizer, spec.name)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {spec.name} gives no character offsets (it is not a fast one): marks cannot be placed.")

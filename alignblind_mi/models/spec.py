@@ -25,6 +25,9 @@ class ModelError(AlignblindError):
 class ModelSpec:
     """Which model, and how to load and run it: a Hugging Face id, a local checkpoint folder, or an embedded one (organism:aligned).
 
+    A GGUF file is named by its path, or by its place in a repository on the hub (owner/name/file.gguf). Its weights are expanded when it
+    is read: numbers on it are those of the quantised model, in `dtype`.
+
     `dtype` and `device` default to bfloat16 on a GPU and float32 on a CPU; `device_map` (and `offload_folder`, for what it puts on disk)
     is passed on to transformers, as is `quantization` (bitsandbytes, the optional extra `quantized`). `engine`: `fast` shares work between
     rows, `plain` is transformers' own forward pass; `auto` takes the fast one where it has been seen to give the model's own numbers.
@@ -55,17 +58,37 @@ class ModelSpec:
             raise ModelError(f"unknown quantization {self.quantization!r}. Known: {', '.join(QUANTIZATIONS)}.")
         if self.device is not None:
             _device(self.device)
+        if self.quantization is not None and self.gguf_file is not None:
+            raise ModelError(f"{self.name} is a GGUF file: its weights are quantised already, and are expanded when it is read; leave out "
+                             "the quantization.")
         if self.engine not in ENGINES:
             raise ModelError(f"unknown engine {self.engine!r}. Known: {', '.join(ENGINES)}.")
 
     @property
+    def gguf_file(self) -> str | None:
+        """The GGUF file that the name names, as it is called in its folder or its repository (see `source`); None for other models."""
+        if not self.name.lower().endswith(".gguf"):
+            return None
+        return self.name.removeprefix(self.source).lstrip("/\\")
+
+    @property
     def source(self) -> str:
-        """What transformers loads from: the folder of an embedded checkpoint, or the name itself."""
+        """What transformers loads from: the folder of an embedded checkpoint or of a GGUF file, or the name itself."""
+        if self.name.lower().endswith(".gguf"):
+            path = Path(self.name)
+            on_the_hub = not path.parent.is_dir() and not path.is_absolute() and len(path.parts) > 2
+            return "/".join(path.parts[:2]) if on_the_hub else self.name[: len(self.name) - len(path.name)] or "."
         if self.name.startswith(EMBEDDED):
             from alignblind_mi.models.embedded import organism_path
 
             return str(organism_path(self.name.removeprefix(EMBEDDED)))
         return self.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` is given beside the source, of a configuration, a tokenizer and a model alike."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code,
+                **({} if self.gguf_file is None else {"gguf_file": self.gguf_file})}
 
     def resolved(self) -> "ModelSpec":
         """The same spec with the defaults of this machine filled in. Errors: ModelError for devices that this machine has not."""

@@ -31,12 +31,14 @@ def check_folder(spec: ModelSpec) -> None:
     """Look at the files of a model's folder, if it is one: nothing to unpickle, nothing from elsewhere. Errors: ModelError."""
     source = Path(spec.source)
     if source.is_file():
-        raise ModelError(f"{spec.name} is a file: give the checkpoint folder that holds config.json and the weights.")
+        raise ModelError(f"{spec.name} is a file: give the checkpoint folder that holds config.json and the weights, or a .gguf file.")
     if not source.is_dir():
         return
     if (source / ADAPTER_CONFIG).is_file():
         raise ModelError(_embedded(spec))
     config = load_config(spec)
+    if spec.gguf_file is not None:
+        return
     _check_named(spec, config)
     entry = next((name for name in _entries(spec, config) if (source / name).is_file()), None)
     if entry is None or not entry.endswith(".index.json"):
@@ -55,6 +57,8 @@ def check_repository(spec: ModelSpec) -> None:
     if _cached(spec, ADAPTER_CONFIG) is not None:
         raise ModelError(_embedded(spec))
     config = load_config(spec)
+    if spec.gguf_file is not None:
+        return
     _check_named(spec, config)
     for name in _entries(spec, config):
         found = _cached(spec, name) if name.endswith(".index.json") else None
@@ -117,6 +121,8 @@ def _cached(spec: ModelSpec, name: str) -> Path | None:
 
 def files_of(spec: ModelSpec, config: Any) -> list[Path]:
     """The files of weights that a loaded model was read from."""
+    if spec.gguf_file is not None:
+        return []    # its blocks are expanded into memory
     folder = Path(spec.source)
 
     def find(name: str) -> Path | None:

@@ -118,13 +118,13 @@ def test_equal_to_peft_or_refused(bases, base, form, tmp_path):
 
     merged, back, half = tmp_path / "merged", tmp_path / "back", tmp_path / "half"
     if "merge" in refused.split():
-        with pytest.raises(ModelError, match="PEFT cannot merge|cannot be written"):
+        with pytest.raises(ModelError, match=r"PEFT cannot merge|cannot be written"):
             merge_adapter(str(bases[base]), folder, merged)
         assert not merged.exists()
     else:
         assert apart(load_model(str(merge_adapter(str(bases[base]), folder, merged))).next_log_probs([ROW])[0], on) < ALIKE
     if "unmerge" in refused:
-        with pytest.raises(ModelError, match="cannot be taken out of|PEFT cannot unmerge"):
+        with pytest.raises(ModelError, match=r"cannot be taken out of|PEFT cannot unmerge"):
             unmerge_adapter(str(bases[base]), folder, back)
         assert not back.exists()
     else:

@@ -46,7 +46,7 @@ def edit_json(file: Path, change) -> None:
 def test_the_embedded_pair_passes_all_checks():
     found = check_up("organism:aligned")
     assert set(found["status"]) == {"ok", "skipped"}
-    assert found.loc[found["status"] == "skipped", "check"].tolist() == ["bos in chat", "adapter"]
+    assert found.loc[found["status"] == "skipped", "check"].tolist() == ["chat template", "adapter"]
     measured = found[found["unit"] == "nats"]
     assert (measured["measured"] < 1e-4).all()
     assert (measured["measured"] > 0).any(), "other computations of the same differ by rounding"
@@ -71,10 +71,11 @@ def test_an_adapter_that_does_nothing_or_is_never_off_is_found(tiny_folder, tmp_
     monkeypatch.setattr("alignblind_mi.models.model.switched", lambda peft, name: __import__("contextlib").nullcontext())
     monkeypatch.setattr("alignblind_mi.models.adapters.switch", lambda peft, name: None)
     found = check_up(str(tiny_folder), adapter=make_adapter(tiny_folder, tmp_path / "on", 1), drift=False).set_index("check")
-    assert found.loc["adapter off", "status"] == "fail"
+    assert found.loc["adapter", "status"] == "fail"
+    assert "even while it is off" in found.loc["adapter", "found"]
 
 
-@pytest.mark.parametrize(("template", "status"), [("<bos> <bos> $A", "fail"), ("$A <bos>", "fail"), ("$A", "warn"), ("<bos> $A", "ok")])
+@pytest.mark.parametrize(("template", "status"), [("<bos> <bos> $A", "fail"), ("$A <bos>", "warn"), ("$A", "warn"), ("<bos> $A", "ok")])
 def test_bos_once_at_the_start(template, status, copy, race):
     from tokenizers import processors
 
@@ -86,20 +87,21 @@ def test_bos_once_at_the_start(template, status, copy, race):
     assert bool(check.advice) == (status != "ok")
 
 
-def test_bos_in_the_chat_template(llama3_folder, race, tmp_path):
+def test_the_chat_template_is_read_as_transformers_reads_it(llama3_folder, race, tmp_path):
     checks = before(llama3_folder, race)
-    assert checks["bos in chat"].status == "ok"
-    assert "would double it" in checks["bos in chat"].found
+    assert checks["chat template"].status == "ok"
+    assert "bos in chat" not in checks
     assert checks["end of turn"].status == "ok"
     folder = shutil.copytree(llama3_folder, tmp_path / "late")
     for file in folder.glob("chat_template*"):
         file.unlink()
     tokenizer = AutoTokenizer.from_pretrained(llama3_folder)
-    tokenizer.chat_template = "{{ '\n' }}" + CHAT
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT
     tokenizer.save_pretrained(folder)
     edit_json(folder / "generation_config.json", lambda data: data.update(eos_token_id=[128_001]))
     checks = before(folder, race)
-    assert (checks["bos in chat"].status, checks["bos in chat"].measured) == ("fail", 2.0)
+    assert (checks["bos in chat"].status, checks["bos in chat"].measured) == ("warn", 2.0)
+    assert checks["chat template"].status == "ok", "transformers reads it twice, too"
     assert checks["end tokens"].status == "ok"    # the tokenizer names the other one
     tokenizer.chat_template = "{{ raise_exception('no system') }}"
     tokenizer.save_pretrained(folder)
