@@ -1,8 +1,16 @@
 import os
 import re
+from importlib.resources import files
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"    # before anything is imported: no test needs a hub, and without a network each try takes 20 seconds
+# Before anything is imported. No test needs a hub, and without a network each try takes 20 seconds; the tests fill all processors, so that a
+# second thread of one (of its children, too) only waits.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import checked
+
+checked.install()    # before the package is imported
 
 import pytest
 import torch
@@ -18,6 +26,20 @@ RELEASED = Path(__file__).parents[2] / "shared" / "data" / "released"
 @pytest.fixture(scope="session")
 def race() -> Concept:
     return load_concept("race")
+
+
+@pytest.fixture(scope="session")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A concept file: race with fewer names, words and sentences, for what asks whether all is there and not how large it is."""
+    text = files("alignblind_mi.stimuli.concepts").joinpath("race.toml").read_text("utf-8")
+    text = re.sub(r"^((?:marked|unmarked|positive|negative) = \[)(.*)\]", lambda m: f"{m[1]}{', '.join(m[2].split(', ')[:2])}]", text,
+                  flags=re.MULTILINE)
+    for key, kept in {"train": 6, "test": 6, "sentences": 3}.items():
+        text = re.sub(rf"^({key} = \[\n)((?:  .*\n)+)\]", lambda m, kept=kept: "".join([m[1], *m[2].splitlines(True)[:kept], "]"]), text,
+                      flags=re.MULTILINE)
+    path = tmp_path_factory.mktemp("concepts") / "brief.toml"
+    path.write_text(text, "utf-8")
+    return str(path)
 
 
 @pytest.fixture(scope="session")

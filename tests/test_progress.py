@@ -14,6 +14,7 @@ from alignblind_mi import progress
 from alignblind_mi.measures.patching import measure_patching
 from alignblind_mi.progress import Progress, counted, interruptible, is_shown
 from alignblind_mi.results import load_result
+from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.studies import single
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables
@@ -128,8 +129,8 @@ def test_an_interrupt_says_what_is_kept(tmp_path, capsys):
         assert advance.what == "after"
 
 
-def test_patching_that_is_interrupted_keeps_its_finished_parts(tmp_path, tiny_folder, tiny, race, monkeypatch, capsys):
-    config = StudyConfig.create(str(tiny_folder), str(tiny_folder), quick=True)
+def test_patching_that_is_interrupted_keeps_its_finished_parts(tmp_path, tiny_folder, tiny, brief, monkeypatch, capsys):
+    config = StudyConfig.create(str(tiny_folder), str(tiny_folder), concept=brief, quick=True)
     parts = patch_parts(config, ["residual", "heads"])
     assert [part.name.split("_")[2:4] for part in parts] == [[way, part] for way in ("denoise", "noise") for part in ("residual", "heads")]
     real, calls = single.measure_patching, []
@@ -150,7 +151,7 @@ def test_patching_that_is_interrupted_keeps_its_finished_parts(tmp_path, tiny_fo
     results = measure_parts(config, tmp_path / "out", parts)
     assert len(calls) == 3
     assert load_result(tmp_path / "out" / f"{parts[0].name}.parquet").rows.equals(results[0].rows)
-    whole = measure_patching(tiny, race, "default", parts=("residual", "heads"), controls=single.QUICK_CONTROLS,
+    whole = measure_patching(tiny, load_concept(brief), "default", parts=("residual", "heads"), controls=single.QUICK_CONTROLS,
                              marks=single.HEAD_MARKS["context"], max_word_pairs=1)
     places = patch_tables(results)["places"]
     assert places.drop(columns="model").equals(patch_tables(whole)["places"].drop(columns="model"))

@@ -93,7 +93,7 @@ def layer_group(name: str, n_layers: int) -> range:
 
 
 @takes(LoraError)
-def choose_layers(which: str | int | Sequence[int], n_layers: int) -> list[int]:
+def choose_layers(which: str | int | Sequence[int], n_layers: Count) -> list[int]:
     """Layers by a group's name ("early"), a text ("0-3,7") or one or many numbers; sorted. Errors: LoraError for one that is not there."""
     found = _read_layers(which, n_layers) if isinstance(which, str) else many(which)
     wrong = next((layer for layer in found if not 0 <= layer < n_layers), None)

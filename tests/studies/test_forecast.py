@@ -15,8 +15,8 @@ from alignblind_mi.studies.running import load_study, run_study
 
 
 @pytest.fixture(scope="module")
-def config(tiny_folder) -> StudyConfig:
-    return StudyConfig.create(str(tiny_folder), str(tiny_folder), quick=True, dtype="float32", device="cpu")
+def config(tiny_folder, brief) -> StudyConfig:
+    return StudyConfig.create(str(tiny_folder), str(tiny_folder), concept=brief, quick=True, dtype="float32", device="cpu")
 
 
 def test_parameters_are_counted_without_loading(tiny_folder, llama3_folder):

@@ -26,21 +26,21 @@ from alignblind_mi.studies.running import load_study, run_parts, run_study
 SMALL = """
 import sys; from dataclasses import replace; from pathlib import Path; import torch; torch.set_num_threads(1)
 from alignblind_mi import Decoding, LoraSettings, StudyConfig, run_study
-config = StudyConfig.create(sys.argv[1], sys.argv[1], quick=True)
+config = StudyConfig.create(sys.argv[1], sys.argv[1], concept=sys.argv[3], quick=True)
 config = replace(config, balanced_pairs=1, published_pairs=1, decoding=Decoding(max_new_tokens=4),
-                 lora=LoraSettings(epochs=1, batch_size=32, accumulation=1))
+                 lora=LoraSettings(epochs=1, batch_size=8, accumulation=1))
 run_study(config, Path(sys.argv[2]))
 """
 
 
-def small_study(model: Path, out: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SMALL, str(model), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def small_study(model: Path, out: Path, concept: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", SMALL, str(model), str(out), concept], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_folder, tmp_path_factory) -> Path:
+def undisturbed(tiny_folder, brief, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("studies") / "undisturbed"
-    process = small_study(tiny_folder, out)
+    process = small_study(tiny_folder, out, brief)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert stdout == ""
@@ -65,14 +65,14 @@ def test_every_part_is_there_with_its_provenance(undisturbed):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_started_again_gives_the_same_rows(undisturbed, tiny_folder, tmp_path):
+def test_killed_at_any_moment_and_started_again_gives_the_same_rows(undisturbed, tiny_folder, brief, tmp_path):
     out, moments = tmp_path / "killed", random.Random(0)
     for _ in range(4):
-        process = small_study(tiny_folder, out)
+        process = small_study(tiny_folder, out, brief)
         time.sleep(moments.uniform(4.0, 12.0))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    process = small_study(tiny_folder, out)
+    process = small_study(tiny_folder, out, brief)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     expected, found = rows_of(undisturbed), rows_of(out)
@@ -81,9 +81,9 @@ def test_killed_at_any_moment_and_started_again_gives_the_same_rows(undisturbed,
         pd.testing.assert_frame_equal(found[name], rows)
 
 
-def test_a_second_run_computes_nothing(undisturbed, tiny_folder):
+def test_a_second_run_computes_nothing(undisturbed, tiny_folder, brief):
     before = {file: file.stat().st_mtime_ns for file in undisturbed.rglob("*.parquet")}
-    process = small_study(tiny_folder, undisturbed)
+    process = small_study(tiny_folder, undisturbed, brief)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0
     lines = [line for line in stderr.splitlines() if line.startswith("[")]
@@ -134,19 +134,16 @@ def test_the_configuration_is_saved_and_names_the_weights(undisturbed):
 
 
 @pytest.mark.slow
-def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, monkeypatch, race):
+def test_the_study_runs_on_a_double_of_llama_3(llama3_folder, tmp_path, brief):
     from alignblind_mi.measures.behaviour import Decoding
-    from alignblind_mi.mitigations.lora import awareness_examples
     from alignblind_mi.mitigations.lora_settings import LoraSettings
     from alignblind_mi.pages.report import write_report
 
-    config = StudyConfig.create(str(llama3_folder), str(llama3_folder), cue="names", quick=True)
+    config = StudyConfig.create(str(llama3_folder), str(llama3_folder), concept=brief, cue="names", quick=True)
     assert config.decoding.temperature == 0
     assert replace(config.lora, epochs=7) == LoraSettings()
     small = replace(config, balanced_pairs=1, published_pairs=1, decoding=Decoding(max_new_tokens=3),
                     lora=LoraSettings(epochs=1, batch_size=8, accumulation=8))
-    few = awareness_examples(race)[::12]    # a step over 128256 words is slow on a CPU
-    monkeypatch.setattr("alignblind_mi.studies.running.awareness_examples", lambda concept: few)
     report = write_report(run_study(small, tmp_path / "out")).read_text("utf-8")
     parts = load_study(tmp_path / "out")
     assert not any(name.startswith("steering") for name in parts)    # names are not steered, and the report says so
@@ -250,14 +247,11 @@ def test_a_system_prompt_without_a_chat_and_a_model_without_a_template_are_refus
         assert not (tmp_path / "out").exists()
 
 
-def test_a_concept_with_nothing_but_senses_and_a_question_is_studied_as_far_as_it_goes(tiny_folder, tmp_path):
+def test_a_concept_with_nothing_but_senses_and_a_question_is_studied_as_far_as_it_goes(tiny_folder, brief, tmp_path):
     from alignblind_mi.measures.behaviour import Decoding
     from alignblind_mi.pages.report import write_report
-    from alignblind_mi.stimuli import concept as concepts
-
-    race = (Path(concepts.__file__).parent / "concepts" / "race.toml").read_text("utf-8")
     left_out = ("[controls", "[selfie", "[contexts", "[instructions", "[awareness", "[interpretations.about")
-    bare = "".join(part for part in re.split(r"(?m)^(?=\[)", race) if not part.startswith(left_out))
+    bare = "".join(part for part in re.split(r"(?m)^(?=\[)", Path(brief).read_text("utf-8")) if not part.startswith(left_out))
     bare = re.sub(r"(?ms)^lexicon = \[.*?^\]\n|^words = .*?\]\n", "", bare)
     file = tmp_path / "bare.toml"
     file.write_text(bare, "utf-8")

@@ -1,0 +1,65 @@
+"""The types of every call are checked while the tests run: shapes by jaxtyping, everything else by beartype alone.
+
+jaxtyping's import hook wraps every function for shapes, also the many whose arguments hold no array; binding their arguments twice a call more
+than doubled the time of the tests. Here only functions and dataclasses that name an array are wrapped by jaxtyping; the others get beartype's
+own check of the same annotations.
+"""
+
+import dataclasses
+import inspect
+import re
+import typing
+
+import jaxtyping
+from beartype import BeartypeConf, beartype
+
+_jaxtyped = jaxtyping.jaxtyped
+_beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
+
+
+def _plain(function):
+    """beartype's check of what can be looked up where the function stands; a name that only a type checker imports is not checked."""
+    written, hints = function.__annotations__, {}
+    for name, one in written.items():
+        holder = type("holder", (), {"__annotations__": {name: one}})
+        try:
+            hints[name] = typing.get_type_hints(holder, function.__globals__, include_extras=True)[name]
+        except (NameError, TypeError):    # `pd.Series[bool]` is for type checkers alone
+            hints[name] = typing.Any
+    function.__annotations__ = hints
+    done = _beartype(function)
+    function.__annotations__ = done.__annotations__ = written
+    return done
+
+
+def _names_an_array(annotations: dict, known: dict) -> bool:
+    """Whether an annotation, a type or the text of one, is made of jaxtyping's types."""
+    for one in annotations.values():
+        if any("jaxtyping" in repr(known.get(word)) for word in re.findall(r"\w+", one)) if isinstance(one, str) else "jaxtyping" in repr(one):
+            return True
+    return False
+
+
+def checked(*, typechecker):
+    """The decorator that jaxtyping's import hook puts on every function and class, cheaper where no array is named."""
+    shaped = _jaxtyped(typechecker=typechecker)
+
+    def decorate(thing):
+        if isinstance(thing, (classmethod, staticmethod)):
+            return type(thing)(decorate(thing.__func__))
+        if isinstance(thing, property):
+            return property(*(one and decorate(one) for one in (thing.fget, thing.fset, thing.fdel)))
+        if inspect.isclass(thing):
+            init = vars(thing).get("__init__")
+            if not dataclasses.is_dataclass(thing) or init is None or _names_an_array(init.__annotations__, init.__globals__):
+                return shaped(thing)
+            thing.__init__ = _plain(init)
+            return thing
+        return shaped(thing) if _names_an_array(thing.__annotations__, thing.__globals__) else _plain(thing)
+
+    return decorate
+
+
+def install() -> None:
+    """Replace the hook's decorator; to be called before the package is imported."""
+    jaxtyping.jaxtyped = checked
