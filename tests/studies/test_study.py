@@ -34,7 +34,8 @@ run_study(config, Path(sys.argv[2]))
 
 
 def small_study(model: Path, out: Path, concept: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SMALL, str(model), str(out), concept], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", SMALL, str(model), str(out), concept], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
 
 
 @pytest.fixture(scope="module")
