@@ -31,6 +31,18 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
+def position_limit(model: Any) -> int | None:
+    """How many tokens a model can read at all, where its positions are a table that ends (GPT-2, OPT, GPT-J); None for others."""
+    most = getattr(text_config(model), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    table = model.get_input_embeddings()
+    learned = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not table)
+    tables = [module.num_embeddings for module in learned]
+    tables += [buffer.shape[0] for name, buffer in model.named_buffers() if name.endswith("embed_positions")]
+    return most if any(0 <= size - most <= 8 for size in tables) else None    # some tables begin with a few unused rows
+
+
 def own_answers(model: Any, more: Sequence[int] = ()) -> tuple[list[int], Float[Tensor, "token vocab"]]:
     """One fixed row of random tokens (and `more`), and the log-probabilities after each of them by the model's own forward pass."""
     vocab = text_config(model).vocab_size

@@ -58,10 +58,14 @@ class RowCost:
     def of(cls, config: Any, itemsize: int) -> "RowCost":
         """From a model's configuration: the widest moment of a layer, and keys and values of all layers."""
         config = config.get_text_config()
-        d, heads = config.hidden_size, config.num_attention_heads
-        head = getattr(config, "head_dim", None) or d // heads
-        kv = getattr(config, "num_key_value_heads", None) or heads
-        inner = getattr(config, "intermediate_size", None) or 4 * d
+
+        def most(name: str, usual: int) -> int:
+            given = getattr(config, name, None) or usual
+            return max(given) if isinstance(given, list | tuple) else int(given)    # a number for each layer
+
+        d = config.hidden_size
+        heads = most("num_attention_heads", max(1, d // 64))    # a recurrent model has none
+        head, kv, inner = most("head_dim", d // heads), most("num_key_value_heads", heads), most("intermediate_size", 4 * d)
         return cls(token=(6 * d + 3 * heads * head + 3 * inner) * itemsize, column=2 * config.num_hidden_layers * kv * head * itemsize,
                    vocabulary=config.vocab_size)
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.reading import said
+from alignblind_mi.borders.reading import foreign, said
 from alignblind_mi.models.blocks import input_device, is_llama_like, text_config, tolerance
 from alignblind_mi.models.budget import Budget, RowCost
 from alignblind_mi.models.decoding import refuse_nan
@@ -31,7 +31,9 @@ def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:
 
     Errors: ModelError if the fast engine is asked for and cannot run the model, and for a model that no engine can run.
     """
-    plain = PlainEngine(model, Budget(RowCost.of(model.config, DTYPES[str(spec.dtype)].itemsize), input_device(model)))
+    with foreign(f"the configuration of {spec.name} cannot be used", ModelError):
+        cost = RowCost.of(model.config, DTYPES[str(spec.dtype)].itemsize)
+    plain = PlainEngine(model, Budget(cost, input_device(model)))
     try:
         expected = _settle(spec, plain)    # before the fast engine changes the model's attention
     except FloatingPointError as error:

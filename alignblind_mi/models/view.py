@@ -17,7 +17,7 @@ import torch
 from alignblind_mi.borders.settings import Text, Words, many, takes
 from alignblind_mi.borders.texts import named_line
 from alignblind_mi.models.adapters import adapters_of, switch, switched
-from alignblind_mi.models.blocks import decoder_layers, mixer_width, text_config
+from alignblind_mi.models.blocks import decoder_layers, mixer_width, position_limit, text_config
 from alignblind_mi.models.budget import is_out_of_memory, release
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
 from alignblind_mi.models.decoding import Batch, refuse_nan
@@ -206,6 +206,7 @@ class View:
     @alone
     def _over(self, rows: Sequence[TokenRow], room: int | None, work: Callable[[Batch], None], reader: Reader | None = None) -> None:
         """Read all rows in batches and do the work on each; when memory runs out, go on with smaller batches and the rows that are left."""
+        self._refuse_too_long(rows, room or 0)
         left = list(range(len(rows)))
         with counted(self.spec.name, len(rows)) as advance, torch.no_grad(), switched(self.peft, self.treatment.adapter):
             while left:
@@ -221,6 +222,13 @@ class View:
                 if len(done) < len(left):
                     release()
                 left = [i for i in left if i not in done]
+
+    def _refuse_too_long(self, rows: Sequence[TokenRow], room: int) -> None:
+        longest, limit = max((len(row.ids) for row in rows), default=0), position_limit(self.engine.model)
+        if limit is not None and longest + room > limit:
+            answers = f" and {room} that follow" if room else ""
+            raise ModelError(f"{self.spec.name} can read {limit} tokens, where its table of positions ends; the longest row has {longest}"
+                             f"{answers}: give shorter prompts{', or ask for fewer new tokens' if room else ''}.")
 
     def _through(self, rows: Mapping[int, TokenRow], room: int | None, reader: Reader | None, work: Callable[[Batch], None], done: set[int],
                  advance: Advance) -> None:

@@ -104,3 +104,21 @@ def test_the_lens_at_the_last_layer_is_the_answer_or_refused(family):
     else:
         answer = model.next_log_probs([Row(LONG)])[0, [model.token_id(" w1"), model.token_id(" w2")]]
         assert torch.allclose(ask(), answer, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "options"), [("GPT2", {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+                                               ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
+                                               ("GPTJ", {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4})])
+def test_positions_that_end_are_said_before_a_row_is_run(name, options, words, tmp_path):
+    torch.manual_seed(1)
+    common = {"vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1,
+              "eos_token_id": 2}
+    config = getattr(transformers, f"{name}Config")(**{**common, **options})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.next_log_probs([Row(mark(" ".join(WORDS)))]).isfinite().all()    # 61 tokens
+    assert len(model.generate([Row(mark(" ".join(WORDS)))], 4)) == 1    # the last one is not read
+    with pytest.raises(ModelError, match=r"can read 64 tokens.*61 and 4 that follow.*fewer new tokens"):
+        model.generate([Row(mark(" ".join(WORDS)))], 5)
+    with pytest.raises(ModelError, match=r"can read 64 tokens.*the longest row has 121: give shorter prompts\."):
+        model.next_log_probs([Row(mark(" ".join(WORDS + WORDS)))])
