@@ -3,6 +3,7 @@
 Knows Hugging Face checkpoints, PEFT folders and the embedded organism; does NOT run anything.
 """
 
+import logging
 from typing import Any
 
 from alignblind_mi.borders.reading import foreign
@@ -10,6 +11,8 @@ from alignblind_mi.models.configs import clear_errors, load_config, load_tokeniz
 from alignblind_mi.models.gguf import check_gguf_weights
 from alignblind_mi.models.spec import DTYPES, EMBEDDED, ModelError, ModelSpec, check_device
 from alignblind_mi.models.tokens import word_ids
+
+log = logging.getLogger(__name__)
 
 
 def check_vocabulary_size(model: Any, tokenizer: Any, name: str) -> None:
@@ -40,10 +43,25 @@ def check_config(spec: ModelSpec) -> None:
     own_code = spec.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
         raise ModelError(f"{spec.name} is a {config.model_type!r} model, not a causal language model.")
+    stored = stored_quantization(config)
+    if stored:
+        if spec.quantization is not None:
+            raise ModelError(f"{spec.name} is quantised already in its checkpoint ({stored}), and cannot be in {spec.quantization} beside "
+                             "that: leave out the quantization, or give the checkpoint that it was made from.")
+        log.warning("%s is quantised in its checkpoint (%s): numbers on it are those of the quantised weights.", spec.name, stored)
     if spec.quantization is not None:
         if spec.name.startswith(EMBEDDED):
             raise ModelError(f"{spec.name} cannot be quantised: it is tiny, and was measured as it is; leave out the quantization.")
         quantization_config(spec)
+
+
+def stored_quantization(config: Any) -> str:
+    """How a checkpoint's weights are quantised, by its own configuration; empty if they are not."""
+    stored = getattr(config, "quantization_config", None) or {}
+    given = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(getattr(given.get("quant_method"), "value", given.get("quant_method") or ""))
+    bits = given.get("bits") or (4 if given.get("load_in_4bit") else 8 if given.get("load_in_8bit") else None)
+    return ", ".join(part for part in (method, f"{bits} bits" if bits else "") if part)
 
 
 def token_count(tokenizer: Any, text: str) -> int:

@@ -361,3 +361,15 @@ def test_sound_adapters_are_loaded(case, sound, tmp_path):
                        else [first])
     assert model.adapters[0] == "first"
     assert model.under(Treatment("x", adapter="first")).treatment.adapter == "first"
+
+
+@pytest.mark.parametrize(("stored", "said"), [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+                                              ({"quant_method": "gptq", "bits": 4}, "gptq, 4 bits"), ({"quant_method": "mxfp4"}, "mxfp4")])
+def test_a_checkpoint_that_is_quantised_already_is_said_and_not_quantised_again(stored, said, tiny_folder, tmp_path, caplog):
+    folder = shutil.copytree(tiny_folder, tmp_path / "stored")
+    edit = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**edit, "quantization_config": stored}))
+    check_model(ModelSpec(str(folder)))
+    assert f"is quantised in its checkpoint ({said})" in caplog.text
+    with pytest.raises(ModelError, match=rf"quantised already in its checkpoint \({said}\).*8bit"):
+        check_model(ModelSpec(str(folder), quantization="8bit"))
