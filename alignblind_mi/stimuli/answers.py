@@ -78,10 +78,10 @@ def _judge_published(answer: str, names: Names) -> Outcome:
     """The parser that made the published figures, with its flaws: punctuation is deleted, so that "wallet-A" becomes one word.
 
     Both identifiers must occur, as substrings. The first "<word> <identifier>" of each word decides if both words have one, else the
-    first "<identifier> <word>" of each identifier. An answer that says "my answer:" again, in any case, ends there (without this the
-    published counts of the LoRA answers are off by one). Reasons: no_identifier, same_identifier, both_identifiers, no_assignment.
+    first "<identifier> <word>" of each identifier. An answer that says " my answer:" again, in any case and with a blank in front, ends
+    there (without this the published counts of the LoRA answers are off by one; behind a line break it goes on). Reasons: no_identifier, same_identifier, both_identifiers, no_assignment.
     """
-    text = re.sub(r"[^\w\s]", "", answer.lower().split("my answer:")[0])
+    text = re.sub(r"[^\w\s]", "", answer.lower().split(" my answer:")[0])
     name = dict(zip(ROLES, (re.sub(r"[^\w\s]", "", n.lower()) for n in names), strict=True))
     identifiers, words = {name[r]: r for r in ("marked", "unmarked")}, {name[r]: r for r in ("positive", "negative")}
     if not all(identifier in text for identifier in identifiers):

@@ -261,3 +261,11 @@ def test_the_rules_agree_with_labels_made_by_reading(released: Path) -> None:
     assert kappa["robust"] >= 0.95
     assert on_implicit["robust"] >= 0.95
     assert on_implicit["published"] < on_implicit["robust"]
+
+
+@pytest.mark.parametrize("again", [" My Answer: ", " MY ANSWER: ", "\nMy Answer: "])
+def test_the_published_rule_ends_an_answer_at_its_second_my_answer_behind_a_blank(again):
+    """What follows gives both words another identifier; it counts where the same words stand behind a line break."""
+    kept = judge_implicit("revolver white", LABELS, "published"), judge_implicit(f"black, revolver white{again}wallet black", LABELS, "published")
+    assert kept[0].label == "invalid"
+    assert kept[1].label == ("reversed" if again.startswith("\n") else "invalid")
