@@ -79,7 +79,8 @@ def _judge_published(answer: str, names: Names) -> Outcome:
 
     Both identifiers must occur, as substrings. The first "<word> <identifier>" of each word decides if both words have one, else the
     first "<identifier> <word>" of each identifier. An answer that says " my answer:" again, in any case and with a blank in front, ends
-    there (without this the published counts of the LoRA answers are off by one; behind a line break it goes on). Reasons: no_identifier, same_identifier, both_identifiers, no_assignment.
+    there (without this the published counts of the LoRA answers are off by one; behind a line break it goes on). Reasons: no_identifier,
+    same_identifier, both_identifiers, no_assignment.
     """
     text = re.sub(r"[^\w\s]", "", answer.lower().split(" my answer:")[0])
     name = dict(zip(ROLES, (re.sub(r"[^\w\s]", "", n.lower()) for n in names), strict=True))

@@ -1,5 +1,8 @@
 """Other families than Llama: whatever engine is chosen gives the model's own numbers, and what would be wrong is refused."""
 
+from pathlib import Path
+
+import families
 import pytest
 import torch
 import transformers
@@ -122,3 +125,19 @@ def test_positions_that_end_are_said_before_a_row_is_run(name, options, words, t
         model.generate([Row(mark(" ".join(WORDS)))], 5)
     with pytest.raises(ModelError, match=r"can read 64 tokens.*the longest row has 121: give shorter prompts\."):
         model.next_log_probs([Row(mark(" ".join(WORDS + WORDS)))])
+
+
+def test_the_table_of_architectures_is_made_by_trying_them(monkeypatch):
+    monkeypatch.undo()
+    with families.one_tokenizer() as tokenizer:
+        found = {name: families.row_of(name, tokenizer) for name in ("qwen3", "gpt2", "bert", "git")}
+    assert all(found["qwen3"][column] == "right" for column in families.COLUMNS)
+    assert found["gpt2"]["plain chat"] == found["gpt2"]["bridge"] == "right"
+    assert families.short(found["gpt2"]["fast raw"]).startswith("no: its layers")
+    assert "is not a causal language model" in found["bert"]["plain raw"]
+    assert "million parameters" in found["git"]["made"]
+    committed = (Path(families.__file__).parents[1] / "docs" / "families.md").read_text("utf-8")
+    assert families.PAGE.split("transformers")[0] in committed
+    assert "CRASH" not in committed
+    assert "WRONG" not in committed
+    assert committed.count("| right") > 100

@@ -266,6 +266,5 @@ def test_the_rules_agree_with_labels_made_by_reading(released: Path) -> None:
 @pytest.mark.parametrize("again", [" My Answer: ", " MY ANSWER: ", "\nMy Answer: "])
 def test_the_published_rule_ends_an_answer_at_its_second_my_answer_behind_a_blank(again):
     """What follows gives both words another identifier; it counts where the same words stand behind a line break."""
-    kept = judge_implicit("revolver white", LABELS, "published"), judge_implicit(f"black, revolver white{again}wallet black", LABELS, "published")
-    assert kept[0].label == "invalid"
-    assert kept[1].label == ("reversed" if again.startswith("\n") else "invalid")
+    found = judge_implicit(f"black, revolver white{again}wallet black", LABELS, "published")
+    assert found.label == ("reversed" if again.startswith("\n") else "invalid")
