@@ -36,12 +36,12 @@ from alignblind_mi.stimuli.prompts import mark
 WORDS = [f"w{i}" for i in range(60)] + ["user", "assistant", ":"]
 TEXTS = [" ".join(WORDS[:40]), "w3 w5 w8", "w1"]
 ALIKE = 2e-3
-LARGEST, SECONDS = 20_000_000, 90
+LARGEST, SECONDS, WIDEST = 20_000_000, 90, 110
 # What a tiny model of any family is made with, as far as its configuration has the name.
 SIZES = {
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "dim": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
     "intermediate_size": 48, "ffn_dim": 48, "ffn_hidden_size": 48, "d_inner": 48, "n_inner": 48, "moe_intermediate_size": 24,
-    "ffn_dim_multiplier": 1.0, "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_attention_heads": 4,
+    "ffn_dim_multiplier": 1.0, "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "num_attention_heads": 4,
     "n_head": 4, "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "kv_channels": 8,
     "max_position_embeddings": 256, "n_positions": 256, "n_ctx": 256, "max_sequence_length": 256, "max_seq_len": 256,
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2,
@@ -55,7 +55,7 @@ SIZES = {
 }
 OWN = {    # what one family needs beside them
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]}, "cpmant": {"dim_head": 8, "dim_ff": 48},
-    "gpt_neo": {"attention_types": [[["global"], 2]]}, "gptj": {"rotary_dim": 4}, "codegen": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global"], 4]]}, "gptj": {"rotary_dim": 4}, "codegen": {"rotary_dim": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2}, "xlnet": {"d_head": 8},
     "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
     "mpt": {"attn_config": {"attn_impl": "torch"}}, "falcon": {"new_decoder_architecture": False, "multi_query": False, "alibi": False},
@@ -72,6 +72,8 @@ def make(family: str, tokenizer: Any, folder: Path) -> Path:
     own = OWN.get(family, {})
     given = {name: value for name, value in {**SIZES, **own}.items()
              if name in own or (hasattr(text, name) and not isinstance(getattr(type(text), name, None), property))}
+    if "qk_rope_head_dim" in given:    # a head is that part and another one
+        given.pop("head_dim", None)
     tokens = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = type(text)(**{**given, **tokens})
     with torch.device("meta"):
@@ -183,7 +185,8 @@ def short(said: str) -> str:
     """A cell: right, or a reason without what all of them begin with."""
     for start in ("refused: the fast engine cannot run the model: ", "refused: the model ", "refused: "):
         if said.startswith(start):
-            return "no: " + said.removeprefix(start).replace("Use engine='plain' (or auto).", "").replace("|", "/").strip()
+            reason = said.removeprefix(start).replace("Use engine='plain' (or auto).", "").replace("|", "/").strip()
+            return f"no: {reason if len(reason) <= WIDEST else reason[:WIDEST] + ' ...'}"
     return said
 
 

@@ -75,7 +75,7 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_length: int, *, iden
         completions, _ = continuation_ids(tokenizer, prompts, [[example.completion] for example in examples])
     items, left_out, cut = list[Item](), 0, 0
     for example, text, (completion,) in zip(examples, texts, completions, strict=True):
-        if not completion or unknown_words(tokenizer, text):
+        if (example.completion and not completion) or unknown_words(tokenizer, text):
             left_out += 1
             continue
         ids, whole = list(text.ids), [*completion, tokenizer.eos_token_id]

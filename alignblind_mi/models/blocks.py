@@ -44,9 +44,9 @@ def position_limit(model: Any) -> int | None:
 
 
 def own_answers(model: Any, more: Sequence[int] = ()) -> tuple[list[int], Float[Tensor, "token vocab"]]:
-    """One fixed row of random tokens (and `more`), and the log-probabilities after each of them by the model's own forward pass."""
+    """One fixed row of random tokens (and up to 64 `more`), and the log-probabilities after each by the model's own forward pass."""
     vocab = text_config(model).vocab_size
-    ids = torch.randint(vocab, (40,), generator=torch.Generator().manual_seed(0)).tolist() + list(more)
+    ids = torch.randint(vocab, (40,), generator=torch.Generator().manual_seed(0)).tolist() + list(more)[:64]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids], device=input_device(model))).logits
     return ids, logits[0].float().log_softmax(-1).cpu()

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from alignblind_mi.borders.reading import foreign, has_halves, said
@@ -60,6 +60,10 @@ class Chat:
 
     def __hash__(self) -> int:
         return hash((self.system, self.date, tuple(sorted(self.options.items()))))
+
+    def record(self) -> dict[str, Any]:
+        """What is written of it: its settings, without options where there are none (as before there were any)."""
+        return {name: value for name, value in asdict(self).items() if name != "options" or value}
 
     def messages(self, text: str) -> list[dict[str, str]]:
         """The conversation as `apply_chat_template` takes it."""

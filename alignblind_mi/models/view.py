@@ -8,7 +8,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -143,7 +143,7 @@ class View:
         return {"model": self.spec.name, "revision": self.fingerprint, "dtype": self.spec.dtype, "device": self.spec.device,
                 "quantization": self.spec.quantization, "trust_remote_code": self.spec.trust_remote_code, "engine": self.engine.name,
                 "batches": str(self.engine.budget), "treatment": self.treatment.name,
-                "chat": None if self.chat is None else asdict(self.chat)}
+                "chat": None if self.chat is None else self.chat.record()}
 
     @takes(ModelError)
     @alone

@@ -110,8 +110,7 @@ class StudyConfig:
         if self.chat is None:
             del out["chat"]    # a study without one is what it was before there were chats
         else:
-            if not self.chat.options:
-                del out["chat"]["options"]    # what it was before there were options
+            out["chat"] = self.chat.record()
             out["chat_frames"] = {role: chat_frame(load_tokenizer(spec), self.chat, spec.name)._asdict()
                                   for role, spec in (("base", self.base), ("aligned", self.aligned))}
         for role in ("base", "aligned"):

@@ -147,19 +147,20 @@ def test_a_template_that_trims_moves_marks_and_nothing_else_may_change(chatty):
     (TURN + TURN, "", "writes the user's text 2 times"),
     ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "Be fair.", "drops the system prompt"),
     ("{{ raise_exception('System role not supported') }}", "Be fair.", "refuses a conversation with a system prompt: System role not"),
-    ("x {{ bos_token }}" + TURN, "", "writes its BOS '<bos>' elsewhere than once at the beginning"),
-    ("{{ bos_token + bos_token }}" + TURN, "", "writes its BOS '<bos>' elsewhere than once at the beginning"),
 ])
 def test_a_template_that_cannot_be_used_is_one_sentence(template, system, said, chatty):
     with pytest.raises(ModelError, match=re.escape(said)):
         chat_frame(templated(chatty, template), Chat(system), "m")
 
 
-def test_one_bos_also_where_the_template_writes_none(chatty):
-    model = replace(chatty, tokenizer=templated(chatty, TURN))
+@pytest.mark.parametrize(("before", "count"), [("", 0), ("{{ bos_token }}", 1), ("x {{ bos_token }}", 1),
+                                               ("{{ bos_token + bos_token }}", 2)])
+def test_as_many_bos_as_the_template_writes(before, count, chatty):
+    model = replace(chatty, tokenizer=templated(chatty, before + TURN))
     (item,) = model.encode([row.prompt for row in model.in_chat().rows([mark("pick black", marked="black")])])
-    assert item.ids.count(1) == 1
-    assert item.ids[0] == 1
+    assert list(item.ids) == model.tokenizer.apply_chat_template([{"role": "user", "content": "pick black"}], add_generation_prompt=True,
+                                                                return_dict=True)["input_ids"]
+    assert item.ids.count(1) == count
     assert model.tokenizer.decode([item.ids[item.positions("marked")[0]]]).strip() == "black"
 
 

@@ -64,7 +64,7 @@ chat: {{system: Be brief.}}
     (PAIR + "lora: {modules: [1]}", r"lora\.modules\[0\] must be a text, got 1"),
     (PAIR + "lora: [1]", "lora must be a mapping of rank"),
     (PAIR + "balanced_pairs: all", "balanced_pairs must be a whole number or null, got 'all'"),
-    (PAIR + "chat: true", "chat must be a mapping of system, date or null, got True"),
+    (PAIR + "chat: true", "chat must be a mapping of system, date, options or null, got True"),
     (PAIR + "base: organism:base", "'base' is given twice"),
     (PAIR + "lora: {rank: 1, rank: 2}", "'rank' is given twice"),
     ("base: [", "not valid YAML"),
