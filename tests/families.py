@@ -72,8 +72,9 @@ def make(family: str, tokenizer: Any, folder: Path) -> Path:
     own = OWN.get(family, {})
     given = {name: value for name, value in {**SIZES, **own}.items()
              if name in own or (hasattr(text, name) and not isinstance(getattr(type(text), name, None), property))}
-    if "qk_rope_head_dim" in given:    # a head is that part and another one
-        given.pop("head_dim", None)
+    if "qk_rope_head_dim" in given:    # a head is that part and another one, and has keys and values of its own
+        given = {name: value for name, value in given.items() if name not in ("head_dim", "num_key_value_heads")}
+        given["num_key_value_heads"] = given["num_attention_heads"]
     tokens = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = type(text)(**{**given, **tokens})
     with torch.device("meta"):

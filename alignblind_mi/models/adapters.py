@@ -43,7 +43,8 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec, *,
     named = list(zip(folders, check_folders(folders, spec.allow_pickle), strict=True))
     tokens = {name: trained_tokens(Path(folder)) for folder, name in named}
     more = sorted(set().union(*tokens.values()))
-    before = own_answers(model, more)[1] if named and switchable else None
+    with foreign(f"{spec.name} cannot be run", ModelError):
+        before = own_answers(model, more)[1] if named and switchable else None
     peft = None
     for folder, name in sorted(named, key=lambda one: bool(tokens[one[1]])):    # PEFT loads none behind one with tokens of its own
         with foreign(f"the adapter {folder} does not fit {spec.name}", ModelError), quiet():
@@ -107,12 +108,6 @@ def _inside(name: str) -> str:
 def adapters_of(peft: Any) -> tuple[str, ...]:
     """The names of the adapters on a model; none where `peft` is None."""
     return () if peft is None else tuple(name.removesuffix(_MARK) for name in peft.peft_config)
-
-
-def _first(error: Exception) -> str:
-    """What an error says: its first line, with the next where that only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
 
 
 def check_folders(folders: Sequence[Path | str], allow_pickle: bool = False) -> list[str]:
@@ -223,7 +218,7 @@ def _write(spec: ModelSpec, adapter: Path | str, out: Path, *, merging: bool) ->
     with foreign(f"PEFT cannot {'merge' if merging else 'unmerge'} {adapter}", ModelError), quiet():
         plain = peft.merge_and_unload(safe_merge=True, adapter_names=[_inside(name)]) if merging else _without(peft, name)
     head, table = plain.get_output_embeddings(), plain.get_input_embeddings()
-    if head is not None and not torch.equal(head.weight, table.weight):
+    if head is not None and head.weight is not table.weight:
         plain.config.tie_word_embeddings = False
     with whole_folder(out, ModelError) as draft:
         with foreign(f"{out} cannot be written", ModelError):
