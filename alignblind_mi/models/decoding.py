@@ -102,6 +102,8 @@ def refuse_nan(batch: Batch) -> None:
 def thought_marks(tokenizer: Any) -> dict[int, str]:
     """The tokens that mark thoughts and that a text without special tokens would lose."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if not special:
+        return {}
     known = {tokenizer.convert_tokens_to_ids(mark): mark for mark in MARKS}
     return {i: mark for i, mark in known.items() if i in special and tokenizer.convert_ids_to_tokens(i) == mark}
 

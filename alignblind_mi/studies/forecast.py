@@ -4,10 +4,11 @@ Sizes come from the configuration alone; the rate from one and from two of the m
 by the engine itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -196,6 +197,8 @@ def _time(config: Any, layers: int, dtype: torch.dtype, device: torch.device, ro
 
 class NoText:
     """A tokenizer for tokens that nobody reads."""
+
+    added_tokens_decoder: Mapping[int, Any] = MappingProxyType({})
 
     def decode(self, ids: Sequence[int], **options: Any) -> str:
         """No text."""

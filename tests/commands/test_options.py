@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Pair, Seed, Without, configured, with_options
+from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Pair, Seed, Without, configured, template_options, with_options
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.studies.config import StudyConfig
 
@@ -46,8 +46,9 @@ def test_what_is_not_given_is_what_python_takes():
     assert {field.name: field.default for field in fields(Loading)} == {name: spec[name] for name in spec if name not in (
         "name", "revision", "offload_folder")}
     create = inspect.signature(StudyConfig.create).parameters
-    assert {field.name: field.default for field in fields(Asking)} == {name: create[name].default for name in (
-        "quick", "chat", "system", "temperature", "seed")}
+    asked = {field.name: field.default for field in fields(Asking)}
+    assert template_options(asked.pop("chat_options")) == (create["chat_options"].default or {})    # a text on the command line
+    assert asked == {name: create[name].default for name in ("quick", "chat", "system", "temperature", "seed")}
 
 
 def test_the_configuration_is_that_of_the_public_function():
