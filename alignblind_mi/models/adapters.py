@@ -67,7 +67,7 @@ def with_adapters(model: Any, folders: Sequence[Path | str], spec: ModelSpec, *,
 
 def _refuse_changed_base(peft: Any, folder: Path | str, spec: ModelSpec, before: Float[Tensor, "token vocab"], more: Sequence[int]) -> None:
     """Whether the model is what it was while its adapters are off. Errors: ModelError naming the adapter that was loaded last, and why."""
-    settings = read_object(Path(folder) / "adapter_config.json", "", ModelError)
+    settings = read_object(Path(folder) / ADAPTER_CONFIG, "", ModelError)
     switch(peft, None)
     peft.eval()
     _, after = own_answers(peft.base_model.model, more)
@@ -116,8 +116,8 @@ def check_folders(folders: Sequence[Path | str], allow_pickle: bool = False) -> 
     if len(set(names)) < len(names):
         raise ModelError(f"two adapters have the same name ({', '.join(names)}): an adapter is called as its folder; rename one.")
     for folder in folders:
-        if not is_file(Path(folder) / "adapter_config.json"):
-            raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+        if not is_file(Path(folder) / ADAPTER_CONFIG):
+            raise ModelError(f"{folder} is no PEFT adapter folder: it has no {ADAPTER_CONFIG}.")
         check_adapter_files(Path(folder), allow_pickle)
         _check_settings(Path(folder))
     return names
@@ -127,7 +127,7 @@ def _check_settings(folder: Path) -> None:
     """Whether an adapter's two files can be read, and its numbers be those of an adapter. Errors: ModelError naming what is wrong."""
     from safetensors import safe_open
 
-    config = folder / "adapter_config.json"
+    config = folder / ADAPTER_CONFIG
     settings = read_object(config, "", ModelError, needs=("peft_type",), advice="save the adapter anew")
     for key, least, most in (("r", 1, 1 << 16), ("lora_alpha", -1e6, 1e6), ("lora_dropout", 0, 1)):
         value = settings.get(key)
@@ -209,11 +209,9 @@ def _write(spec: ModelSpec, adapter: Path | str, out: Path, *, merging: bool) ->
         raise ModelError(f"{adapter} cannot be taken out of weights again: {more}.")
     model, tokenizer = load_huggingface(spec)
     tokens = trained_tokens(Path(adapter))
-    _, expected = own_answers(model, tokens)
     peft = with_adapters(model, [adapter], spec, switchable=False)
-    if merging:
-        switch(peft, name)
-        _, expected = own_answers(peft, tokens)
+    switch(peft, name if merging else None)
+    _, expected = own_answers(peft, tokens)
     _untie(peft)
     with foreign(f"PEFT cannot {'merge' if merging else 'unmerge'} {adapter}", ModelError), quiet():
         plain = peft.merge_and_unload(safe_merge=True, adapter_names=[_inside(name)]) if merging else _without(peft, name)
@@ -275,7 +273,7 @@ def _untie(peft: Any) -> None:
 
 def more_than_added(folder: Path) -> str:
     """Why an adapter is more than an update that is added to weights (it cannot be scaled, or taken out again); empty if it is one."""
-    settings = read_object(folder / "adapter_config.json", "", ModelError)
+    settings = read_object(folder / ADAPTER_CONFIG, "", ModelError)
     parts = {"use_dora": "DoRA also changes the weights' lengths", "modules_to_save": "it replaces whole modules",
              "trainable_token_indices": "it replaces the embeddings of tokens", "layer_replication": "it repeats layers",
              "alora_invocation_tokens": "it acts behind certain tokens only"}
@@ -298,9 +296,9 @@ def scaled_adapter(folder: Path, scale: float, out: Path) -> Path:
 
     Errors: ModelError for a folder that is no adapter, an adapter that is more than such an update, or an `out` that is there.
     """
-    config = folder / "adapter_config.json"
+    config = folder / ADAPTER_CONFIG
     if not is_file(config):
-        raise ModelError(f"{folder} is no PEFT adapter folder: it has no adapter_config.json.")
+        raise ModelError(f"{folder} is no PEFT adapter folder: it has no {ADAPTER_CONFIG}.")
     more = more_than_added(folder)
     if more:
         raise ModelError(f"{folder} has no doses: {more}.")
@@ -309,5 +307,5 @@ def scaled_adapter(folder: Path, scale: float, out: Path) -> Path:
         settings = json.loads(config.read_text("utf-8"))
         settings["lora_alpha"] *= scale
         settings["alpha_pattern"] = {key: alpha * scale for key, alpha in (settings.get("alpha_pattern") or {}).items()}
-        (draft / "adapter_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
+        (draft / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=1), "utf-8")
     return out

@@ -43,10 +43,14 @@ def position_limit(model: Any) -> int | None:
     return most if any(0 <= size - most <= 8 for size in tables) else None    # some tables begin with a few unused rows
 
 
+def trial_ids(model: Any) -> list[int]:
+    """Forty random tokens, always the same ones: what is tried at load."""
+    return torch.randint(text_config(model).vocab_size, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
 def own_answers(model: Any, more: Sequence[int] = ()) -> tuple[list[int], Float[Tensor, "token vocab"]]:
     """One fixed row of random tokens (and up to 64 `more`), and the log-probabilities after each by the model's own forward pass."""
-    vocab = text_config(model).vocab_size
-    ids = torch.randint(vocab, (40,), generator=torch.Generator().manual_seed(0)).tolist() + list(more)[:64]
+    ids = trial_ids(model) + list(more)[:64]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids], device=input_device(model))).logits
     return ids, logits[0].float().log_softmax(-1).cpu()

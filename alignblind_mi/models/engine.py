@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from alignblind_mi.models.blocks import has_own_keys, inner_taps, input_device, keys_and_values, log_probs_of, unembed
+from alignblind_mi.models.blocks import has_own_keys, inner_taps, input_device, keys_and_values, log_probs_of, position_limit, unembed
 from alignblind_mi.models.budget import Budget
 from alignblind_mi.models.stems import common_stems, cut, first_column
 from alignblind_mi.models.tokens import Later, Reader, Taps, TokenRow, left_pad, positions
@@ -170,7 +170,7 @@ class Engine:
         _register_attention()
         model.set_attn_implementation(ATTENTION)
         self.model, self.core, self.budget, self.device = model, model.model, budget, input_device(model)
-        self.n_layers = int(model.config.num_hidden_layers)
+        self.n_layers, self.limit = int(model.config.num_hidden_layers), position_limit(model)
         self.trims = has_own_keys(self.core.layers[-1])
 
     # ---- what is run together --------------------------------------------------------------------------------------

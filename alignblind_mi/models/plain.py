@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from alignblind_mi.models.blocks import decoder_layers, hooked, inner_taps, input_device, output_hook, text_config
+from alignblind_mi.models.blocks import decoder_layers, hooked, inner_taps, input_device, output_hook, position_limit, text_config
 from alignblind_mi.models.budget import Budget
 from alignblind_mi.models.tokens import Later, Reader, Taps, TokenRow, left_pad, positions
 
@@ -125,7 +125,7 @@ class PlainEngine:
     def __init__(self, model: Any, budget: Budget) -> None:
         """`padded`: rows of different lengths run together; `cached`: what was read is kept for the tokens that follow. The trial at load
         (`trial.py`) switches off what a model does not bear: recurrent ones often neither."""
-        self.model, self.budget, self.device = model, budget, input_device(model)
+        self.model, self.budget, self.device, self.limit = model, budget, input_device(model), position_limit(model)
         self.padded = self.cached = True
         self.n_layers = int(text_config(model).num_hidden_layers)
         self.layers = decoder_layers(model)

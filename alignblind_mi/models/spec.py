@@ -67,22 +67,27 @@ class ModelSpec:
     @property
     def gguf_file(self) -> str | None:
         """The GGUF file that the name names, as it is called in its folder or its repository (see `source`); None for other models."""
-        if not self.name.lower().endswith(".gguf"):
-            return None
-        return self.name.removeprefix(self.source).lstrip("/\\")
+        return None if self._gguf is None else self._gguf[1]
 
     @property
     def source(self) -> str:
         """What transformers loads from: the folder of an embedded checkpoint or of a GGUF file, or the name itself."""
-        if self.name.lower().endswith(".gguf"):
-            path = Path(self.name)
-            on_the_hub = not path.parent.is_dir() and not path.is_absolute() and len(path.parts) > 2
-            return "/".join(path.parts[:2]) if on_the_hub else self.name[: len(self.name) - len(path.name)] or "."
+        if self._gguf is not None:
+            return self._gguf[0]
         if self.name.startswith(EMBEDDED):
             from alignblind_mi.models.embedded import organism_path
 
             return str(organism_path(self.name.removeprefix(EMBEDDED)))
         return self.name
+
+    @property
+    def _gguf(self) -> tuple[str, str] | None:
+        """The folder or the repository of a GGUF file, and its name there."""
+        path = Path(self.name)
+        if path.suffix.lower() != ".gguf":
+            return None
+        on_the_hub = not path.parent.is_dir() and not path.is_absolute() and len(path.parts) > 2
+        return ("/".join(path.parts[:2]), "/".join(path.parts[2:])) if on_the_hub else (str(path.parent), path.name)
 
     @property
     def options(self) -> dict[str, Any]:

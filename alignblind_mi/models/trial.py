@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.reading import foreign, said
-from alignblind_mi.models.blocks import input_device, is_llama_like, text_config, tolerance
+from alignblind_mi.models.blocks import input_device, is_llama_like, text_config, tolerance, trial_ids
 from alignblind_mi.models.budget import Budget, RowCost
 from alignblind_mi.models.decoding import refuse_nan
 from alignblind_mi.models.engine import Engine
@@ -124,9 +124,7 @@ ALONE = [0, 3]    # the rows of the trial without edits
 
 def _rows(engine: Engine | PlainEngine) -> list[TokenRow]:
     """Rows of different lengths that share beginnings, with edits."""
-    config = text_config(engine.model)
-    ids = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    vector = torch.ones(config.hidden_size)
+    ids, vector = trial_ids(engine.model), torch.ones(text_config(engine.model).hidden_size)
     edits = [(TokenEdit(place(layer, "resid_post", 20), vector, "add", 1.0),) for layer in range(min(2, engine.n_layers))]
     return [TokenRow(tuple(ids)), *(TokenRow(tuple(ids[:30]), edit) for edit in edits), TokenRow(tuple(ids[5:12]))]
 

@@ -17,7 +17,7 @@ import torch
 from alignblind_mi.borders.settings import Text, Words, many, takes
 from alignblind_mi.borders.texts import named_line
 from alignblind_mi.models.adapters import adapters_of, switch, switched
-from alignblind_mi.models.blocks import decoder_layers, mixer_width, position_limit, text_config
+from alignblind_mi.models.blocks import decoder_layers, mixer_width, text_config
 from alignblind_mi.models.budget import is_out_of_memory, release
 from alignblind_mi.models.chat import Chat, chat_frame, in_chat
 from alignblind_mi.models.decoding import Batch, refuse_nan
@@ -224,7 +224,7 @@ class View:
                 left = [i for i in left if i not in done]
 
     def _refuse_too_long(self, rows: Sequence[TokenRow], room: int) -> None:
-        longest, limit = max((len(row.ids) for row in rows), default=0), position_limit(self.engine.model)
+        longest, limit = max((len(row.ids) for row in rows), default=0), self.engine.limit
         if limit is not None and longest + room > limit:
             answers = f" and {room} that follow" if room else ""
             raise ModelError(f"{self.spec.name} can read {limit} tokens, where its table of positions ends; the longest row has {longest}"
