@@ -191,6 +191,12 @@ def short(said: str) -> str:
     return said
 
 
+def line(family: str, cells: list[str]) -> str:
+    """A row of the table: right or no, and each reason once."""
+    reasons = dict.fromkeys(cell.removeprefix("no: ") for cell in cells if cell.startswith("no: "))
+    return f"| {' | '.join([family, *('no' if cell.startswith('no: ') else cell for cell in cells), ' '.join(reasons)])} |"
+
+
 class Late(BaseException):
     """A family took too long; no handler of errors takes it for one of its own."""
 
@@ -221,10 +227,10 @@ def main() -> None:
             signal.alarm(0)
             print(family, {key: value[:60] for key, value in rows[-1].items()}, file=sys.stderr, flush=True)
     print(PAGE.format(version=transformers.__version__, made=sum(not row["made"] for row in rows)))
-    print("| family | plain, raw | plain, chat | fast, raw | fast, chat | bridge |\n|---|---|---|---|---|---|")
+    print("| family | plain, raw | plain, chat | fast, raw | fast, chat | bridge | why not |\n|---|---|---|---|---|---|---|")
     for row in rows:
         if not row["made"]:
-            print(f"| {row['family']} | " + " | ".join(short(row[key]) for key in COLUMNS) + " |")
+            print(line(row["family"], [short(row[key]) for key in COLUMNS]))
     others = [row for row in rows if row["made"]]
     if others:
         print(f"\nNot tried, because no model of them that is small and quick enough was made ({len(others)}): "
@@ -236,7 +242,7 @@ PAGE = """# Architectures
 
 Written by `tests/families.py`, with transformers {version}. Of each of {made} architectures a tiny model with random weights was made.
 "right": next-token log-probabilities of rows of different lengths, read together, are those of the model's own forward pass on one row at a
-time (to 2e-3 nats), and a greedy answer is the one that is read anew from the beginning at every token. "no" is what a user is told. The
+time (to 2e-3 nats), and a greedy answer is the one that is read anew from the beginning at every token. "Why not" is what a user is told. The
 engine `auto` takes the fast one where it is right, and the plain one otherwise; what the bridge cannot carry needs hook points: attention
 views, `cache`.
 """
