@@ -243,8 +243,8 @@ PAGE = """# Architectures
 Written by `tests/families.py`, with transformers {version}. Of each of {made} architectures a tiny model with random weights was made.
 "right": next-token log-probabilities of rows of different lengths, read together, are those of the model's own forward pass on one row at a
 time (to 2e-3 nats), and a greedy answer is the one that is read anew from the beginning at every token. "Why not" is what a user is told.
-The engine `auto` takes the fast one where it is right, and the plain one otherwise; what the bridge cannot carry needs hook points: attention
-views, `cache`.
+The engine `auto` takes the fast one where it is right, and the plain one otherwise; what the bridge cannot carry needs hook points:
+attention views, `cache`.
 """
 
 
