@@ -2,17 +2,22 @@
 
 jaxtyping's import hook wraps every function for shapes, also the many whose arguments hold no array; binding their arguments at each call
 more than doubled the time of the tests. Here only functions and dataclasses that name an array are wrapped by jaxtyping; the others get
-beartype's own check of the same annotations. To be imported before the package.
+beartype's own check of the same annotations. A function that is called more than `ALWAYS` times is checked at each `THEN`-th call from
+there on: what differs between thousands of calls of one function is seldom a type, and their checks took a fifth of the time. To be
+imported before the package.
 """
 
 import dataclasses
+import functools
 import inspect
+import itertools
 import re
 import typing
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
+ALWAYS, THEN = 100, 20
 _jaxtyped = jaxtyping.jaxtyped
 _beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
@@ -38,6 +43,18 @@ def _names_an_array(annotations: dict, known: dict) -> bool:
     return any("jaxtyping" in repr(part) for part in parts)
 
 
+def _often(function, tested):
+    """`tested` for the first calls and some of the later ones, `function` itself for the others."""
+    calls = itertools.count()
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        number = next(calls)
+        return (tested if number < ALWAYS or number % THEN == 0 else function)(*args, **kwargs)
+
+    return called
+
+
 def checked(*, typechecker):
     """The decorator that jaxtyping's import hook puts on every function and class, cheaper where no array is named."""
     shaped = _jaxtyped(typechecker=typechecker)
@@ -51,9 +68,9 @@ def checked(*, typechecker):
             init = vars(thing).get("__init__")
             if not dataclasses.is_dataclass(thing) or init is None or _names_an_array(init.__annotations__, init.__globals__):
                 return shaped(thing)
-            thing.__init__ = _plain(init)
+            thing.__init__ = _often(init, _plain(init))
             return thing
-        return shaped(thing) if _names_an_array(thing.__annotations__, thing.__globals__) else _plain(thing)
+        return _often(thing, shaped(thing) if _names_an_array(thing.__annotations__, thing.__globals__) else _plain(thing))
 
     return decorate
 

@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 from importlib.resources import files
@@ -17,6 +18,7 @@ from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.stimuli.concept import Concept, load_concept
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 50)    # the libraries' hundreds of thousands of objects stay anyway, and are not looked through so often
 RELEASED = Path(__file__).parents[2] / "shared" / "data" / "released"
 
 

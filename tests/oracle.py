@@ -118,12 +118,17 @@ class Oracle:
         with self.edited(row, self.columns(row)):
             return self.model(self.ids(row.prompt), use_cache=False).logits[0, -1].log_softmax(-1)
 
-    @torch.no_grad()
     def greedy(self, row: Row, n: int, stop: set[int], *, cached: bool = True) -> list[int]:
         """Greedy tokens, with a key-value cache or by reading everything again at every step."""
+        return self.answer(row, n, stop, cached=cached)[1]
+
+    @torch.no_grad()
+    def answer(self, row: Row, n: int, stop: set[int], *, cached: bool = True) -> tuple[torch.Tensor, list[int]]:
+        """Log-probabilities of the next token, and greedy tokens, with a key-value cache or by reading everything again at every step."""
         ids, made = self.ids(row.prompt), []
         with self.edited(row, self.columns(row)):
             out = self.model(ids, use_cache=cached)
+            log_probs = out.logits[0, -1].log_softmax(-1)
             for _ in range(n):
                 made.append(int(out.logits[0, -1].argmax()))
                 if made[-1] in stop:
@@ -132,7 +137,7 @@ class Oracle:
                     out = self.model(torch.tensor([[made[-1]]]), past_key_values=out.past_key_values, use_cache=True)
                 else:
                     out = self.model(torch.cat([ids, torch.tensor([made])], 1), use_cache=False)
-        return made
+        return log_probs, made
 
     @torch.no_grad()
     def log_prob_of(self, row: Row, continuation: str) -> float:

@@ -1,9 +1,8 @@
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 
@@ -11,8 +10,7 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 
 
 def run(*arguments: object, script: str = "released_answers") -> subprocess.CompletedProcess:
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(FOLDER / f"{script}.py"), *map(str, arguments)], capture_output=True, text=True, env=offline)
+    return forked.run([FOLDER / f"{script}.py", *arguments])
 
 
 def test_the_paper_s_numbers_come_out(released):

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
+import forked
 import pytest
 from rich.console import Console
 
@@ -19,7 +19,6 @@ from alignblind_mi.studies import single
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables
 
-ROOT = Path(__file__).parents[1]
 CODE = """
 import alignblind_mi as ab
 from alignblind_mi import progress
@@ -40,8 +39,9 @@ def looked_at(monkeypatch):
 
 def fresh(**environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTEST_CURRENT_TEST", progress.SWITCH)}
-    return subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True, cwd=ROOT,
-                          env={**inherited, "PYTHONPATH": str(ROOT), **environment})
+    done = forked.run(["-c", CODE], env={**inherited, **environment})
+    done.check_returncode()
+    return done
 
 
 def test_nothing_is_shown_where_nobody_looks():

@@ -1,5 +1,6 @@
 """Exactness, as a matrix: every row equals plain Hugging Face run one row at a time in fp32 (see oracle.py), on both engines."""
 
+import functools
 from dataclasses import replace
 from itertools import combinations, pairwise, product
 from pathlib import Path
@@ -13,7 +14,7 @@ from oracle import Oracle
 from alignblind_mi.models import engine, stems
 from alignblind_mi.models.budget import Budget, OutOfMemoryError, RowCost, cheapest_cuts
 from alignblind_mi.models.edits import EVERYWHERE, GENERATED, LAST, PROMPT, Edit, EditError, Row, Site, Treatment
-from alignblind_mi.models.model import load_model
+from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.models.stems import common_stems
 from alignblind_mi.models.tokens import Place, Taps, TokenEdit, TokenRow
@@ -75,27 +76,43 @@ def unit_sites(mark: str) -> list[tuple[Site, int]]:
             (Site(0, mark, "z"), D), (Site(2, mark, "post", units=(5, 47, 11)), 3), (Site(LAYERS - 1, mark, "post"), NEURONS)]
 
 
+class Checkpoint:
+    """A checkpoint and two adapters; what several tests ask of it is loaded and computed once."""
+
+    def __init__(self, folder: Path, adapters: list[Path]):
+        self.folder, self.adapters = folder, adapters
+        self.oracle, self.model, self.expected = map(functools.cache, (self._oracle, self._model, self._expected))
+
+    def _oracle(self, adapter: str | None) -> Oracle:
+        return Oracle(self.folder, dict(zip(("one", "two"), self.adapters, strict=True)).get(adapter))
+
+    def _model(self, engine: str, n_adapters: int) -> HookedModel:
+        return load_model(ModelSpec(str(self.folder), engine=engine), adapters=self.adapters[:n_adapters])
+
+    def _expected(self, adapter: str | None, chat: bool) -> list[tuple[torch.Tensor, list[int]]]:
+        """Of every cell: log-probabilities of the next token, and five greedy tokens."""
+        return [self.oracle(adapter).answer(row, 5, {2}, cached=i % 2 == 0) for i, row in enumerate(cells(chat))]
+
+
 @pytest.fixture(scope="module", params=list(product((True, False), (1, 2, 4))), ids=lambda p: f"{'tied' if p[0] else 'untied'}-kv{p[1]}")
-def checkpoint(request, tmp_path_factory) -> tuple[Path, list[Path]]:
+def checkpoint(request, tmp_path_factory) -> Checkpoint:
     """Tied / untied embeddings x one, two or four (as many as heads) key-value heads, and two adapters for each."""
     tied, kv_heads = request.param
     folder = tiny_llama(tmp_path_factory.mktemp("cell"), WORDS, layers=LAYERS, kv_heads=kv_heads, tied=tied, seed=kv_heads)
-    return folder, [make_adapter(folder, tmp_path_factory.mktemp("adapters") / name, seed) for seed, name in enumerate(("one", "two"))]
+    return Checkpoint(folder, [make_adapter(folder, tmp_path_factory.mktemp("adapters") / name, seed)
+                               for seed, name in enumerate(("one", "two"))])
 
 
 @pytest.mark.parametrize("adapters", ["none loaded", "off", "one", "two"])
 @pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])
 @pytest.mark.usefixtures("stems_at_any_price")
 def test_every_cell_equals_the_oracle(checkpoint, adapters, chat):
-    folder, both = checkpoint
-    loaded = {"none loaded": [], "off": both, "one": both[:1], "two": both}[adapters]
+    loaded = {"none loaded": 0, "off": 2, "one": 1, "two": 2}[adapters]
     name = adapters if adapters in ("one", "two") else None
-    oracle = Oracle(folder, dict(zip(("one", "two"), both, strict=True)).get(name))
-    rows, stop = cells(chat), {2}
-    expected = [oracle.next_log_probs(row) for row in rows]
-    tokens = [oracle.greedy(row, 5, stop, cached=i % 2 == 0) for i, row in enumerate(rows)]
+    rows = cells(chat)
+    expected, tokens = zip(*checkpoint.expected(name, chat), strict=True)
     for name_of in ("fast", "plain"):
-        model = load_model(ModelSpec(str(folder), engine=name_of), adapters=loaded).under(Treatment("t", adapter=name))
+        model = checkpoint.model(name_of, loaded).under(Treatment("t", adapter=name))
         assert model.engine.name == name_of
         for part in (rows, *[[row] for row in rows[::4]], rows[2:4], rows[:1] * 3):
             wanted = torch.stack([expected[rows.index(row)] for row in part])
@@ -107,12 +124,11 @@ def test_every_cell_equals_the_oracle(checkpoint, adapters, chat):
 
 
 def test_continuations_are_scored_under_edits_of_what_follows(checkpoint):
-    folder, _ = checkpoint
-    oracle, rows = Oracle(folder), [row for row in cells(False) if any(edit.site.mark in EVERYWHERE for edit in row.edits)]
+    oracle, rows = checkpoint.oracle(None), [row for row in cells(False) if any(edit.site.mark in EVERYWHERE for edit in row.edits)]
     choices = [[" w4 w5 w6", " w7"] for _ in rows]
     wanted = torch.tensor([[oracle.log_prob_of(row, text) for text in texts] for row, texts in zip(rows, choices, strict=True)])
     for name in ("fast", "plain"):
-        found = load_model(ModelSpec(str(folder), engine=name)).continuation_log_probs(rows, choices)
+        found = checkpoint.model(name, 0).continuation_log_probs(rows, choices)
         assert (found - wanted).abs().max() < CLOSE, name
 
 
@@ -130,20 +146,21 @@ def test_texts_are_treated_as_if_the_model_had_written_them(pair):
 
 def test_every_stream_of_the_bridge_equals_the_engines(checkpoint):
     """The twin: same weights, and the same numbers whatever is edited, read at other hook points than the edited ones."""
-    folder, both = checkpoint
-    model = load_model(str(folder), adapters=both)
+    model = checkpoint.model("fast", 2)
     own = {p.data_ptr() for p in model.engine.model.parameters()}
     assert {p.data_ptr() for p in model.bridge.original_model.parameters()} == own
-    for adapter, row in product((None, "two"), cells(False)):
+    rows, sites = cells(False), [Site(2, "end"), Site(LAYERS - 1, "end")]
+    one_by_one = [(adapter, row) for adapter in (None, "two") for row in rows]
+    vectors = [read for adapter in (None, "two") for read in model.under(Treatment("t", adapter=adapter)).record(rows, sites)]
+    for (adapter, row), read in zip(one_by_one, vectors, strict=True):
         view = model.under(Treatment("t", edits=row.edits, adapter=adapter))
         cached = view.cache(row.prompt, [f"blocks.{LAYERS - 1}.hook_resid_post", "blocks.2.hook_resid_post"])
-        read = view.record([row], [Site(2, "end"), Site(LAYERS - 1, "end")])[0]
         assert torch.allclose(cached["blocks.2.hook_resid_post"][0, -1], read[0], atol=1e-4)
         assert torch.allclose(cached[f"blocks.{LAYERS - 1}.hook_resid_post"][0, -1], read[1], atol=1e-4)
 
 
 def test_recording_equals_the_bridge_s_cache_in_every_stream(checkpoint):
-    model = load_model(str(checkpoint[0]))
+    model = checkpoint.model("fast", 0)
     prompts = [prompt_of(text, False) for text in TEXTS]
     for stream, place in product(STREAMS, PLACES):
         found = model.record([Row(p) for p in prompts], [Site(layer, place, stream) for layer in range(LAYERS)])
@@ -156,7 +173,7 @@ def test_recording_equals_the_bridge_s_cache_in_every_stream(checkpoint):
 
 
 def test_heads_and_neurons_are_transformer_lens_s(checkpoint):
-    model = load_model(str(checkpoint[0]))
+    model = checkpoint.model("fast", 0)
     prompts = [prompt_of(text, False) for text in TEXTS]
     for site, size in unit_sites("middle"):
         found = model.record([Row(p) for p in prompts], [site])

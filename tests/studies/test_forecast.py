@@ -1,9 +1,8 @@
 """The forecast: sizes that are those of the loaded model, rows that are those of the study, and a time from a measured rate."""
 
 import json
-import subprocess
-import sys
 
+import forked
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -74,11 +73,11 @@ def test_a_model_too_large_to_be_tried_gets_no_rate(llama3_folder):
 
 @pytest.mark.slow
 def test_the_command_prints_json_alone_and_one_sentence_for_a_missing_model(tiny_folder):
-    command = [sys.executable, "-m", "alignblind_mi", "forecast", "--quick", "--no-rate"]
-    done = subprocess.run([*command, "--base", str(tiny_folder), "--aligned", str(tiny_folder), "--json"], capture_output=True, text=True,
-                          check=True)
+    command = ["-m", "alignblind_mi", "forecast", "--quick", "--no-rate"]
+    done = forked.run([*command, "--base", tiny_folder, "--aligned", tiny_folder, "--json"])
+    done.check_returncode()
     assert {"parameters", "fits", "stages", "seconds"} <= set(json.loads(done.stdout))
-    done = subprocess.run([*command, "--base", "/no/such/folder"], capture_output=True, text=True, check=False)
+    done = forked.run([*command, "--base", "/no/such/folder"])
     assert done.returncode == 2
     assert done.stderr.startswith("alignblind: the model '/no/such/folder' cannot be found")
     with pytest.raises(ModelError, match="unknown engine"):

@@ -4,13 +4,12 @@ import json
 import random
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 from doubles import TINY_CHAT, tiny_llama
@@ -33,9 +32,8 @@ run_study(config, Path(sys.argv[2]))
 """
 
 
-def small_study(model: Path, out: Path, concept: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SMALL, str(model), str(out), concept], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+def small_study(model: Path, out: Path, concept: str) -> forked.Forked:
+    return forked.Forked(["-c", SMALL, model, out, concept])
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +68,8 @@ def test_killed_at_any_moment_and_started_again_gives_the_same_rows(undisturbed,
     out, moments = tmp_path / "killed", random.Random(0)
     for _ in range(4):
         process = small_study(tiny_folder, out, brief)
-        time.sleep(moments.uniform(4.0, 12.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        time.sleep(moments.uniform(0.3, 4.0))
+        process.kill()
     process = small_study(tiny_folder, out, brief)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
@@ -104,7 +101,7 @@ def test_another_configuration_or_a_damaged_part_is_refused(undisturbed, tiny_fo
 
 
 def alignblind(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "alignblind_mi", *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    return forked.run(["-m", "alignblind_mi", *arguments], timeout=300)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
