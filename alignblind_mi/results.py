@@ -52,7 +52,7 @@ class Result:
         return named_line(self, f"{len(self.rows)} rows x {self.rows.shape[1]} columns{f', {about}' if about else ''}")
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: where the rows come from and, of judged answers, rates with exact intervals and the invalid share."""
+        """What a notebook shows: where the rows come from and, of judged answers, rates with intervals and the invalid share."""
         config = self.provenance.get("config")
         seed = config.get("seed") if isinstance(config, Mapping) else None
         told = [name for name in ("part", "model", "revision", "treatment", "made") if name in self.provenance]
@@ -63,20 +63,22 @@ class Result:
 
 
 def rates_of(rows: "pd.DataFrame") -> list[dict[str, Any]]:
-    """What judged answers say in short, by model, treatment and kind: n, the rate of the stereotype with its exact 95 % interval over the
-    valid answers, the invalid share. Rows of anything else say nothing here. Clustered intervals: `statistics.rates.summarise`."""
-    from scipy.stats import binomtest
+    """What judged answers say in short, by model, treatment and kind: n, the rate of the stereotype with its 95 % interval over the valid
+    answers (over word pairs and templates, as in `statistics.rates.summarise`), the invalid share. Rows of anything else say nothing."""
+    from alignblind_mi.intervals import rate_interval
 
     by = [name for name in ("model", "treatment", "kind") if name in rows]
     if "outcome" not in rows or not by:
         return []
     records = []
     for key, group in rows.groupby(by, sort=False, dropna=False):
-        n, hits, invalid = len(group), int((group["outcome"] == "stereotyped").sum()), int((group["outcome"] == "invalid").sum())
-        valid = n - invalid
-        low, high = binomtest(hits, valid).proportion_ci(method="exact") if valid else (math.nan, math.nan)
-        records.append({**dict(zip(by, key, strict=True)), "n": n, "rate": hits / valid if valid else math.nan, "low": low, "high": high,
-                        "invalid_share": invalid / n})
+        n, hits, valid = len(group), group["outcome"] == "stereotyped", group["outcome"] != "invalid"
+        labels = [group[name].to_numpy() for name in ("word_pair", "template") if name in group]
+        found = rate_interval(hits.to_numpy(float), labels, valid=valid.to_numpy(float)) if labels else None
+        rate = int(hits.sum()) / int(valid.sum()) if valid.any() else math.nan
+        low, high = (found.low, found.high) if found is not None else (math.nan, math.nan)
+        records.append({**dict(zip(by, key, strict=True)), "n": n, "rate": rate, "low": low, "high": high,
+                        "invalid_share": 1 - int(valid.sum()) / n})
     return records
 
 

@@ -29,12 +29,12 @@ def main(given: argparse.Namespace) -> None:
     layers = selfie_table(rows, concept, by=("role", "control", "layer")).rename(columns={"role": "panel"})
     texts = rows.assign(interpretation=rows["text"], prompt=rows["context"])
     pooled = pd.DataFrame(score_interpretations(texts, concept, by=("role", "control"))).rename(columns={"role": "panel"})
-    reduction = pd.DataFrame([reading_reduction(*(rows[rows["role"] == role] for role in ("aligned", "base")), seed=config.seed)])
+    reduction = pd.DataFrame([reading_reduction(*(rows[rows["role"] == role] for role in ("aligned", "base")))])
     figure = selfie_figure(layers[layers["control"] == ""], pooled)
     save_shown(given.out, {"selfie_layers": layers, "selfie": pooled, "selfie_reduction": reduction}, {"selfie": figure})
     counts = [name for reading in reading_names(concept) for name in (reading, f"{reading}_share")]
-    group = [f"{concept.group_sense}_{end}" for end in ("low", "high", "cluster_low", "cluster_high")]
-    show("SelfIE readings over layers, and controls (intervals: exact, and clustered over contexts)",
+    group = [f"{concept.group_sense}_{end}" for end in ("low", "high")]
+    show("SelfIE readings over layers, and controls (intervals: over contexts and templates)",
          pooled.assign(control=pooled["control"].map(CONTROL_NAMES)), ["panel", "control", "n", *counts, *group])
     show(f"Readings of {concept.group_sense}, aligned against base: relative change (n contexts)", reduction)
     print(f"\nRows, tables/ and figures/ are in {given.out}")

@@ -16,8 +16,8 @@ from alignblind_mi.pages.page import percent, save_shown
 from alignblind_mi.pages.study_tables import POOLED
 from alignblind_mi.studies.running import check_vocabulary
 
-SHOWN = ["cue", "kind", "category", "role", "n", "stereotyped", "reversed", "rejected", "invalid", "rate", "low", "high", "cluster_low",
-         "cluster_high", "worst", "best"]
+SHOWN = ["cue", "kind", "category", "role", "n", "stereotyped", "reversed", "rejected", "invalid", "rate", "low", "high", "template_min",
+         "template_max", "worst", "best"]
 SHARES = SHOWN[9:]
 
 

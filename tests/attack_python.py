@@ -307,6 +307,7 @@ def statistics_cases(to: Attack) -> None:
 
     from alignblind_mi import (
         corrected,
+        difference_draws,
         equal_damage,
         item_slopes,
         mixed_logistic,
@@ -317,7 +318,7 @@ def statistics_cases(to: Attack) -> None:
         summarise,
         summarise_readings,
     )
-    from alignblind_mi.statistics.rates import clustered_interval, exact_interval, mean_interval, t_interval
+    from alignblind_mi.intervals import change_test, exact_interval, mean_interval, mean_test, rate_interval
 
     rows = pd.DataFrame(
         [
@@ -413,8 +414,8 @@ def statistics_cases(to: Attack) -> None:
             named=(),
             sound=(("outcome", "outcome"),),
         )
-    to.each("summarise", "draws", (NAN, 0, -1, HUGE, "abc", 10**12), lambda v: summarise(rows, draws=v))
-    to.each("summarise", "seed", SEED, lambda v: summarise(rows, seed=v))
+    to.each("difference_draws", "draws", (NAN, 0, -1, HUGE, "abc", 10**12), lambda v: difference_draws(rows, draws=v))
+    to.each("difference_draws", "seed", SEED, lambda v: difference_draws(rows, seed=v))
     to.each("summarise", "cluster", (("abc",), "abc", 7), lambda v: summarise(rows, cluster=v), named=())
     to.each("paired_differences", "baseline", ("abc", "[/]", "", 7), lambda v: paired_differences(rows, baseline=v))
     to.each("paired_differences", "between", ("abc", "[/]", "", 7), lambda v: paired_differences(rows, between=v))
@@ -422,8 +423,9 @@ def statistics_cases(to: Attack) -> None:
         for name, call in {
             "exact_interval": lambda v: exact_interval(3, 5, v),
             "mean_interval": lambda v: mean_interval(np.arange(4.0), [np.array(list("abab"))], level=v),
-            "clustered_interval": lambda v: clustered_interval(np.arange(4.0), [np.array(list("abab"))], level=v),
-            "t_interval": lambda v: t_interval(np.arange(4.0), np.array(list("abab")), level=v),
+            "mean_test": lambda v: mean_test(np.arange(4.0), [np.array(list("abab"))], level=v),
+            "rate_interval": lambda v: rate_interval(np.ones(4), [np.array(list("abab"))], level=v),
+            "change_test": lambda v: change_test(np.ones(4), [np.array(list("abab"))], level=v),
         }.items():
             to.call(name, "level", level, lambda place, call=call, level=level: lambda: call(level))
     for pair in ((5, 3), (-1, 3), (1, -1), (NAN, 3), ("a", 3), (1, BIG), (1.5, 3)):
@@ -446,8 +448,9 @@ def statistics_cases(to: Attack) -> None:
         expect = "refuse" if label in ("texts", "another length") else "either"  # of no number there is no interval
         for name, call in {
             "mean_interval": lambda v: mean_interval(v, [np.array(list("ab"))]),
-            "t_interval": lambda v: t_interval(v, np.array(list("ab"))),
-            "clustered_interval": lambda v: clustered_interval(v, [np.array(list("ab"))]),
+            "mean_test": lambda v: mean_test(v, [np.array(list("ab"))]),
+            "rate_interval": lambda v: rate_interval(v, [np.array(list("ab"))]),
+            "change_test": lambda v: change_test(v, [np.array(list("ab"))]),
         }.items():
             to.call(name, "values", label, lambda place, call=call, bad=bad: lambda: call(bad), named=(), expect=expect)
     for label, p in {"nan alone": [NAN], "negative": [-0.1], "above one": [1.1], "text": ["a"], "infinite": [INF]}.items():

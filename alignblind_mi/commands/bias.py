@@ -18,7 +18,7 @@ def bias(
     loading: Loading,
     as_json: AsJson = False,
 ) -> None:
-    """Implicit and explicit bias of one model: rates with both intervals, invalid answers, log-odds, and the effect of positions.
+    """Implicit and explicit bias of one model: rates with intervals, invalid answers, log-odds, and the effect of positions.
 
     Example: alignblind bias --model meta-llama/Meta-Llama-3-8B-Instruct --cue names --out bias
     """
@@ -28,7 +28,7 @@ def bias(
 
     config = configured(asked, asking, loading)
     (result,) = measure_parts(config, out, bias_parts(config, design))
-    tables = bias_tables(result.rows, seed=config.seed)
+    tables = bias_tables(result.rows)
     if as_json:
         print_json(tagged(tables, result.provenance, config.seed))
         return

@@ -41,13 +41,14 @@ def steer(
     vectors = vectors_file(plan, out)
     if gguf is not None:
         load_vectors(vectors).export_gguf(gguf)
-    tables = steer_tables(result.rows, seed=config.seed)
+    tables = steer_tables(result.rows)
     if as_json:
         print_json(tagged(tables, result.provenance, config.seed))
         return
     print_table("Implicit bias under each treatment", [
         {"treatment": row["treatment"], "n": str(row["n"]), "stereotyped": number(row["rate"]), "95 %": interval(row),
-         "bounds": interval(row, "worst", "best"), "invalid": f"{row['invalid_share']:.1%}"} for row in records_of(tables["rates"])])
+         "templates": interval(row, "template_min", "template_max"), "bounds": interval(row, "worst", "best"),
+         "invalid": f"{row['invalid_share']:.1%}"} for row in records_of(tables["rates"])])
     print_table("Paired difference from the untreated model", [
         {"treatment": row["treatment"], "n": str(row["n"]), "difference": number(row["difference"]), "95 %": interval(row),
          "p": number(row["p"], 2), "Holm": number(row["p_holm"], 2), "log-odds": number(row["log_odds"]),

@@ -6,6 +6,7 @@ arXiv 2404.15255). Activations go where they come from: to the same token positi
 NOT know concepts: a pair brings its prompts, its answers and its labels.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from alignblind_mi.borders.settings import AnyLayers, Listed, Names, Seed, Weight, many, takes
 from alignblind_mi.instruments.contrast import Pair, Pairs, PatchError
+from alignblind_mi.intervals import mean_interval
 from alignblind_mi.models.edits import LAST, Edit, Row, Site, Sites, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.tokens import Encoded
 from alignblind_mi.progress import counted
-from alignblind_mi.statistics.rates import mean_interval
 from alignblind_mi.stimuli.prompts import Prompt, Span
 
 DIRECTIONS = ("denoise", "noise")
@@ -320,26 +321,43 @@ def _edits(case: Case, patch: Patch, vectors: Mapping[str, Mapping[Site, Tensor]
 
 @takes(PatchError)
 def summarise_patching(rows: pd.DataFrame, by: Names = ("direction", "control", "stream", "mark", "layer"), *,
-                       cluster: str = "word_pair", seed: Seed = 0) -> pd.DataFrame:
-    """One row per group: the mean effect and how sure it is.
+                       cluster: Names = ("word_pair", "template")) -> pd.DataFrame:
+    """One row per group: the effect and how sure it is.
 
-    Columns: `by`, n, undefined (share of rows without an effect: their two runs hardly differ), mean, low, high (of the effect; 95 %
-    interval with the `cluster` resampled, NaN for one cluster), moved, log_odds, p_stereotyped (means over all n), flipped (share of the
-    rows that could flip), flippable (how many could).
+    Columns: `by`, n, undefined (share of rows without an effect of their own: their two runs hardly differ), mean, low, high (the effect
+    of the group and its 95 % interval, see below), moved, log_odds, p_stereotyped (means over all n), flipped (share of the rows that
+    could flip), flippable (how many could).
+
+    The effect of a group is the share of the difference between its two runs that patching moves, by least squares over all its rows:
+    sum(moved * difference) / sum(difference^2), with difference = corrupt - clean for `noise`, clean - corrupt for `denoise`. A mean of
+    the rows' own ratios would be governed by those whose two runs hardly differ. The interval is that of a ratio (linearised; Cochran
+    1977, section 6.4) over the `cluster` columns (`intervals.mean_interval`): NaN where none of them has two values, or nothing differs.
 
     Errors: PatchError for a missing column.
     """
-    lacking = [name for name in (*by, cluster, "effect") if name not in rows]
+    lacking = [name for name in (*by, *cluster, "effect", "moved", "clean", "corrupt", "direction") if name not in rows]
     if lacking:
         raise PatchError(f"the rows have no column {lacking[0]!r}; they have: {', '.join(map(str, rows.columns))}.")
     grouped = rows.groupby(list(by), sort=False, dropna=False)
-    return pd.DataFrame.from_records([{**dict(zip(by, key, strict=True)), **_summary(group, cluster, seed)} for key, group in grouped])
+    return pd.DataFrame.from_records([{**dict(zip(by, key, strict=True)), **_summary(group, cluster)} for key, group in grouped])
 
 
-def _summary(group: pd.DataFrame, cluster: str, seed: int) -> dict[str, Any]:
-    valid = group[group["effect"].notna()]
-    low, high = mean_interval(valid["effect"].to_numpy(float), [valid[cluster].to_numpy()], seed=seed)
+def _summary(group: pd.DataFrame, cluster: Sequence[str]) -> dict[str, Any]:
+    mean, low, high = _moved_share(group, cluster)
     flippable = group["flipped"].dropna()
-    return {"n": len(group), "undefined": 1 - len(valid) / len(group), "mean": valid["effect"].mean(), "low": low, "high": high,
+    return {"n": len(group), "undefined": float(group["effect"].isna().mean()), "mean": mean, "low": low, "high": high,
             **{name: group[name].mean() for name in ("moved", "log_odds", "p_stereotyped")},
             "flipped": flippable.mean(), "flippable": len(flippable)}
+
+
+def _moved_share(group: pd.DataFrame, cluster: Sequence[str]) -> tuple[float, float, float]:
+    """(share, low, high): see `summarise_patching`."""
+    sign = group["direction"].map({"noise": -1.0, "denoise": 1.0}).to_numpy(float)
+    apart, moved = sign * (group["clean"] - group["corrupt"]).to_numpy(float), group["moved"].to_numpy(float)
+    squares = float(apart @ apart)
+    if not squares > 0:
+        return math.nan, math.nan, math.nan
+    share = float(moved @ apart) / squares
+    values = share + (moved - share * apart) * apart / (squares / len(group))    # how much a row moves the share; their mean is the share
+    low, high = mean_interval(values, [group[name].to_numpy() for name in cluster])
+    return share, low, high

@@ -19,11 +19,12 @@ from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.lens import Translators, lens_readings
 from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
 from alignblind_mi.instruments.probes import shuffled, train_probes
+from alignblind_mi.intervals import Interval, exact_interval, mean_interval
 from alignblind_mi.measures.sources import CONTROLS, TEXT_LAYER, Contexts, Recorded, Source, record_contexts, record_sources
 from alignblind_mi.models.edits import Row, acts_in
 from alignblind_mi.models.model import HookedModel, untrained
 from alignblind_mi.models.spec import ModelError
-from alignblind_mi.statistics.rates import exact_interval, label_shares, relative_change, require, t_interval
+from alignblind_mi.statistics.rates import label_shares, relative_change, require
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Prompt, fill, interpretation_prompt
 from alignblind_mi.stimuli.readings import classify, reading_names
@@ -31,6 +32,7 @@ from alignblind_mi.stimuli.readings import classify, reading_names
 TARGET_LAYER = 2    # where the paper injects, on Llama 3
 SELFIE_TOKENS = 20
 _READING = ["context", "mark", "mention", "identifier"]    # columns that tell readings apart
+READ_OVER = ("context", "template")    # what the intervals of readings are clustered over
 VECTOR_CONTROLS = tuple(name for name in CONTROLS if name != "text")    # instruments that only read have nothing to ask of a text
 SHUFFLES, UNTRAINED = 10, 3    # control probes, whose accuracies are averaged
 UNTRAINED_UP_TO = 2_000_000_000    # parameters up to which a model of random weights is made beside the model
@@ -307,10 +309,10 @@ def blind_score(readings: pd.DataFrame) -> float:
 
 @takes(ModelError)
 def summarise_readings(rows: pd.DataFrame, by: Names = ("model", "treatment", "instrument", "control")) -> pd.DataFrame:
-    """One row per group: n (different readings), layers, mean of `blind`, low, high (95 %, contexts as the unit), p_group, p_other.
+    """One row per group: n (different readings), layers, mean of `blind`, low, high (95 %, see `blind_interval`), p_group, p_other.
 
-    An interval needs two contexts and is NaN without; it ends where the instrument's scale does. Add "layer" to `by` for a
-    profile over depth.
+    An interval needs two contexts, and two templates where several were asked, and is NaN without; it ends where the instrument's scale
+    does. Add "layer" to `by` for a profile over depth.
 
     Errors: StatisticsError for rows that are no readings.
     """
@@ -319,12 +321,20 @@ def summarise_readings(rows: pd.DataFrame, by: Names = ("model", "treatment", "i
     records = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
         group = group.dropna(subset=["blind"])    # a probe finds nothing at some layers
-        low, high = t_interval(group["blind"].to_numpy(float), group["context"].to_numpy())
+        low, high = blind_interval(group)
         bound = 2.0 if (group["instrument"] == "patchscope").any() else 1.0    # a difference of two changes; others are one scale
         records.append({**dict(zip(by, key, strict=True)), "n": n_readings(group), "layers": group["layer"].nunique(),
                         "mean": float(group["blind"].mean()), "low": max(low, -bound), "high": min(high, bound),
                         "p_group": float(group["p_group"].mean()), "p_other": float(group["p_other"].mean())})
     return pd.DataFrame.from_records(records)
+
+
+def blind_interval(readings: pd.DataFrame, column: str = "blind") -> Interval:
+    """The 95 % interval of the mean of `blind`, such as r_blind, over contexts and templates (`intervals.mean_interval`).
+
+    Contexts of one template have its wording in common, so that templates, which are few, count as units too.
+    """
+    return mean_interval(readings[column].to_numpy(float), [readings[name].to_numpy() for name in READ_OVER])
 
 
 def n_readings(rows: pd.DataFrame) -> int:
@@ -334,20 +344,22 @@ def n_readings(rows: pd.DataFrame) -> int:
 
 @takes(ModelError)
 def selfie_table(rows: pd.DataFrame, concept: Concept, by: Names = ("model", "treatment", "control", "layer")) -> pd.DataFrame:
-    """How many open-ended readings were of each sense, per layer: `by`, n, a count for each reading, `<sense>_share` with its exact
-    interval, and the share of readings of no sense. Errors: StatisticsError for a missing column."""
-    require(rows, [*by, "reading"])
+    """How many open-ended readings were of each sense, per layer: `by`, n, a count for each reading, `<sense>_share` with its interval over
+    contexts and templates, and the share of readings of no sense. Errors: StatisticsError for a missing column."""
+    require(rows, [*by, "reading", *READ_OVER])
     names, records = reading_names(concept), []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
-        records.append({**dict(zip(by, key, strict=True)), "n": len(group), **label_shares(group["reading"].tolist(), names)})
+        records.append({**dict(zip(by, key, strict=True)), "n": len(group),
+                        **label_shares(group["reading"].tolist(), names, [group[name].to_numpy() for name in READ_OVER])})
     return pd.DataFrame.from_records(records)
 
 
 @takes(ModelError)
-def reading_reduction(treated: pd.DataFrame, untreated: pd.DataFrame, *, seed: Seed = 0) -> dict[str, float]:
+def reading_reduction(treated: pd.DataFrame, untreated: pd.DataFrame) -> dict[str, float]:
     """By which share readings of the group sense are fewer in one set of rows than in another (aligned than base): estimate, low, high, n.
 
-    estimate = mean p_group / mean p_group before - 1; the same contexts are drawn for both (paired bootstrap), with all of their readings;
-    n counts contexts. The paper reports -52.2 % for the patchscope of Llama 3 8B and -74.4 % for SelfIE of Llama 3 70B.
+    estimate = mean p_group / mean p_group before - 1, of the contexts that both have, with all of their readings; the interval is over
+    contexts and templates (`relative_change`); n counts contexts.
+    The paper reports -52.2 % for the patchscope of Llama 3 8B and -74.4 % for SelfIE of Llama 3 70B.
     """
-    return relative_change(readings_of(treated), readings_of(untreated), "p_group", "context", seed=seed)
+    return relative_change(readings_of(treated), readings_of(untreated), "p_group", READ_OVER)

@@ -10,14 +10,15 @@ import pandas as pd
 
 from alignblind_mi.borders.settings import Count, Seed, many, takes
 from alignblind_mi.borders.texts import html_summary, named_line
-from alignblind_mi.measures.awareness import blind_score, measure_awareness, n_readings, readings_of
+from alignblind_mi.intervals import mean_interval
+from alignblind_mi.measures.awareness import blind_interval, blind_score, measure_awareness, n_readings, readings_of
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
 from alignblind_mi.mitigations.steering import layer_windows, sense_steering
 from alignblind_mi.models.edits import Treatment, Treatments, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import counted
-from alignblind_mi.statistics.rates import mean_interval, summarise, t_interval
+from alignblind_mi.statistics.rates import CLUSTERS, summarise
 from alignblind_mi.stimuli.concept import Concept, Cue
 
 EARLY_START = 5 / 32    # the paper's effective window of Llama 3 8B begins at layer 5 of 32
@@ -64,12 +65,12 @@ class Comparison:
         table = self.table()
         shown = table[[name for name in kept if name in table]].to_dict("records")
         models = ", ".join(map(str, self.behaviour["model"].unique()))
-        return html_summary("Comparison of treatments", {"model": models, "n": len(self.behaviour), "seed of the intervals": 0},
+        return html_summary("Comparison of treatments", {"model": models, "n": len(self.behaviour)},
                             [{str(name): value for name, value in row.items()} for row in shown])
 
-    def table(self, *, seed: int = 0) -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """One row per treatment: see `comparison_table`."""
-        return comparison_table(self.behaviour, self.awareness, seed=seed)
+        return comparison_table(self.behaviour, self.awareness)
 
 
 @takes(ModelError)
@@ -98,33 +99,35 @@ def compare_treatments(model: HookedModel, concept: Concept, cue: str | Cue, tre
 
 
 @takes(ModelError)
-def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: Seed = 0) -> pd.DataFrame:
+def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame) -> pd.DataFrame:
     """One row per model and treatment, in the order of the rows: implicit and explicit rates, log-odds and r_blind, each with interval.
 
-    Columns: n, implicit, low, high (exact), cluster_low, cluster_high (two-way clustered), invalid_share, worst, best, log_odds (mean,
-    nats) with its interval, explicit with its interval and invalid share, r_blind with its interval and n_readings.
+    Columns: n, implicit, low, high, interval, template_min, template_max, invalid_share, worst, best (see `summarise`), log_odds (mean,
+    nats) with its interval, explicit with its interval and invalid share, r_blind with its interval and n_readings. The implicit
+    answers that a treatment is compared on, valid under it and untreated alike, are in `paired_differences`.
     """
     by = ("model", "treatment")
-    found = summarise(behaviour, by=(*by, "kind"), seed=seed).set_index([*by, "kind"])
+    found = summarise(behaviour, by=(*by, "kind")).set_index([*by, "kind"])
     records = []
     for key in behaviour[list(by)].drop_duplicates().itertuples(index=False, name=None):
         implicit, explicit = found.loc[(*key, "implicit")], found.loc[(*key, "explicit")] if (*key, "explicit") in found.index else None
         rows = behaviour[(behaviour["model"] == key[0]) & (behaviour["treatment"] == key[1]) & (behaviour["kind"] == "implicit")]
         readings = readings_of(awareness[(awareness["model"] == key[0]) & (awareness["treatment"] == key[1])])
         record = {"model": key[0], "treatment": key[1], "n": int(implicit["n"]), "implicit": implicit["rate"]}
-        record |= {name: implicit[name] for name in ("low", "high", "cluster_low", "cluster_high", "invalid_share", "worst", "best")}
-        record |= _mean("log_odds", rows, "log_odds", ("word_pair", "template"), seed)
+        record |= {name: implicit[name] for name in ("low", "high", "interval", "template_min", "template_max", "invalid_share", "worst",
+                                                     "best")}
+        record |= _mean("log_odds", rows, "log_odds", CLUSTERS)
         if explicit is not None:
             record |= {"explicit": explicit["rate"], "explicit_n": int(explicit["n"]), "explicit_low": explicit["low"],
                        "explicit_high": explicit["high"], "explicit_invalid_share": explicit["invalid_share"]}
         if len(readings):
-            low, high = t_interval(readings["blind"].to_numpy(float), readings["context"].to_numpy())
+            low, high = blind_interval(readings)
             record |= {"r_blind": blind_score(readings), "r_blind_low": low, "r_blind_high": high, "n_readings": n_readings(readings)}
         records.append(record)
     return pd.DataFrame.from_records(records)
 
 
-def _mean(name: str, rows: pd.DataFrame, column: str, clusters: Sequence[str], seed: int) -> dict[str, float]:
+def _mean(name: str, rows: pd.DataFrame, column: str, clusters: Sequence[str]) -> dict[str, float]:
     values = rows[column].to_numpy(float)
-    low, high = mean_interval(values, [rows[c].to_numpy() for c in clusters], seed=seed)
+    low, high = mean_interval(values, [rows[c].to_numpy() for c in clusters])
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}

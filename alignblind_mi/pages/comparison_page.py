@@ -68,8 +68,9 @@ def _draw(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
 COLUMNS = {
     "comparison": (
         words("treatment", "treatment"), words("family", "family"), count("n", "n"),
-        rate("implicit %", "implicit", "low", "high"), shares("bounds %", "worst", "best"),
-        share("invalid %", "invalid_share"), rate("explicit %", "explicit", "explicit_low", "explicit_high"),
+        rate("implicit %", "implicit", "low", "high"), shares("by template %", "template_min", "template_max"),
+        shares("bounds %", "worst", "best"), share("invalid %", "invalid_share"),
+        rate("explicit %", "explicit", "explicit_low", "explicit_high"),
         share("explicit invalid %", "explicit_invalid_share"),
         mean("r_blind", "r_blind", "r_blind_low", "r_blind_high"), value("KL neutral", "kl_neutral", plain),
         value("KL mentions", "kl_mentions", plain), share("other-sense questions %", "colour_accuracy"),
@@ -78,7 +79,7 @@ COLUMNS = {
         count("parameters", "parameters"), value("seconds", "seconds", plain), value("latency ratio", "latency", plain)),
     "differences": (
         words("kind", "kind"), words("treatment", "treatment"), count("n", "n"), count("discordant", "n_discordant"),
-        mean("difference, points", "difference", "low", "high", points), words("interval", "interval"),
+        share("untreated %", "rate_baseline"), share("treated %", "rate"), mean("difference, points", "difference", "low", "high", points),
         Column("bounds, points", lambda r: f"{points(r['bound_low'])} to {points(r['bound_high'])}"),
         share("invalid %", "invalid"), mean("log-odds", "log_odds", "log_odds_low", "log_odds_high"),
         value("p", "p", p_value), value("Holm", "p_holm", p_value), value("BH", "p_bh", p_value)),
@@ -101,8 +102,8 @@ COLUMNS = {
         mean("mean", "mean", "low", "high"), value("P(group)", "p_group", plain), value("P(other)", "p_other", plain)),
     "elsewhere": (
         words("treatment", "treatment"), words("concept", "concept"), words("cue", "cue"), count("n", "n"),
-        rate("implicit %", "rate", "low", "high"), shares("bounds %", "worst", "best"),
-        share("invalid %", "invalid_share")),
+        rate("implicit %", "rate", "low", "high"), shares("by template %", "template_min", "template_max"),
+        shares("bounds %", "worst", "best"), share("invalid %", "invalid_share")),
     "bbq": (
         words("treatment", "treatment"), words("context", "condition"), count("n", "n"),
         count("questions", "questions"), rate("accuracy %", "accuracy", "accuracy_low", "accuracy_high"),

@@ -6,9 +6,10 @@ from typing import Any
 
 import pandas as pd
 
+from alignblind_mi.intervals import rate_interval
 from alignblind_mi.pages.saved_study import ROLES, Study
 from alignblind_mi.pages.study_tables import as_records, layer_range, readings_in, scores_table, steering_table, summarised
-from alignblind_mi.statistics.rates import exact_interval
+from alignblind_mi.statistics.rates import CLUSTERS
 
 
 def planted_table(study: Study) -> pd.DataFrame:
@@ -26,7 +27,7 @@ def planted_table(study: Study) -> pd.DataFrame:
 def _planted_answers(study: Study, planted: dict[str, Any]) -> Iterable[dict[str, Any]]:
     for role in (role for role in ROLES if study.has(f"behaviour_{role}")):
         rows = study.parts[f"behaviour_{role}"].rows
-        table = summarised(rows[rows["kind"] == "implicit"], ("role",), study)
+        table = summarised(rows[rows["kind"] == "implicit"], ("role",))
         yield _planted_rate(f"{role}: implicit rate", planted[role]["implicit"], as_records(table)[0])
         asked = rows[rows["kind"] == "explicit"]
         if len(asked):
@@ -36,11 +37,11 @@ def _planted_answers(study: Study, planted: dict[str, Any]) -> Iterable[dict[str
 
 def _agreement(asked: pd.DataFrame) -> dict[str, Any]:
     """How often explicit statements were agreed with: endorsing the stereotype or its reverse, whichever the statement says."""
-    valid = asked[asked["outcome"] != "invalid"]
-    agreed = int((valid["outcome"] == valid["statement"].map({"stereotype": "stereotyped", "reverse": "reversed"})).sum())
-    low, high = exact_interval(agreed, len(valid))
-    return {"rate": agreed / len(valid) if len(valid) else math.nan, "low": low, "high": high, "n": len(asked),
-            "invalid_share": 1 - len(valid) / len(asked)}
+    valid = asked["outcome"] != "invalid"
+    agreed = asked["outcome"] == asked["statement"].map({"stereotype": "stereotyped", "reverse": "reversed"})
+    found = rate_interval(agreed.to_numpy(float), [asked[name].to_numpy() for name in CLUSTERS], valid=valid.to_numpy(float))
+    return {"rate": float(agreed[valid].mean()) if valid.any() else math.nan, "low": found.low, "high": found.high, "n": len(asked),
+            "invalid_share": 1 - float(valid.mean())}
 
 
 def _planted_rate(quantity: str, value: float, found: dict[str, Any]) -> dict[str, Any]:

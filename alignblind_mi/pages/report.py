@@ -128,8 +128,8 @@ def save_views(study: Study) -> dict[str, str]:
 
 
 RATE = (count("n", "n"), count("stereotyped", "stereotyped"), count("reversed", "reversed"), count("rejected", "rejected"),
-        share("invalid %", "invalid_share"), share("rate %", "rate"), shares("exact 95 %", "low", "high"),
-        shares("clustered 95 %", "cluster_low", "cluster_high"), shares("bounds %", "worst", "best"))
+        share("invalid %", "invalid_share"), share("rate %", "rate"), shares("95 %", "low", "high"),
+        shares("by template %", "template_min", "template_max"), shares("bounds %", "worst", "best"))
 LOG_ODDS = mean("log-odds", "log_odds", "log_odds_low", "log_odds_high")
 
 
@@ -182,7 +182,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
         value("mean loss", "mean_loss", plain), value("seconds", "seconds", plain)),
     "comparison": (
         text("treatment", "label"), count("n", "n"), rate("implicit %", "implicit", "low", "high"),
-        shares("clustered", "cluster_low", "cluster_high"), share("invalid %", "invalid_share"), shares("bounds %", "worst", "best"),
+        shares("by template %", "template_min", "template_max"), share("invalid %", "invalid_share"), shares("bounds %", "worst", "best"),
         LOG_ODDS, count("n", "explicit_n"), rate("explicit %", "explicit", "explicit_low", "explicit_high"),
         share("invalid %", "explicit_invalid_share"), mean("r_blind", "r_blind", "r_blind_low", "r_blind_high"),
         count("n", "n_readings")),

@@ -18,7 +18,7 @@ from alignblind_mi.borders.texts import encodable
 from alignblind_mi.errors import ScoreError
 from alignblind_mi.pages.terminal import print_table
 from alignblind_mi.results import STUDY, is_note
-from alignblind_mi.statistics.rates import clustered_interval, label_shares, summarise
+from alignblind_mi.statistics.rates import label_shares, summarise
 from alignblind_mi.stimuli.answers import RULES, judge
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, load_concept
 from alignblind_mi.stimuli.readings import classify, is_interpretations, read_interpretations, reading_names
@@ -36,8 +36,8 @@ _NOT_KEYS = {"answer", "prompt", "outcome", "reason", "log_odds", "n_tokens", "f
 _RECORDS = {"calibration", "provenance", "config", "report", "organism", "study", "settings", "training"}
 _OF_A_RUN = {"study", "comparison", "calibration", "plan", "written"}    # beside study.json
 _READ_BY = ("folder", "model", "treatment", "control")    # how interpretations are grouped where nothing else is asked for
-_NUMBERS = ("n", "stereotyped", "reversed", "rejected", "invalid", "invalid_share", "rate", "low", "high", "cluster_low", "cluster_high",
-            "worst", "best")
+_NUMBERS = ("n", "stereotyped", "reversed", "rejected", "invalid", "invalid_share", "rate", "low", "high", "interval", "template_min",
+            "template_max", "worst", "best")
 
 
 @takes(ScoreError)
@@ -70,8 +70,8 @@ def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Names = (
 
     by: columns to group by (default: the model, and folder, treatment and control where there are several). Each record has kind
     ("interpretation"), model, the keys of `by`, rule ("lexicon"), n, the number of readings of each sense and of none ("other"), and for
-    each its share (`<name>_share`) with the exact interval (`<name>_low`, `<name>_high`) and the one that takes a prompt's readings as
-    dependent (`<name>_cluster_low`, `<name>_cluster_high`; None with one prompt only).
+    each its share (`<name>_share`) with its interval (`<name>_low`, `<name>_high`), which takes a prompt's readings as dependent (0 to 1
+    with one prompt only, which says nothing of others).
     """
     _check_keys(rows, by)
     keys = list(by) or [name for name in _READ_BY if name in rows and (name == "model" or rows[name].nunique() > 1)]
@@ -79,17 +79,10 @@ def score_interpretations(rows: pd.DataFrame, concept: Concept, *, by: Names = (
     records = []
     for key, group in read.groupby(keys, sort=False, dropna=False):
         record = {"model": _common(group["model"])} | dict(zip(keys, map(_plain, key), strict=True))
-        records.append(record | {"kind": "interpretation", "rule": "lexicon", "n": len(group)} | _shares(group, concept))
+        labels = [group[name].astype(str).to_numpy() for name in ("prompt", "template") if name in group]
+        records.append(record | {"kind": "interpretation", "rule": "lexicon", "n": len(group)}
+                       | label_shares(group["reading"].tolist(), reading_names(concept), labels))
     return records
-
-
-def _shares(group: pd.DataFrame, concept: Concept) -> dict[str, Any]:
-    names = reading_names(concept)
-    out: dict[str, Any] = dict(label_shares(group["reading"].tolist(), names))
-    for name in names:
-        clustered = clustered_interval((group["reading"] == name).to_numpy(float), [group["prompt"].astype(str).to_numpy()])
-        out |= {f"{name}_cluster_low": _plain(clustered.low), f"{name}_cluster_high": _plain(clustered.high)}
-    return out
 
 
 @takes(ScoreError)
@@ -265,12 +258,12 @@ def _read_result(file: Path) -> pd.DataFrame | None:
 
 
 def render(records: Sequence[Mapping[str, Any]], console: "Console | None" = None) -> None:
-    """Print the records as tables: of answers, the rate with both intervals and its bounds; of interpretations, the share of each sense."""
+    """Print the records as tables: of answers, the rate with its interval, extremes by template and bounds; of readings, the senses."""
     answers = [record for record in records if record["kind"] != "interpretation"]
     interpretations = [record for record in records if record["kind"] == "interpretation"]
     if answers or not interpretations:
         _render("Share of stereotyped answers" if answers else "No answers", answers, _NUMBERS, list(map(_cells, answers)),
-                "rate: stereotyped among the valid answers. clustered: word pairs and templates resampled.\n"
+                "rate: stereotyped among the valid answers. 95 %: over word pairs and templates. templates: the lowest, the highest.\n"
                 "bounds: every invalid answer counted against, or with, the stereotype.", console)
     if interpretations:
         _render_interpretations(interpretations, console)
@@ -278,12 +271,12 @@ def render(records: Sequence[Mapping[str, Any]], console: "Console | None" = Non
 
 def _render_interpretations(records: Sequence[Mapping[str, Any]], console: "Console | None") -> None:
     names = [name.removesuffix("_share") for name in records[0] if name.endswith("_share")]
-    numbers = {"n", *names, *(f"{name}_{end}" for name in names for end in ("share", "low", "high", "cluster_low", "cluster_high"))}
+    numbers = {"n", *names, *(f"{name}_{end}" for name in names for end in ("share", "low", "high"))}
     cells = [{"n": str(record["n"]), **{name: str(record[name]) for name in names},
               **{f"{name} %": f"{_percent(record[f'{name}_share'])} [{_range(record, f'{name}_low', f'{name}_high')}]" for name in names}}
              for record in records]
     _render("Interpretations by sense", records, numbers, cells,
-            "by the lexicons of the concept's senses; other: a text that names neither. In brackets: exact 95 %.", console)
+            "by the lexicons of the concept's senses; other: a text that names neither. In brackets: 95 %, prompts as units.", console)
 
 
 def _render(title: str, records: Sequence[Mapping[str, Any]], numbers: Container[str], cells: Sequence[Mapping[str, str]], note: str,
@@ -298,7 +291,7 @@ def _render(title: str, records: Sequence[Mapping[str, Any]], numbers: Container
 def _cells(record: Mapping[str, Any]) -> dict[str, str]:
     return {**{name: str(record.get(name, "-")) for name in ("n", "stereotyped", "reversed", "rejected")},
             "invalid": f"{record['invalid']} ({100 * record['invalid_share']:.0f} %)", "rate %": _percent(record["rate"]),
-            "exact 95 %": _range(record, "low", "high"), "clustered 95 %": _range(record, "cluster_low", "cluster_high"),
+            "95 %": _range(record, "low", "high"), "templates %": _range(record, "template_min", "template_max"),
             "bounds %": _range(record, "worst", "best")}
 
 

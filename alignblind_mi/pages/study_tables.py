@@ -8,12 +8,13 @@ import pandas as pd
 
 from alignblind_mi.borders.reading import is_file, read_object
 from alignblind_mi.errors import ResultError
-from alignblind_mi.measures.awareness import n_readings, readings_of, selfie_table, summarise_readings
+from alignblind_mi.intervals import mean_interval
+from alignblind_mi.measures.awareness import blind_interval, n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.measures.mitigation import comparison_table, steering_names
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.pages.saved_study import ROLES, Study
 from alignblind_mi.statistics.paired import corrected, paired_differences
-from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise, t_interval
+from alignblind_mi.statistics.rates import CLUSTERS, position_effect, summarise
 from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
 from alignblind_mi.studies.parts import INSTRUMENTS
 
@@ -24,8 +25,8 @@ POOLED = "pooled"
 def behaviour_table(study: Study) -> pd.DataFrame:
     """One row per role, kind and category (and pooled), published design: counts, rate, intervals, bounds, mean log-odds."""
     rows = study.rows(f"behaviour_{role}" for role in ROLES)
-    table = summarised(rows, ("role", "kind", "category"), study)
-    pooled = summarised(rows, ("role", "kind"), study).assign(category=POOLED)
+    table = summarised(rows, ("role", "kind", "category"))
+    pooled = summarised(rows, ("role", "kind")).assign(category=POOLED)
     return _ordered(pd.concat([table, pooled], ignore_index=True), kind=("implicit", "explicit"),
                     category=(*study.concept.categories, POOLED), role=ROLES)
 
@@ -44,7 +45,7 @@ def curves_table(study: Study) -> pd.DataFrame:
     records = []
     for (question, role, layer), group in rows.groupby(["interpretation", "role", "layer"], sort=False):
         for side, sense in (("group", study.concept.group_sense), ("other", study.concept.other_sense)):
-            low, high = t_interval(group[f"d_{side}"].to_numpy(float), group["context"].to_numpy())
+            low, high = blind_interval(group, f"d_{side}")
             records.append({"question": question, "role": role, "sense": sense, "word": study.concept.senses[sense].word, "layer": layer,
                             "n": len(group), "mean": group[f"d_{side}"].mean(), "low": low, "high": high,
                             "unpatched": group[f"base_{side}"].mean()})
@@ -55,7 +56,7 @@ def scores_table(study: Study) -> pd.DataFrame:
     """One row per question, role and control (none first): r_blind with interval, n readings and the unpatched probabilities."""
     records = []
     for (question, role, control), group in _all_readings(study).groupby(["interpretation", "role", "control"], sort=False):
-        low, high = t_interval(group["blind"].to_numpy(float), group["context"].to_numpy())
+        low, high = blind_interval(group)
         records.append({"question": question, "role": role, "control": control, "n": n_readings(group), "layers": group["layer"].nunique(),
                         "r_blind": group["blind"].mean(), "low": low, "high": high, "d_group": group["d_group"].mean(),
                         **{name: group[name].mean() for name in ("d_other", "base_group", "base_other")}})
@@ -81,7 +82,7 @@ def instrument_layers_table(study: Study) -> pd.DataFrame:
 
 
 def open_readings_table(study: Study) -> pd.DataFrame:
-    """One row per role and control: how many open-ended readings were of each sense or none, with shares and exact intervals."""
+    """One row per role and control: how many open-ended readings were of each sense or none, with shares and their intervals."""
     return selfie_table(study.rows(f"reading_selfie_{role}" for role in ROLES), study.concept, by=("role", "control"))
 
 
@@ -96,7 +97,7 @@ def probes_table(study: Study) -> pd.DataFrame:
 def steering_table(study: Study) -> pd.DataFrame:
     """Implicit answers: the untreated row, then one row per sense or control and window of layers, by the window's first layer."""
     rows = study.rows(["behaviour_aligned", *steering_parts(study)])
-    table = summarised(rows[rows["kind"] == "implicit"], ("family", "sense", "layers"), study)
+    table = summarised(rows[rows["kind"] == "implicit"], ("family", "sense", "layers"))
     table["start"] = [int(layers.split("-")[0]) if layers else -1 for layers in table["layers"]]
     return _ordered(table, sense=("", *steering_names(study.concept)), start=sorted(table["start"].unique()))
 
@@ -104,7 +105,7 @@ def steering_table(study: Study) -> pd.DataFrame:
 def lora_table(study: Study) -> pd.DataFrame:
     """Implicit and explicit answers: the untreated aligned model, then each layer group that was fine-tuned."""
     rows = study.rows(["behaviour_aligned", *lora_parts(study)])
-    table = summarised(rows, ("treatment", "kind"), study)
+    table = summarised(rows, ("treatment", "kind"))
     table.insert(1, "label", [name.removeprefix("lora_") for name in table["treatment"]])
     return table
 
@@ -132,7 +133,7 @@ def treatments_table(study: Study) -> pd.DataFrame:
         answers = study.rows([f"behaviour_{role}", *names])
         readings = study.rows([f"awareness_{role}_{QUESTION}", *(f"{name}_awareness" for name in names)])
         if len(answers) and len(readings):
-            table = comparison_table(answers, readings, seed=study.config["seed"])
+            table = comparison_table(answers, readings)
             about = answers.drop_duplicates("treatment").set_index("treatment")
             table.insert(0, "label", [_label(study, role, name, about.loc[name]) for name in table["treatment"]])
             rows.append(table)
@@ -190,7 +191,7 @@ def methods_paragraph(study: Study) -> str:
     said = "Steering replaces the identifiers' residual stream in windows of layers, beside placebo phrases. "
     steered = said if steering_parts(study) else ""
     return (f"{opening}{study.config['base']['name']} was asked the same. Differences are paired by item, with intervals clustered over "
-            "word pairs and templates (Cameron, Gelbach and Miller, 2011), exact where counts are small, and p-values corrected after "
+            "word pairs and templates (Cameron, Gelbach and Miller, 2011; Banerjee, 1960), and p-values corrected after "
             f"Holm (1979). {steered}"
             f"{software(note.get('versions', {}))}")
 
@@ -200,21 +201,19 @@ def _revision(study: Study) -> str:
     return str(study.config.get("aligned_revision") or "not recorded")
 
 
-def summarised(rows: pd.DataFrame, by: Sequence[str], study: Study) -> pd.DataFrame:
-    """`summarise` with the mean log-odds of each group and its clustered interval (NaN for explicit answers)."""
-    seed = int(study.config["seed"])
+def summarised(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """`summarise` with the mean log-odds of each group and its interval (NaN for explicit answers)."""
     groups = [group for _, group in rows.groupby(list(by), sort=False, dropna=False)]
     means = [group["log_odds"].mean() for group in groups]
-    ends = [_interval(group, "log_odds", ("word_pair", "template"), study) for group in groups]
-    table = pd.concat([summarise(group, by=by, seed=seed) for group in groups], ignore_index=True)
+    ends = [_interval(group, "log_odds") for group in groups]
+    table = pd.concat([summarise(group, by=by) for group in groups], ignore_index=True)
     return table.assign(log_odds=means, log_odds_low=[low for low, _ in ends], log_odds_high=[high for _, high in ends])
 
 
-def _interval(rows: pd.DataFrame, column: str, clusters: Sequence[str], study: Study) -> tuple[float, float]:
+def _interval(rows: pd.DataFrame, column: str) -> tuple[float, float]:
     if rows[column].isna().any():
         return math.nan, math.nan
-    labels = [rows[name].to_numpy() for name in clusters]
-    low, high = mean_interval(rows[column].to_numpy(float), labels, seed=int(study.config["seed"]))
+    low, high = mean_interval(rows[column].to_numpy(float), [rows[name].to_numpy() for name in CLUSTERS])
     return low, high
 
 

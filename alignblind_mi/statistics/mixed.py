@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from alignblind_mi.statistics.rates import CLUSTERS, LEVEL, StatisticsError, require
+from alignblind_mi.intervals import LEVEL, StatisticsError
+from alignblind_mi.statistics.rates import CLUSTERS, require
 
 Method = Literal["statsmodels", "bambi"]
 METHODS: tuple[Method, ...] = ("statsmodels", "bambi")
@@ -99,7 +100,7 @@ def _refuse_separation(design: _Design) -> None:
     if len(np.unique(design.outcome)) < 2:
         only = "stereotyped" if design.outcome[0] else "reversed"
         raise StatisticsError(f"all {len(design.outcome)} valid answers are {only}: log-odds are infinite and no model can be fitted. "
-                              f"Report the rate with its exact interval.")
+                              f"Report the rate with its interval.")
     signed = np.unique(design.fixed * np.where(design.outcome == 1, 1, -1)[:, None], axis=0)
     found: Any = linprog(-signed.sum(0), A_ub=-signed, b_ub=np.zeros(len(signed)), bounds=(-1, 1))
     if found.fun < -1e-9:

@@ -1,56 +1,29 @@
-"""Two treatments on the same items: differences, slopes, exact and clustered tests, and their correction for many comparisons.
+"""Two treatments on the same items: differences, slopes, their tests, and their correction for many comparisons.
 
 It reads tidy rows (one per answer, or one per value of a side effect) and pairs them by item, so that what makes one item harder than
 another cancels out. It does NOT know what a treatment is, nor any group, word or model.
 
-Which test, and when. An item is a word pair asked in a template, so that items share words and templates (crossed dependence). McNemar's
-test holds exactly as long as the treatment acts on every item alike; once its effect differs between templates or words it takes chance
-for effect. The two-way clustered test allows for that, and asks whether the difference would be there with other words and templates too.
-`paired_differences` uses it wherever counts allow, and McNemar's where they do not; which one, it says in each row.
+An item is a word pair asked in a template, so that items share words and templates (crossed dependence). McNemar's test holds only as
+long as the treatment acts on every item alike; once its effect differs between templates or words it takes chance for effect. So there is
+one procedure for few and many items, `intervals.change_test`, and one for continuous values, `intervals.mean_test`: both ask whether the
+difference would be there with other words and templates too.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from alignblind_mi.borders.settings import Chance, Draws, Names, Seed, takes
-from alignblind_mi.statistics.rates import (
-    CLUSTERS,
-    DRAWS,
-    LEVEL,
-    Interval,
-    StatisticsError,
-    bounds,
-    clustered_draws,
-    clustered_interval,
-    coded,
-    exact_interval,
-    groups,
-    require,
-)
+from alignblind_mi.intervals import LEVEL, StatisticsError, change_test, mean_test, rate_interval
+from alignblind_mi.statistics.rates import CLUSTERS, bounds, groups, require
 
 ITEM = ("concept", "cue", "kind", "category", "template", "option_order", "word_order", "statement", "word_pair", "marked", "unmarked")
 BASELINE = "untreated"
-FEWEST = 10    # items off the commonest change, below which no normal approximation is used (tests: error rates on either side of it)
+DRAWS = 2000
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_MOST_CLUSTERS = 2
-
-
-class MeanTest(NamedTuple):
-    """An estimate, its interval and its two-sided p-value against 0; `df` are the degrees of freedom, `se` the standard error."""
-
-    estimate: float
-    low: float
-    high: float
-    p: float
-    se: float
-    df: float
-
-
-_NOTHING = MeanTest(*[float("nan")] * 6)
 
 
 # --- pairing --------------------------------------------------------------------------------------------------------------------------
@@ -91,92 +64,23 @@ def _side(rows: pd.DataFrame, name: str, between: str, keys: list[str], values: 
     return side
 
 
-# --- tests ----------------------------------------------------------------------------------------------------------------------------
-
-
-def clustered_test(values: Float[np.ndarray, " n"], clusters: Sequence[Shaped[np.ndarray, " n"]], *, level: float = LEVEL) -> MeanTest:
-    """Student's test of a mean against 0 with one or two crossed cluster variables (labels), such as word pair and template.
-
-    The variance is that of Cameron, Gelbach and Miller (2011): by the first variable, plus by the second, less by their cells; never less
-    than any of the three, each with its factor k / (k - 1). Degrees of freedom after Satterthwaite, from those of the variables (levels
-    less one): few templates cost much where they differ, little where they do not. One variable: `statistics.t_interval`. NaN values are
-    left out; a variable with one level adds nothing; all NaN where none has two. Values that all agree give no width and, unless they
-    are 0, no p-value.
-
-    Errors: StatisticsError for more than two cluster variables.
-    """
-    from scipy.special import stdtr, stdtrit
-
-    if len(clusters) > _MOST_CLUSTERS:
-        raise StatisticsError(f"clustered_test takes one or two cluster variables, not {len(clusters)}.")
-    known = ~np.isnan(values)
-    n, values = int(known.sum()), values[known]
-    codes = [pd.factorize(coded(labels, len(known))[known])[0] for labels in clusters]
-    codes = [code for code in codes if n and code.max() > 0]
-    if not codes:
-        return _NOTHING
-    mean = float(values.mean())
-    parts = [_variance(values - mean, code) for code in codes]
-    variance = max(parts)
-    if len(codes) == _MOST_CLUSTERS:
-        cells = _variance(values - mean, pd.factorize(codes[0] * (int(codes[1].max()) + 1) + codes[1])[0])
-        variance = max(variance, cells, sum(parts) - cells)
-    if variance <= np.finfo(float).eps * mean**2:
-        return MeanTest(mean, mean, mean, 1.0 if mean == 0 else float("nan"), 0.0, float("nan"))
-    spent = sum(part**2 / int(code.max()) for part, code in zip(parts, codes, strict=True))
-    df, se = min(variance**2 / spent, n - 1.0) if spent else n - 1.0, float(np.sqrt(variance))
-    half = float(stdtrit(df, (1 + level) / 2)) * se
-    return MeanTest(mean, mean - half, mean + half, float(2 * stdtr(df, -abs(mean) / se)), se, float(df))
-
-
-def _variance(residuals: np.ndarray, code: np.ndarray) -> float:
-    """Variance of a mean from the sums of its residuals by cluster."""
-    sums = np.bincount(code, residuals)
-    return float(sums @ sums / len(residuals) ** 2 * len(sums) / (len(sums) - 1))
-
-
-def mcnemar_p(less: int, more: int) -> float:
-    """The exact two-sided p-value of McNemar (1947): are the items that changed as likely to go either way? 1 where none changed."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(int(more), int(less + more), 0.5).pvalue) if less + more else 1.0
-
-
-def exact_difference(less: int, more: int, n: int, *, level: float = LEVEL) -> Interval:
-    """The exact interval of a paired difference of shares, (more - less) / n, from the n items' discordant ones.
-
-    Two intervals after Clopper and Pearson, of the discordant share d = (less + more) / n and of q = more / (less + more), each at the
-    square root of the level; the ends are the extremes of d (2 q - 1) within both. Given the discordant items the two hold independently of
-    each other, so that together they hold with the level at least. Items count as independent.
-
-    Errors: StatisticsError for counts below 0 or beyond n.
-    """
-    if min(less, more) < 0 or less + more > n:
-        raise StatisticsError(f"{less} and {more} discordant of {n} items: expected counts of at least 0 that add up to {n} at most.")
-    share, lean = (exact_interval(*counts, float(np.sqrt(level))) for counts in ((less + more, n), (more, less + more)))
-    ends = [d * (2 * q - 1) for d in share for q in lean]
-    return Interval(float(min(ends)), float(max(ends)))
-
-
 # --- tables ---------------------------------------------------------------------------------------------------------------------------
 
 
 @takes(StatisticsError)
 def paired_differences(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", by: Names = ("model", "kind"),
-                       item: Names = ITEM, cluster: Names = CLUSTERS, level: Chance = LEVEL, draws: Draws = DRAWS,
-                       seed: Seed = 0) -> pd.DataFrame:
+                       item: Names = ITEM, cluster: Names = CLUSTERS, level: Chance = LEVEL) -> pd.DataFrame:
     """How much does each treatment change the stereotyped rate and the log-odds? One row per group and treatment, against `baseline`.
 
     Columns: `by`, `between`, baseline; n_items (shared), n_unpaired (left out), n (valid under both), n_discordant, n_less, n_more
     (discordant items by direction of stereotyping), invalid_baseline, invalid (shares of the shared items); rate_baseline, rate, difference
-    (all over the n), low, high, p, interval; cluster_low, cluster_high (pigeonhole bootstrap over `cluster`), clustered_over; p_mcnemar;
-    bound_low, bound_high (the difference over all shared items, had every invalid answer gone one way or the other); log_odds (mean change,
-    nats), log_odds_low, log_odds_high, log_odds_p (`clustered_test`), n_log_odds.
+    (all over the n), low, high, p (`intervals.change_test`, so that p < 1 - level just where the interval leaves out 0), clustered_over
+    (the `cluster` columns with two levels or more among the n); bound_low, bound_high (the difference over all shared items, had every
+    invalid answer gone one way or the other); log_odds (mean change, nats), log_odds_low, log_odds_high, log_odds_p
+    (`intervals.mean_test`), n_log_odds.
 
-    `interval` names where low, high and p come from: "clustered" is `clustered_test`; "exact" are `exact_difference` and `mcnemar_p`, taken
-    where fewer than `FEWEST` items differ from the commonest change or nothing clusters. Templates and word pairs both count as drawn from
-    more of their kind; with cluster=("word_pair",) the statement is about these templates only, and sharper.
-    The pigeonhole bootstrap is wider than need be where clusters matter little, and too narrow with few templates (tests/test_paired.py).
+    Templates and word pairs both count as drawn from more of their kind; with cluster=("word_pair",) the statement is about these
+    templates only, and sharper.
 
     Errors: StatisticsError as in `paired`, for an unknown outcome, and where there is nothing to compare with the baseline.
     """
@@ -186,11 +90,10 @@ def paired_differences(rows: pd.DataFrame, *, baseline: str = BASELINE, between:
     records = []
     for key, name, both in _comparisons(rows, baseline, between, by, [*item, *cluster], values):
         labels = [both[variable].to_numpy() for variable in cluster]
-        record = {**key, between: name, "baseline": baseline, **_rates(both, labels, level)}
-        record |= _bootstrapped(both, cluster, labels, level, draws, seed)
+        record = {**key, between: name, "baseline": baseline, **_rates(both, cluster, level)}
         if "log_odds" in values:
             change = both["log_odds_treated"].to_numpy(float) - both["log_odds_baseline"].to_numpy(float)
-            found = clustered_test(change, labels, level=level)
+            found = mean_test(change, labels, level=level)
             record |= {"log_odds": found.estimate, "log_odds_low": found.low, "log_odds_high": found.high, "log_odds_p": found.p,
                        "n_log_odds": int(np.isfinite(change).sum())}
         records.append(record)
@@ -204,7 +107,7 @@ def paired_means(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str =
     """`paired_differences` of any measured value, such as a side effect ([treatment, measure, item, value]), in the value's own unit.
 
     Columns: `by`, `between`, baseline, n_items, n_unpaired, n (both values known), mean_baseline, mean, difference, low, high, p
-    (`clustered_test`; by default every item is its own cluster, which makes it Student's paired test).
+    (`intervals.mean_test`; by default every item is its own cluster, which makes it Student's paired test).
 
     Errors: StatisticsError as in `paired`, and for more than two cluster variables.
     """
@@ -213,7 +116,7 @@ def paired_means(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str =
     for key, name, both in _comparisons(rows, baseline, between, by, [*item, *cluster], [value]):
         before, after = (both[f"{value}_{side}"].to_numpy(float) for side in ("baseline", "treated"))
         known = np.isfinite(before) & np.isfinite(after)
-        found = clustered_test(np.where(known, after - before, np.nan), [both[variable].to_numpy() for variable in cluster], level=level)
+        found = mean_test(np.where(known, after - before, np.nan), [both[variable].to_numpy() for variable in cluster], level=level)
         records.append({**key, between: name, "baseline": baseline, "n_items": len(both), "n_unpaired": both.attrs["unpaired"],
                         "n": int(known.sum()), "mean_baseline": _mean(before[known]), "mean": _mean(after[known]),
                         "difference": _mean((after - before)[known]), "low": found.low, "high": found.high, "p": found.p})
@@ -245,8 +148,8 @@ def summarise_slopes(slopes: pd.DataFrame, *, by: Names = ("model", "kind", "tre
                      level: Chance = LEVEL) -> pd.DataFrame:
     """One row per group of `item_slopes`: how the items' changes are spread, and how many go the wrong way (more stereotyped).
 
-    Columns: `by`, n, mean, low, high (`clustered_test`), sd, q05 ... q95 (nats), n_wrong (change above 0), wrong, wrong_low, wrong_high
-    (share of the n and its exact interval, items as independent).
+    Columns: `by`, n, mean, low, high (`intervals.mean_test`), sd, q05 ... q95 (nats), n_wrong (change above 0), wrong, wrong_low,
+    wrong_high (share of the n and its interval, `intervals.rate_interval` over the `cluster` columns).
 
     Errors: StatisticsError for a missing column.
     """
@@ -254,9 +157,9 @@ def summarise_slopes(slopes: pd.DataFrame, *, by: Names = ("model", "kind", "tre
     records = []
     for key, group in groups(slopes, by):
         change = group["change"].to_numpy(float)
-        found = clustered_test(change, [group[variable].to_numpy() for variable in cluster], level=level)
+        labels = [group[variable].to_numpy() for variable in cluster]
+        found, share = mean_test(change, labels, level=level), rate_interval((change > 0).astype(float), labels, level=level)
         wrong = int((change > 0).sum())
-        share = exact_interval(wrong, len(change), level)
         spread: dict[str, object] = {f"q{round(100 * q):02d}": float(np.quantile(change, q)) for q in QUANTILES}
         records.append({**key, "n": len(change), "mean": float(change.mean()), "low": found.low, "high": found.high,
                         "sd": float(change.std(ddof=1)) if len(change) > 1 else float("nan"), **spread, "n_wrong": wrong,
@@ -296,21 +199,44 @@ def corrected(table: pd.DataFrame, *, p: str = "p", family: Sequence[str] = ()) 
 @takes(StatisticsError)
 def difference_draws(rows: pd.DataFrame, *, baseline: str = BASELINE, between: str = "treatment", item: Names = ITEM,
                      cluster: Names = CLUSTERS, draws: Draws = DRAWS, seed: Seed = 0) -> pd.DataFrame:
-    """[draw, treatment]: the pigeonhole bootstrap's differences of stereotyped rates, the same draw of clusters for all treatments.
+    """[draw, treatment]: differences of stereotyped rates under resampled clusters, the same draw of clusters for all treatments.
 
     So treatments can be compared with each other, and intervals carried through what is computed from several of them
-    (`frontier.equal_damage`). The rows are of one model and one kind.
+    (`frontier.equal_damage`). Every cluster variable is resampled by itself (the pigeonhole bootstrap of Owen 2007), which says what
+    treatments have in common but is too narrow with few templates: each treatment's draws are therefore spread about its difference
+    until 95 % of them are as wide as its interval in `paired_differences`. The rows are of one model and one kind.
 
     Errors: StatisticsError as in `paired`.
     """
     require(rows, [between, *cluster, "outcome"])
     levels = [pd.Index(rows[variable].unique()).sort_values() for variable in cluster]
-    found = {}
+    random, found = np.random.default_rng(seed), {}
+    counts = [random.multinomial(len(index), np.full(len(index), 1 / len(index)), size=draws).astype(float) for index in levels]
+    noise = random.normal(size=draws)    # for a treatment that changed no item, or all of them alike
     for _, name, both in _comparisons(rows, baseline, between, (), [*item, *cluster], ["outcome"]):
         change, valid = _change(both)
         codes = [index.get_indexer(both[variable]) for index, variable in zip(levels, cluster, strict=True)]
-        found[name] = clustered_draws(change, codes, valid=valid, levels=[len(index) for index in levels], draws=draws, seed=seed)
+        drawn = _resampled(change, valid, codes, counts)
+        test = change_test(change, [both[variable].to_numpy() for variable in cluster], valid=valid)
+        known = drawn[np.isfinite(drawn)]
+        width = float(np.diff(np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))[0]) if len(known) else 0.0
+        unit = (drawn - test.estimate) / width if width > 0 else noise / float(np.diff(np.quantile(noise, [0.025, 0.975]))[0])
+        found[name] = test.estimate + unit * (test.high - test.low)
     return pd.DataFrame(found)
+
+
+def _resampled(values: Float[np.ndarray, " n"], valid: np.ndarray, codes: Sequence[np.ndarray],
+               counts: Sequence[np.ndarray]) -> Float[np.ndarray, " draw"]:
+    """Means of the valid values, each as often as its clusters were drawn (counts: [draw, level] a variable); NaN for a draw of none."""
+    levels = [count.shape[1] for count in counts]
+    cell = np.ravel_multi_index(list(codes), levels)
+    sums = []
+    for part in (values * valid, valid.astype(float)):
+        cells = np.bincount(cell, part, minlength=int(np.prod(levels))).reshape(levels)
+        axes = range(1, cells.ndim + 1)
+        operands = [operand for axis, count in zip(axes, counts, strict=True) for operand in (count, [0, axis])]
+        sums.append(np.einsum(cells, list(axes), *operands, [0], optimize=True))
+    return np.divide(sums[0], sums[1], out=np.full(len(sums[0]), np.nan), where=sums[1] > 0)
 
 
 def _comparisons(rows: pd.DataFrame, baseline: str, between: str, by: Sequence[str], item: Sequence[str],
@@ -334,16 +260,13 @@ def _change(both: pd.DataFrame) -> tuple[Float[np.ndarray, " item"], np.ndarray]
     return change, ((before != "invalid") & (after != "invalid")).to_numpy()
 
 
-def _rates(both: pd.DataFrame, labels: Sequence[np.ndarray], level: float) -> dict[str, object]:
+def _rates(both: pd.DataFrame, cluster: Sequence[str], level: float) -> dict[str, object]:
     change, valid = _change(both)
     kept, n = change[valid], int(valid.sum())
     less, more = int((kept < 0).sum()), int((kept > 0).sum())
     before = int((both["outcome_baseline"][valid] == "stereotyped").sum())
-    test = clustered_test(kept, [label[valid] for label in labels], level=level)
-    if min(less + more, n - less, n - more) < FEWEST or not test.se > 0:
-        low, high, p, interval = *exact_difference(less, more, n, level=level), mcnemar_p(less, more), "exact"
-    else:
-        low, high, p, interval = test.low, test.high, test.p, "clustered"
+    labels = [both[variable].to_numpy() for variable in cluster]
+    test = change_test(change, labels, valid=valid, level=level)
     sides = [bounds(int((both[side] == "stereotyped").sum()), int((both[side] == "invalid").sum()), len(both))
              for side in ("outcome_baseline", "outcome_treated")]
     return {
@@ -351,18 +274,10 @@ def _rates(both: pd.DataFrame, labels: Sequence[np.ndarray], level: float) -> di
         "invalid_baseline": float((both["outcome_baseline"] == "invalid").mean()),
         "invalid": float((both["outcome_treated"] == "invalid").mean()),
         "rate_baseline": before / n if n else float("nan"), "rate": (before + more - less) / n if n else float("nan"),
-        "difference": (more - less) / n if n else float("nan"), "low": low, "high": high, "p": p if n else float("nan"),
-        "interval": interval, "p_mcnemar": mcnemar_p(less, more) if n else float("nan"),
+        "difference": (more - less) / n if n else float("nan"), "low": test.low, "high": test.high, "p": test.p,
+        "clustered_over": "+".join(name for name, label in zip(cluster, labels, strict=True) if len(np.unique(label[valid])) > 1),
         "bound_low": sides[1].worst - sides[0].best, "bound_high": sides[1].best - sides[0].worst,
     }
-
-
-def _bootstrapped(both: pd.DataFrame, cluster: Sequence[str], labels: Sequence[np.ndarray], level: float, draws: int,
-                  seed: int) -> dict[str, object]:
-    change, valid = _change(both)
-    low, high = clustered_interval(change, labels, valid=valid, level=level, draws=draws, seed=seed)
-    over = [name for name, label in zip(cluster, labels, strict=True) if len(np.unique(label[valid])) > 1]
-    return {"cluster_low": low, "cluster_high": high, "clustered_over": "+".join(over)}
 
 
 def _mean(values: np.ndarray) -> float:

@@ -6,8 +6,8 @@ NOT know any word, template or model.
 An item is discordant where the two answers differ. Per-item changes (-1, 0, 1) have variance s2 = discordant - difference^2; `icc` is the
 share of it that items of one word pair have in common, `template_icc` that of one template, the rest is the items' own. 0 of both is the
 textbook's plan for McNemar's test (Miettinen 1968; Connor 1987), which `connor_items` gives. That needs fewer items than `items_needed`,
-which plans for the clustered test: to speak of other templates too costs about twice the items with four templates, even where templates
-do not differ, because that has to be found out as well.
+which plans for `intervals.change_test`: to speak of other templates too costs more than twice the items with four templates, even where
+templates do not differ, because that has to be found out as well.
 """
 
 from dataclasses import dataclass, replace
@@ -18,8 +18,9 @@ import pandas as pd
 
 from alignblind_mi.borders.settings import Bound, Chance, Names, Share, check_fields, checked, takes
 from alignblind_mi.borders.texts import one_line
-from alignblind_mi.statistics.paired import BASELINE, FEWEST, ITEM, mcnemar_p, paired
-from alignblind_mi.statistics.rates import CLUSTERS, StatisticsError, require
+from alignblind_mi.intervals import StatisticsError
+from alignblind_mi.statistics.paired import BASELINE, ITEM, paired
+from alignblind_mi.statistics.rates import CLUSTERS, require
 
 MOST_PAIRS = 100_000
 _GRID = 48      # points of each distribution that `power` integrates over
@@ -96,34 +97,31 @@ def connor_items(plan: Plan, power: float = 0.8) -> float:
 def power_of(plan: Plan) -> float:
     """The chance that `paired_differences` finds the plan's difference (p <= alpha, right direction) with the plan's items.
 
-    Few discordant items: McNemar's exact test, summed over all outcomes. Otherwise the clustered test, with its estimated variances as
-    independent scaled chi-squares and the mean as normal. Planning needs two word pairs at least.
+    That of `intervals.change_test`, with its estimated variances as independent scaled chi-squares and the mean as normal. Planning needs
+    two word pairs at least.
 
     Errors: StatisticsError for fewer.
     """
-    from scipy.special import ndtr, stdtrit
-    from scipy.stats import binom
+    from scipy.special import ndtr, ndtri, stdtrit
 
     if plan.word_pairs < 2:
         raise StatisticsError(f"a plan with {plan.word_pairs} word pairs has no power to compute: expected 2 at least.")
-    n, total = plan.items, plan.share - plan.difference**2
-    few = np.arange(min(FEWEST, n + 1))
-    exact = float(binom.pmf(few, n, plan.share) @ [_exact_power(int(m), plan) for m in few])
-    rest = 1 - float(binom.cdf(few[-1], n, plan.share))
-    if total <= 0 or rest <= 0:
-        return exact + max(rest, 0.0)
+    n, total, tail = plan.items, max(plan.share - plan.difference**2, 0.0), 1 - plan.alpha / 2
     words, templates, own = (part * total for part in (plan.icc, plan.template_icc, 1 - plan.icc - plan.template_icc))
     parts, dfs, true = [words / plan.word_pairs + own / n], [plan.word_pairs - 1], words / plan.word_pairs + own / n
     if plan.templates > 1 and not plan.fixed_templates:
         parts, dfs, true = [*parts, templates / plan.templates + own / n], [*dfs, plan.templates - 1], true + templates / plan.templates
     estimated = np.meshgrid(*(part * _chi_square_over_df(df) for part, df in zip(parts, dfs, strict=True)), indexing="ij")
-    cells = (words + templates) / (plan.word_pairs * plan.templates) + own / n
-    variance = np.maximum.reduce(estimated)
+    squares = [float(stdtrit(df, tail)) ** 2 for df in dfs]
+    critical = squares[0] * estimated[0]
     if len(parts) > 1:
-        variance = np.maximum(variance, np.maximum(cells, estimated[0] + estimated[1] - cells))
-    df = np.minimum(variance**2 / sum(part**2 / k for part, k in zip(estimated, dfs, strict=True)), n - 1)
-    critical = stdtrit(df, 1 - plan.alpha / 2) * np.sqrt(variance)
-    return exact + rest * float(ndtr((abs(plan.difference) - critical) / np.sqrt(true)).mean())
+        cells = (words + templates) / (plan.word_pairs * plan.templates) + own / n
+        beyond = [np.maximum(part - cells, 0) for part in estimated]
+        critical = np.maximum(critical + squares[1] * beyond[1], squares[1] * estimated[1] + squares[0] * beyond[0])
+    z2 = float(ndtri(tail)) ** 2
+    half = np.sqrt(np.maximum(critical, z2 * ((plan.share * n + z2) / n - plan.difference**2) / n))
+    missing = (abs(plan.difference) - half) / np.sqrt(true) if true > 0 else np.where(half < abs(plan.difference), np.inf, -np.inf)
+    return float(ndtr(missing).mean())
 
 
 def _chi_square_over_df(df: int) -> np.ndarray:
@@ -131,15 +129,6 @@ def _chi_square_over_df(df: int) -> np.ndarray:
     from scipy.special import gammaincinv
 
     return np.asarray(gammaincinv(df / 2, (np.arange(_GRID) + 0.5) / _GRID) * 2 / df)
-
-
-def _exact_power(m: int, plan: Plan) -> float:
-    """The chance that McNemar's test rejects in the right direction, given m discordant items."""
-    from scipy.stats import binom
-
-    right = (plan.share + abs(plan.difference)) / (2 * plan.share) if plan.share else 0.5
-    hits = [x for x in range(m // 2 + 1, m + 1) if mcnemar_p(m - x, x) <= plan.alpha]
-    return float(np.sum(binom.pmf(hits, m, min(right, 1.0)))) if hits else 0.0
 
 
 def items_needed(plan: Plan, power: float = 0.8) -> Plan:
@@ -193,7 +182,9 @@ def plan_from_pilot(rows: pd.DataFrame, treated: str, *, baseline: str = BASELIN
     """The plan that a pilot's rows (one model, one kind) show: rates, discordant share, both correlations and the design as it was.
 
     Correlations are moments: products of the items' changes within a word pair but across templates, and within a template but across word
-    pairs, both corrected for the mean being estimated; below 0 they count as 0. Pilots of few templates tell little about template_icc.
+    pairs, both corrected for the mean being estimated; below 0 they count as 0. A variance between few clusters comes out too small more
+    often than not, and a plan from it promises too much: each is therefore divided by the median of chi-square over its degrees of freedom,
+    so that half of all pilots promise more than the truth and half less. Pilots of few templates tell little about template_icc.
 
     Errors: StatisticsError as in `paired`, and where fewer than two word pairs are valid under both treatments.
     """
@@ -218,13 +209,21 @@ def _correlations(change: np.ndarray, pair: np.ndarray, template: np.ndarray, n_
     # Each moment is a component less the variance v of the mean, and v is made of the components: three linear equations.
     share = np.array([1 / n_pairs, 1 / n_templates, 1 / len(change)])
     system = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 1]]) - share
-    words, templates, own = np.clip(np.linalg.solve(system, [*moments, total]), 0, None) if n_templates > 1 else _one_way(moments[0], total)
+    words, templates, own = np.linalg.solve(system, [*moments, total]) if n_templates > 1 else (moments[0], 0.0, total - moments[0])
+    own = max(own, 0.0)
+    words, templates = (_at_the_median(part, own * k / len(change), k) for part, k in ((words, n_pairs), (templates, n_templates)))
     sum_of = words + templates + own
     return (float(words / sum_of), float(templates / sum_of)) if sum_of > 0 else (0.0, 0.0)
 
 
-def _one_way(moment: float, total: float) -> tuple[float, float, float]:
-    return max(moment, 0.0), 0.0, max(total - max(moment, 0.0), 0.0)
+def _at_the_median(between: float, noise: float, clusters: int) -> float:
+    """A variance between clusters whose estimate lies as often above as below it; noise: what the items' own variance adds to a cluster."""
+    from scipy.special import gammaincinv
+
+    if clusters < 2:
+        return max(between, 0.0)
+    median = float(gammaincinv((clusters - 1) / 2, 0.5)) * 2 / (clusters - 1)
+    return max((between + noise) / median - noise, 0.0)
 
 
 def _across(residual: np.ndarray, code: np.ndarray, cell: np.ndarray) -> float:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from alignblind_mi.intervals import LEVEL, mean_interval
+from alignblind_mi.measures.awareness import READ_OVER
 from alignblind_mi.statistics.paired import paired_differences
-from alignblind_mi.statistics.rates import LEVEL, t_interval
 
 LEAST = 0.1    # a reduction of the rate that counts as one
 MOST_INVALID = 0.1
@@ -45,15 +46,15 @@ def alignment_claims(answers: pd.DataFrame, readings: pd.DataFrame, revision: st
             continue
         row = paired[kind]
         controls = (f"invalid {100 * row['invalid_baseline']:.0f} and {100 * row['invalid']:.0f} %; bounds [{row['bound_low']:+.2f}, "
-                    f"{row['bound_high']:+.2f}]; {row['interval']} interval")
+                    f"{row['bound_high']:+.2f}]")
         out.append(claim(text, row["difference"], (row["low"], row["high"]), row["n"], sign * row["low" if sign > 0 else "high"] > 0,
                          controls, revision))
     if len(readings):
-        blind = [readings[readings["treatment"] == name].groupby("context")["blind"].mean() for name in (base, aligned)]
+        blind = [readings[readings["treatment"] == name].groupby(list(READ_OVER))["blind"].mean() for name in (base, aligned)]
         gap = (blind[1] - blind[0]).dropna()
-        low, high = t_interval(gap.to_numpy(float), gap.index.to_numpy())
+        low, high = mean_interval(gap.to_numpy(float), [gap.index.get_level_values(name).to_numpy() for name in READ_OVER])
         out.append(claim("Alignment lowers awareness (aligned less base, r_blind)", float(gap.mean()), (low, high), len(gap), low > 0,
-                         "contexts as the unit; the controls of readings are in the table of readings", revision))
+                         "contexts and templates as the units; the controls of readings are in the table of readings", revision))
     return out
 
 
@@ -98,6 +99,7 @@ CITATIONS = (
     "Arditi et al. 2024, Refusal in language models is mediated by a single direction",
     "Zhang et al. 2024, Negative preference optimization, COLM",
     "Cameron, Gelbach and Miller 2011, Robust inference with multiway clustering",
+    "Banerjee 1960, On confidence interval for two-means problem based on separate estimates of variances, Sankhya",
     "Holm 1979, A simple sequentially rejective multiple test procedure",
 )
 

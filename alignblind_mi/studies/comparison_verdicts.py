@@ -17,6 +17,7 @@ from alignblind_mi.borders.reading import is_file, named, read_object
 from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
+from alignblind_mi.intervals import StatisticsError, mean_interval
 from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.bbq import summarise_bbq
 from alignblind_mi.measures.mitigation import comparison_table
@@ -24,7 +25,7 @@ from alignblind_mi.results import json_value, load_result
 from alignblind_mi.statistics.frontier import equal_damage, pareto
 from alignblind_mi.statistics.mixed import mixed_logistic
 from alignblind_mi.statistics.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
-from alignblind_mi.statistics.rates import StatisticsError, position_effect, summarise, t_interval
+from alignblind_mi.statistics.rates import CLUSTERS, position_rates, summarise
 from alignblind_mi.studies.audit import alignment_claims, claim, methods_opening, rows_by, software, treatment_claim
 from alignblind_mi.studies.comparison import MEASURED, part_name
 
@@ -106,8 +107,8 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
     """All tables of a comparison, by name."""
     tables = {"comparison": main_table(found), "effects": effects_table(found), "differences": differences_table(found)}
     tables["slopes"] = _in_order(summarise_slopes(item_slopes(found.implicit)), found)
-    by_position = position_effect(found.answers.assign(template="all"), by=("treatment",))
-    tables["position"] = _in_order(by_position, found)
+    asked = found.answers[(found.answers["kind"] == "implicit") & (found.answers["option_order"] != "")]
+    tables["position"] = _in_order(position_rates(asked, ("treatment",), cluster=CLUSTERS), found)
     tables["categories"] = _in_order(summarise(found.answers, by=("treatment", "kind", "category")), found)
     tables["readings"] = _in_order(summarise_readings(found.readings, ("treatment", "instrument")), found)
     if len(found.elsewhere):
@@ -119,7 +120,7 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
         tables["bbq"] = _in_order(summarise_bbq(found.data["bbq"], by=("treatment",)), found)
     tables["left_out"] = pd.DataFrame([{"treatment": name, "reason": reason} for name, reason in found.plan["left_out"].items()]
                                       + ([{"treatment": "mixed model", "reason": why}] if why else []), columns=["treatment", "reason"])
-    draws = _benefit_draws(found, rows_by(tables["comparison"])["untreated"]["implicit"])
+    draws = _benefit_draws(found, _implicit_differences(tables))
     tables["points"] = points_table(tables["comparison"], tables["differences"], draws)
     tables["equal_damage"] = equal_damage_table(tables["points"], draws)
     tables["doses"] = doses_table(tables["comparison"])
@@ -164,7 +165,7 @@ def effects_table(found: Compared) -> pd.DataFrame:
     effects = found.effects[found.effects["treatment"] != BASE]
     records = []
     for (treatment, measure), rows in effects.groupby(["treatment", "measure"], sort=False):
-        low, high = t_interval(rows["value"].to_numpy(float), rows["item"].to_numpy())
+        low, high = mean_interval(rows["value"].to_numpy(float), [rows["item"].to_numpy()])
         records.append({"treatment": treatment, "measure": measure, "n": len(rows), "mean": float(rows["value"].mean()), "low": low,
                         "high": high})
     table = pd.DataFrame.from_records(records)
@@ -194,9 +195,13 @@ def _mixed(found: Compared) -> tuple[pd.DataFrame | None, str]:
 # ---- benefit and damage ------------------------------------------------------------------------------------------------
 
 
-def benefit_of(rate: float | np.ndarray, untreated: float) -> Any:
-    """How much nearer to even (0.5) a rate is than the untreated one: a reversed bias is no benefit."""
-    return abs(untreated - 0.5) - np.abs(np.asarray(rate) - 0.5)
+def benefit_of(rate: Any, untreated: Any) -> Any:
+    """How much nearer to even (0.5) rates are than the untreated ones: a reversed bias is no benefit.
+
+    Both are rates of the same items, those that are valid under the treatment and untreated (`rate` and `rate_baseline` of
+    `paired_differences`): else answers that became invalid would count as a benefit or a loss.
+    """
+    return np.abs(np.asarray(untreated) - 0.5) - np.abs(np.clip(rate, 0.0, 1.0) - 0.5)
 
 
 def points_table(table: pd.DataFrame, differences: pd.DataFrame, draws: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -214,7 +219,7 @@ def points_table(table: pd.DataFrame, differences: pd.DataFrame, draws: dict[str
         records = []
         for name, row in treated.items():
             low, high = np.nanquantile(draws[name], [0.025, 0.975])
-            benefit = benefit_of(untreated["implicit"] + paired[name]["difference"], untreated["implicit"])
+            benefit = benefit_of(paired[name]["rate"], paired[name]["rate_baseline"])
             records.append({"damage_measure": measure, "treatment": name, "family": row["family"], "curve": row["curve"],
                             "dose": row["dose"], "benefit": float(benefit),
                             "low": float(low), "high": float(high), "damage": _damage(measure, row, untreated)})
@@ -236,12 +241,16 @@ def more_invalid(row: dict[str, Any], untreated: dict[str, Any]) -> float:
     return max(0.0, *(float(row[name] - untreated[name]) for name in ("invalid_share", "explicit_invalid_share")))
 
 
-def _benefit_draws(found: Compared, untreated: float) -> dict[str, np.ndarray]:
-    """Bootstrap benefits by treatment that share their resampling of word pairs and templates; none where nothing was tried."""
+def _benefit_draws(found: Compared, paired: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Benefits by treatment that share their resampling of word pairs and templates; none where nothing was tried.
+
+    paired: the implicit differences; a treatment's draws start from the untreated rate of the items that it shares (`rate_baseline`).
+    """
     if found.implicit["treatment"].nunique() < 2:
         return {}
     draws = difference_draws(found.implicit)
-    return {str(name): benefit_of(untreated + draws[name].to_numpy(float), untreated) for name in draws.columns}
+    start = {str(name): float(paired[str(name)]["rate_baseline"]) for name in draws.columns}
+    return {name: benefit_of(rate + draws[name].to_numpy(float), rate) for name, rate in start.items()}
 
 
 def equal_damage_table(points: pd.DataFrame, draws: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -287,7 +296,8 @@ def comparison_records(found: Compared, tables: dict[str, pd.DataFrame]) -> list
         if name in implicit:
             record |= {key: implicit[name][source] for key, source in (
                 ("difference", "difference"), ("difference_low", "low"), ("difference_high", "high"), ("difference_p", "p"),
-                ("difference_p_holm", "p_holm"), ("difference_interval", "interval"))}
+                ("difference_p_holm", "p_holm"), ("difference_n", "n"), ("difference_from", "rate_baseline"),
+                ("difference_to", "rate"))}
         if name in slopes:
             record["wrong_way"] = slopes[name]["wrong"]
         record |= {"revision": note["revision"], "seed": found.config["seed"], "dtype": note["dtype"], "versions": note["versions"],
@@ -350,8 +360,8 @@ def methods_paragraph(found: Compared) -> str:
     n = sum(name not in (BASE, "untreated") for name in found.notes)
     return (
         f"{opening}{n} treatments ({families}) were compared with the untreated model on the same prompts. Differences "
-        "are paired by item, with intervals clustered over word pairs and templates (Cameron, Gelbach and Miller, 2011), exact where "
-        "counts are small, and p-values corrected after Holm (1979). Side effects are the divergence of next-token distributions on "
+        "are paired by item, with intervals clustered over word pairs and templates (Cameron, Gelbach and Miller, 2011; Banerjee, 1960), "
+        "and p-values corrected after Holm (1979). Side effects are the divergence of next-token distributions on "
         "neutral text, lists copied, words judged and questions about words whose sense their sentence settles; families of treatments are "
         "compared at doses that do the same damage. Placebos (other sense, control phrases, noise of the same norm) went through the same "
         f"steps. {software(note['versions'])}")

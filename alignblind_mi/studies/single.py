@@ -12,11 +12,12 @@ from typing import Annotated, get_args
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import Count, File, Layer, Listed, Names, Seed, Strength, check_fields, many, takes
+from alignblind_mi.borders.settings import Count, File, Layer, Listed, Names, Strength, check_fields, many, takes
 from alignblind_mi.borders.writing import refuse_taken
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.instruments.contrast import SWAPS, PatchError
 from alignblind_mi.instruments.patching import CONTROLS, DIRECTIONS, summarise_patching
+from alignblind_mi.intervals import mean_interval
 from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.behaviour import ask_under
 from alignblind_mi.measures.mitigation import early_window
@@ -37,7 +38,7 @@ from alignblind_mi.models.edits import UNTREATED, EditError, How
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.results import Result, Results, load_result
 from alignblind_mi.statistics.paired import corrected, paired_differences
-from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise
+from alignblind_mi.statistics.rates import CLUSTERS, position_effect, summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig
@@ -123,24 +124,25 @@ def measure_parts(config: StudyConfig, out: File, parts: Parts) -> list[Result]:
 
 
 @takes(SingleError)
-def bias_tables(rows: pd.DataFrame, *, seed: Seed = 0) -> dict[str, pd.DataFrame]:
+def bias_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """What answers say: `rates` (see `summarise`; per kind and category, and of all categories), `log_odds`, `position`.
 
-    log_odds: of the two complete assignments to an implicit prompt (nats), per category and of all: n, mean, low, high (95 %, word pairs
-    and templates resampled), positive (share of prompts that give the stereotyped one more probability). position: see `position_effect`.
+    log_odds: of the two complete assignments to an implicit prompt (nats), per category and of all: n, mean, low, high (95 %, over word
+    pairs and templates: `intervals.mean_interval`), positive (share of prompts that give the stereotyped one more probability).
+    position: see `position_effect`.
     """
     every = rows.assign(category="all")
     both = pd.concat([every, rows], ignore_index=True)
     by = ["model", "treatment", "kind", "category"]
     implicit = both[both["kind"] == "implicit"]
-    odds = [{**dict(zip(by, key, strict=True)), **_odds(group, seed)} for key, group in implicit.groupby(by, sort=False)]
-    return {"rates": summarise(both, by, seed=seed), "log_odds": pd.DataFrame.from_records(odds),
+    odds = [{**dict(zip(by, key, strict=True)), **_odds(group)} for key, group in implicit.groupby(by, sort=False)]
+    return {"rates": summarise(both, by), "log_odds": pd.DataFrame.from_records(odds),
             "position": position_effect(rows, ("model", "treatment"))}
 
 
-def _odds(group: pd.DataFrame, seed: int) -> dict[str, float | int]:
+def _odds(group: pd.DataFrame) -> dict[str, float | int]:
     values = group["log_odds"].to_numpy(float)
-    low, high = mean_interval(values, [group["word_pair"].to_numpy(), group["template"].to_numpy()], seed=seed)
+    low, high = mean_interval(values, [group[name].to_numpy() for name in CLUSTERS])
     return {"n": len(group), "mean": float(values.mean()), "low": low, "high": high, "positive": float((values > 0).mean())}
 
 
@@ -269,6 +271,6 @@ def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedMo
 
 
 @takes(SingleError)
-def steer_tables(rows: pd.DataFrame, *, seed: Seed = 0) -> dict[str, pd.DataFrame]:
+def steer_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """`rates` per treatment (see `summarise`) and paired `differences` from untreated, corrected for being many."""
-    return {"rates": summarise(rows, ["treatment", "kind"], seed=seed), "differences": corrected(paired_differences(rows, by=("kind",)))}
+    return {"rates": summarise(rows, ["treatment", "kind"]), "differences": corrected(paired_differences(rows, by=("kind",)))}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from alignblind_mi.statistics.rates import exact_interval, t_interval
+from alignblind_mi.intervals import exact_interval, mean_interval
 from alignblind_mi.studies.calibration import BEHAVIOUR_INSTRUMENTS, INSTRUMENTS, READING_INSTRUMENTS
 
 KNOB = dict.fromkeys(READING_INSTRUMENTS, "reading") | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, "behaviour")
@@ -113,7 +113,7 @@ def recovery_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _estimate(rows: pd.DataFrame) -> dict[str, Any]:
     rows = rows.dropna(subset=["value"])    # a probe finds nothing at some layers
-    low, high = t_interval(rows["value"].to_numpy(float), rows["context"].to_numpy())
+    low, high = mean_interval(rows["value"].to_numpy(float), [rows["context"].to_numpy()])
     return {"estimate": float(rows["value"].mean()), "low": low, "high": high, "n": rows["unit"].nunique()}
 
 
@@ -295,7 +295,8 @@ def coverage_table(rows: pd.DataFrame, *, seed: int = 0, sample: int = SAMPLE, s
         truth = float(units.mean())
         drawn = np.random.default_rng([seed, *map(ord, str(member))]).integers(len(contexts), size=(simulations, sample))
         sizes = np.array([len(part) for part in contexts])
-        ends = np.array([t_interval(np.concatenate([contexts[i] for i in one]), np.repeat(np.arange(sample), sizes[one])) for one in drawn])
+        ends = np.array([mean_interval(np.concatenate([contexts[i] for i in one]), [np.repeat(np.arange(sample), sizes[one])])
+                         for one in drawn])
         covered = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
         records.append({"instrument": name, "member": member, "n": simulations, "covered": int(covered.sum()),
                         "width": float(np.diff(ends).mean())})

@@ -29,6 +29,7 @@ from alignblind_mi.models.chat import Chat
 from alignblind_mi.models.edits import Edit, EditError, Site
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.statistics.power import Plan, items_needed
+from alignblind_mi.statistics.paired import difference_draws
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept_check import concept_problems
 from alignblind_mi.stimuli.prompts import behaviour_prompts, fill, filled, implicit_prompts
@@ -120,7 +121,7 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda race: Edit(Site(0, "m"), torch.ones(3), "add", NAN), lambda race: Edit(Site(0, "m"), torch.ones(3), "add", INF),
     lambda race: Site(True, "m"), lambda race: Site(0.5, "m"), lambda race: VECTORS.treatment(strength=NAN),
     lambda race: VECTORS.treatment(positions=["last", "last"]), lambda race: list(steering_grid(VECTORS, [[1]], [])),
-    lambda race: VECTORS.export_gguf("x.gguf", strength=INF), lambda race: summarise(ROWS, ["kind"], draws=0),
+    lambda race: VECTORS.export_gguf("x.gguf", strength=INF), lambda race: difference_draws(ROWS, draws=0),
     lambda race: summarise(ROWS, ["kind"], level=NAN), lambda race: Plan(0.9, 0.5, orders=0),
     lambda race: Plan(0.9, 0.5, template_icc=-0.1),
     lambda race: items_needed(Plan(0.9, 0.5), NAN), lambda race: CalibrationConfig((-1,)), lambda race: CalibrationConfig(()),
@@ -145,7 +146,7 @@ def test_one_or_many(race, tiny):
         measure_behaviour(tiny, race, "default", kinds="implici")
     first = next(iter(race.categories))
     assert implicit_prompts(race, "default", categories=first) == implicit_prompts(race, "default", categories=[first])
-    assert summarise(ROWS, "kind", draws=10)["n"].tolist() == [1]
+    assert summarise(ROWS, "kind")["n"].tolist() == [1]
 
 
 RACE = tomllib.loads((Path(__file__).parents[2] / "alignblind_mi" / "stimuli" / "concepts" / "race.toml").read_text("utf-8"))

@@ -116,10 +116,10 @@ def test_tables_show_markup_as_it_is(capsys, text):
     terminal.print_table(text, [{"name": text, f"{text} ": "ok", "c": WIDE}], note=text, styles={"ok": "green"})
     assert printed(capsys).count(text) == 4
     record = {"kind": "implicit", "rule": text, "model": text, "n": 1, "stereotyped": 1, "reversed": 0, "invalid": 0, "invalid_share": 0.0,
-              "rate": 1.0, **dict.fromkeys(("low", "high", "cluster_low", "cluster_high", "worst", "best"), 1.0)}
+              "rate": 1.0, **dict.fromkeys(("low", "high", "template_min", "template_max", "worst", "best"), 1.0)}
     scoring.render([record, record | {"model": f"{text}2"}])
     assert printed(capsys).count(text) == 3
-    shares = {f"{text}{end}": 0.5 for end in ("_share", "_low", "_high", "_cluster_low", "_cluster_high")}
+    shares = {f"{text}{end}": 0.5 for end in ("_share", "_low", "_high")}
     scoring.render([{"kind": "interpretation", "rule": "lexicon", "model": WIDE, "n": 1, text: 1, **shares}])
     assert printed(capsys).count(text) == 2
 
@@ -211,7 +211,7 @@ HOSTILE = [r"$\frac{", "$x$ and $y^2$", "</text><script>alert(1)</script>", "-->
 
 @pytest.fixture
 def treatments() -> pd.DataFrame:
-    ends = dict.fromkeys(("implicit", "low", "high", "cluster_low", "cluster_high", "worst", "best", "invalid_share"), 0.5)
+    ends = dict.fromkeys(("implicit", "low", "high", "template_min", "template_max", "worst", "best", "invalid_share"), 0.5)
     return pd.DataFrame([{"label": name, "n": 4, **ends} for name in HOSTILE])
 
 
@@ -238,7 +238,7 @@ def test_the_settings_of_a_user_do_not_turn_names_into_formulas(treatments):
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend(treatments):
     rates = pd.DataFrame([{"family": "steering", "sense": sense, "start": start, "n": 4, "rate": 0.5, "low": 0.4, "high": 0.6,
-                           "cluster_low": 0.3, "cluster_high": 0.7, "invalid_share": 0.1}
+                           "template_min": 0.3, "template_max": 0.7, "invalid_share": 0.1}
                           for sense in HOSTILE for start in range(2)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

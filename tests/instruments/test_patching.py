@@ -341,12 +341,31 @@ def test_outcomes_are_shares_of_the_difference():
 
 
 def test_summaries_count_what_has_no_effect():
-    rows = pd.DataFrame({"layer": 0, "word_pair": list("aabbcc"), "effect": [1.0, 0.5, 0.0, float("nan"), 0.5, 0.5], "moved": 1.0,
-                         "log_odds": 2.0, "p_stereotyped": 0.5, "flipped": [1.0, float("nan"), 0.0, 0.0, float("nan"), 1.0]})
+    rows = pd.DataFrame({"layer": 0, "word_pair": list("aabbcc"), "template": list("tutu") + ["t", "u"], "direction": "denoise",
+                         "effect": [1.0, 0.5, 0.0, float("nan"), 0.5, 0.5], "clean": [1.0, 2.0, 1.0, 0.01, -2.0, 4.0], "corrupt": 0.0,
+                         "moved": [1.0, 1.0, 0.0, 1.0, -1.0, 2.0], "log_odds": 2.0, "p_stereotyped": 0.5,
+                         "flipped": [1.0, float("nan"), 0.0, 0.0, float("nan"), 1.0]})
     (found,) = summarise_patching(rows, ["layer"]).to_dict("records")
     assert (found["n"], found["undefined"], found["flippable"], found["flipped"]) == (6, pytest.approx(1 / 6), 4, 0.5)
-    assert found["mean"] == pytest.approx(0.5)
-    assert 0 <= found["low"] < 0.5 < found["high"] <= 0.75
+    assert found["mean"] == pytest.approx((1 + 2 + 0 + 0.01 + 2 + 8) / (1 + 4 + 1 + 0.0001 + 4 + 16))    # by least squares, by hand
+    assert found["low"] < found["mean"] < found["high"]
+    (noised,) = summarise_patching(rows.assign(direction="noise", moved=-rows["moved"]), ["layer"]).to_dict("records")
+    assert (noised["mean"], noised["low"]) == pytest.approx((found["mean"], found["low"]))
+    same = summarise_patching(rows.assign(clean=0.0), ["layer"]).iloc[0]
+    assert np.isnan([same["mean"], same["low"], same["high"]]).all()
+
+
+def test_a_few_runs_that_hardly_differ_do_not_make_the_effect():
+    random = np.random.default_rng(0)
+    apart = random.normal(0.5, 1, 200)
+    moved = 0.3 * apart + random.normal(0, 0.5, 200)
+    rows = pd.DataFrame({"layer": 0, "direction": "denoise", "clean": apart, "corrupt": 0.0, "moved": moved, "effect": moved / apart,
+                         "word_pair": np.repeat(np.arange(40), 5), "template": np.tile(np.arange(5), 40), "log_odds": 0.0,
+                         "p_stereotyped": 0.5, "flipped": 0.0})
+    found = summarise_patching(rows, ["layer"]).iloc[0]
+    assert found["mean"] == pytest.approx(0.3, abs=0.06)
+    assert found["low"] < 0.3 < found["high"] < found["low"] + 0.3
+    assert abs(rows["effect"].mean() - 0.3) > 0.2    # the mean of the rows' own ratios
 
 
 # ---- attribution ---------------------------------------------------------------------------------------------------------
@@ -513,7 +532,8 @@ def test_the_study_has_every_part_in_both_directions(tiny, race):
 def profile_rows(by_layer: dict[int, tuple[float, float]]) -> pd.DataFrame:
     """Rows of a profile: mean effect and random control by layer, with a little spread between word pairs."""
     rows = [{"model": "m", "treatment": "t", "direction": "denoise", "mark": "all_identifiers", "stream": "resid_post", "units": "",
-             "occurrence": "all", "layer": layer, "control": control, "word_pair": str(k), "effect": value + 0.02 * (k - 1), "moved": 0.0,
+             "occurrence": "all", "layer": layer, "control": control, "word_pair": str(k), "template": "t", "clean": 1.0, "corrupt": 0.0,
+             "effect": value + 0.02 * (k - 1), "moved": value + 0.02 * (k - 1),
              "log_odds": 0.0, "p_stereotyped": 0.5, "flipped": 0.0}
             for layer, both in by_layer.items() for control, value in zip(("", "random"), both, strict=True) for k in range(3)]
     return pd.DataFrame(rows)

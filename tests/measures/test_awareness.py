@@ -19,6 +19,7 @@ from alignblind_mi.instruments.patchscope import (
     token_identity_prompt,
 )
 from alignblind_mi.instruments.probes import shuffled, train_probes
+from alignblind_mi.intervals import mean_interval
 from alignblind_mi.measures.awareness import (
     measure_awareness,
     measure_lens,
@@ -34,7 +35,7 @@ from alignblind_mi.measures.sources import CONTROLS, control_sources, reading_so
 from alignblind_mi.mitigations.steering import sense_steering
 from alignblind_mi.models.edits import EditError, Row, Site
 from alignblind_mi.models.model import untrained
-from alignblind_mi.statistics.rates import relative_change, t_interval
+from alignblind_mi.statistics.rates import relative_change
 from alignblind_mi.stimuli.concept import ConceptError
 from alignblind_mi.stimuli.prompts import Prompt, implicit_prompts, interpretation_prompt, mark
 
@@ -272,40 +273,18 @@ def test_mappings(race, tiny):
 # ---- summaries ---------------------------------------------------------------------------------------------------------
 
 
-def test_summaries_count_readings_and_take_contexts_as_the_unit(race, tiny):
+def test_summaries_count_readings_and_take_contexts_and_templates_as_the_units(race, tiny):
     rows = measure_awareness(tiny, race, "default")
     table = summarise_readings(rows)
     assert table["control"].tolist() == ["", *CONTROLS]
     assert (table["n"] == 12).all()
     real = readings_of(rows)
     assert n_readings(real) == 12
-    low, high = t_interval(real["blind"].to_numpy(), real["context"].to_numpy())
-    assert (table["low"].iloc[0], table["high"].iloc[0]) == (low, high)
+    low, high = mean_interval(real["blind"].to_numpy(), [real["context"].to_numpy(), real["template"].to_numpy()])
+    assert (table["low"].iloc[0], table["high"].iloc[0]) == (max(low, -2), min(high, 2))
+    assert real["template"].nunique() > 1
     profile = summarise_readings(real, by=("layer",))
     assert profile["mean"].mean() == pytest.approx(real["blind"].mean())
-
-
-def test_student_s_interval_of_single_values_is_the_textbook_s():
-    from scipy import stats
-
-    values = np.random.default_rng(0).normal(size=9)
-    low, high = t_interval(values, np.arange(9))
-    assert (low, high) == pytest.approx(stats.t.interval(0.95, 8, values.mean(), stats.sem(values)))
-    twice = t_interval(np.repeat(values, 3), np.repeat(np.arange(9), 3))    # repeating a cluster's values tells nothing new
-    assert twice == pytest.approx((low, high))
-    assert np.isnan(t_interval(values, np.zeros(9))).all()
-
-
-@pytest.mark.parametrize("clusters", [8, 20])
-def test_student_s_interval_covers_at_its_level(clusters):
-    random = np.random.default_rng(clusters)
-    labels = np.repeat(np.arange(clusters), 4)
-    hits = 0
-    for _ in range(2000):
-        values = np.repeat(random.normal(size=clusters), 4) + random.normal(size=4 * clusters)
-        low, high = t_interval(values, labels)
-        hits += low <= 0 <= high
-    assert 0.93 <= hits / 2000 <= 0.97
 
 
 def test_a_reduction_is_the_ratio_of_means_with_contexts_drawn_together(race, tiny):

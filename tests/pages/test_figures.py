@@ -13,7 +13,7 @@ NAN = float("nan")
 
 
 def rate(value: float, n: int = 40, invalid: float = 0.1) -> dict[str, float]:
-    ends = {"low": value - 0.1, "high": value + 0.1, "cluster_low": value - 0.2, "cluster_high": value + 0.2}
+    ends = {"low": value - 0.1, "high": value + 0.1, "template_min": value - 0.2, "template_max": value + 0.2}
     return {"n": n, "rate": value, "invalid_share": invalid, "worst": value - 0.15, "best": value + 0.15, **ends}
 
 
@@ -106,11 +106,11 @@ def test_both_intervals_are_drawn_at_their_ends(behaviour, log_odds):
     ends = {tuple(np.round(segment[:, 1], 6)) for lines in axis.collections for segment in lines.get_segments()}
     for _, row in behaviour[behaviour["kind"] == "implicit"].iterrows():
         assert (round(row["low"], 6), round(row["high"], 6)) in ends
-        assert (round(row["cluster_low"], 6), round(row["cluster_high"], 6)) in ends
+        assert (round(row["template_min"], 6), round(row["template_max"], 6)) in ends
 
 
 def test_a_rate_without_valid_answers_is_said_and_not_drawn_as_zero(behaviour, log_odds):
-    behaviour.loc[0, ["rate", "cluster_low", "cluster_high"]] = NAN
+    behaviour.loc[0, ["rate", "template_min", "template_max"]] = NAN
     behaviour.loc[0, ["low", "high", "invalid_share"]] = (0.0, 1.0, 1.0)
     axis = figures.behaviour_figure(behaviour, log_odds).axes[0]
     assert sum(text.get_text() == "no valid answer" for text in axis.texts) == 1

@@ -233,7 +233,7 @@ def test_the_numbers_are_those_of_the_statistics(finished, page):
     assert found["rate %"] == f"{100 * expected['rate']:.1f}"
     assert found["invalid %"] == f"{100 * expected['invalid_share']:.1f}"
     assert found["exact 95 %"] == f"{100 * expected['low']:.1f}–{100 * expected['high']:.1f}"
-    assert found["clustered 95 %"] == f"{100 * expected['cluster_low']:.1f}–{100 * expected['cluster_high']:.1f}"
+    assert found["by template %"] == f"{100 * expected['template_min']:.1f}–{100 * expected['template_max']:.1f}"
     assert found["bounds %"] == f"{100 * expected['worst']:.1f}–{100 * expected['best']:.1f}"
     assert f"{100 * expected['rate']:.1f} % of {expected['n'] - expected['invalid']} valid answers" in page.words("summary")
 

@@ -96,12 +96,12 @@ def test_sentences_wrap_at_blanks_in_their_column():
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_scores_stand_whole(width):
-    share = {"invalid_share": 1 / 3, "rate": 0.5, "low": 0.889, "high": 0.999, "cluster_low": 0.123, "cluster_high": 1.0, "worst": 0.333,
+    share = {"invalid_share": 1 / 3, "rate": 0.5, "low": 0.889, "high": 0.999, "template_min": 0.123, "template_max": 1.0, "worst": 0.333,
              "best": 0.667}
     records = [{"model": LONG, "cue": "default", "category": category, "kind": kind, "treatment": "a b" * 20, "rule": "robust", "n": 36,
                 "stereotyped": 12, "reversed": 12, "invalid": 12, **share}
                for category in ("difference", "weapon") for kind in ("implicit", "explicit")]
-    senses = {f"{name}_{end}": 0.889 for name in ("group", "other") for end in ("share", "low", "high", "cluster_low", "cluster_high")}
+    senses = {f"{name}_{end}": 0.889 for name in ("group", "other") for end in ("share", "low", "high")}
     records += [{"model": model, "kind": "interpretation", "rule": "lexicon", "n": 36, "group": 30, "other": 6, **senses}
                 for model in (LONG, "b")]
     out = io.StringIO()

@@ -1,21 +1,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, strategies as st
 
-from alignblind_mi.statistics.rates import (
-    StatisticsError,
-    agreement,
-    bounds,
-    clustered_interval,
-    exact_interval,
-    mean_interval,
-    position_effect,
-    relative_change,
-    require,
-    summarise,
-    t_interval,
-)
+from alignblind_mi.intervals import StatisticsError, exact_interval, rate_interval
+from alignblind_mi.statistics.rates import agreement, bounds, label_shares, position_effect, relative_change, require, summarise
 
 
 def rows(outcomes: list[str], **columns: object) -> pd.DataFrame:
@@ -30,79 +18,9 @@ def rows(outcomes: list[str], **columns: object) -> pd.DataFrame:
     return pd.DataFrame({"outcome": outcomes, **base, **columns})
 
 
-def test_exact_interval_is_the_textbook_one() -> None:
-    assert exact_interval(8, 10) == pytest.approx((0.4439, 0.9748), abs=1e-4)  # a standard table of binomial limits
-    assert exact_interval(0, 10) == pytest.approx((0.0, 0.3085), abs=1e-4)
-    assert exact_interval(0, 0) == (0.0, 1.0)
-    assert exact_interval(3, 10, level=0.5).low > exact_interval(3, 10).low
-
-
-@given(st.integers(0, 60), st.integers(0, 60))
-def test_exact_interval_contains_the_share_and_mirrors(successes: int, failures: int) -> None:
-    n = successes + failures
-    low, high = exact_interval(successes, n)
-    assert 0 <= low <= (successes / n if n else 0.5) <= high <= 1
-    assert exact_interval(failures, n) == pytest.approx((1 - high, 1 - low))
-
-
-@pytest.mark.parametrize(("successes", "n", "level"), [(3, 2, 0.95), (-1, 2, 0.95), (1, 2, 95.0)])
-def test_impossible_counts_are_refused(successes: int, n: int, level: float) -> None:
-    with pytest.raises(StatisticsError, match=rf"{successes} of {n} at level {level}"):
-        exact_interval(successes, n, level)
-
-
 def test_bounds_put_the_invalid_answers_on_either_side() -> None:
     assert bounds(112, 296, 560) == pytest.approx((0.2, 408 / 560))  # early LoRA of the paper: 20-73 %
     assert all(np.isnan(bounds(0, 0, 0)))
-
-
-def crossed(random: np.random.Generator, n_pairs: int = 24, n_templates: int = 12) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """0/1 answers whose chance depends on word pair and template; mean chance 0.5."""
-    pair, template = (index.ravel() for index in np.meshgrid(np.arange(n_pairs), np.arange(n_templates), indexing="ij"))
-    logit = random.normal(0, 1, n_pairs)[pair] + random.normal(0, 1, n_templates)[template]
-    return (random.random(logit.size) < 1 / (1 + np.exp(-logit))).astype(float), pair, template
-
-
-def test_intervals_cover_as_often_as_they_say() -> None:
-    random = np.random.default_rng(1)
-    independent = [exact_interval(int(random.binomial(200, 0.3)), 200) for _ in range(1000)]
-    assert 0.945 <= np.mean([low <= 0.3 <= high for low, high in independent]) <= 1.0
-    clustered, exact = [], []
-    for seed in range(300):
-        values, pair, template = crossed(random)
-        clustered.append(mean_interval(values, [pair, template], draws=400, seed=seed))
-        exact.append(exact_interval(int(values.sum()), len(values)))
-    covered = [np.mean([low <= 0.5 <= high for low, high in found]) for found in (clustered, exact)]
-    assert 0.90 <= covered[0] <= 0.99
-    assert covered[1] < 0.75  # what ignoring the clusters costs
-
-
-def test_clustered_interval_is_seeded_and_does_not_depend_on_the_order_of_rows() -> None:
-    values, pair, template = crossed(np.random.default_rng(2))
-    first = mean_interval(values, [pair, template], seed=3)
-    assert first == mean_interval(values, [pair, template], seed=3)
-    assert first != mean_interval(values, [pair, template], seed=4)
-    assert first.low < values.mean() < first.high
-    assert mean_interval(values + 5, [pair, template], seed=3) == pytest.approx(np.array(first) + 5)
-
-
-def test_clusters_without_variation_add_nothing() -> None:
-    values, pair, template = crossed(np.random.default_rng(2))
-    alone = np.zeros(len(values))
-    assert mean_interval(values, [pair, alone]) == mean_interval(values, [pair])
-    assert np.isnan(mean_interval(values, [alone])).all()
-    assert np.isnan(mean_interval(values[:0], [pair[:0]])).all()
-    within = mean_interval(values, [np.arange(len(values))])  # every row its own cluster: the plain bootstrap
-    both = mean_interval(values, [pair, template])
-    assert both.high - both.low > 1.5 * (within.high - within.low)
-
-
-def test_share_is_taken_among_the_valid() -> None:
-    values, pair, template = crossed(np.random.default_rng(5))
-    valid = np.random.default_rng(6).random(len(values)) < 0.7
-    found = clustered_interval(values, [pair, template], valid=valid, seed=1)
-    assert found == clustered_interval(np.where(valid, values, 1 - values), [pair, template], valid=valid, seed=1)
-    assert found.low < values[valid].mean() < found.high
 
 
 def test_summarise_counts_each_outcome_once() -> None:
@@ -111,9 +29,11 @@ def test_summarise_counts_each_outcome_once() -> None:
     row = table.iloc[0]
     assert row[["n", "stereotyped", "reversed", "rejected", "invalid"]].tolist() == [12, 6, 2, 0, 4]
     assert (row["rate"], row["invalid_share"], row["worst"], row["best"]) == pytest.approx((0.75, 1 / 3, 0.5, 10 / 12))
-    assert (row["low"], row["high"]) == pytest.approx(exact_interval(6, 8))
-    assert row["cluster_low"] < 0.75 < row["cluster_high"]
+    labels = np.repeat(np.arange(6), 2), np.tile(np.arange(2), 6)
+    hits, valid = np.array([1.0] * 6 + [0.0] * 6), np.array([1.0] * 8 + [0.0] * 4)
+    assert (row["low"], row["high"], row["interval"]) == rate_interval(hits, labels, valid=valid)
     assert row["clustered_over"] == "word_pair+template"
+    assert (row["template_min"], row["template_max"]) == (0.75, 0.75)
 
 
 def test_explicit_rate_is_over_all_but_invalid_and_bounds_mean_endorsing() -> None:
@@ -123,8 +43,8 @@ def test_explicit_rate_is_over_all_but_invalid_and_bounds_mean_endorsing() -> No
 
 def test_groups_without_valid_answers_have_no_rate() -> None:
     row = summarise(rows(["invalid"] * 4)).iloc[0]
-    assert np.isnan(row[["rate", "cluster_low", "cluster_high"]].astype(float)).all()
-    assert row[["low", "high", "worst", "best"]].tolist() == [0, 1, 0, 1]
+    assert np.isnan(row[["rate", "template_min", "template_max"]].astype(float)).all()
+    assert row[["low", "high", "interval", "worst", "best"]].tolist() == [0, 1, "none", 0, 1]
     assert row["clustered_over"] == ""
 
 
@@ -187,19 +107,37 @@ def test_agreement_is_cohens_kappa() -> None:
         agreement(["a", "b"], ["a"])
 
 
-@pytest.mark.parametrize(("values", "labels", "said"), [
-    (["1", "2"], ["a", "b"], "numbers alone"), ([1.0, "b"], ["a", "b"], "numbers alone"), ([1.0, 2.0], ["a", "b", "c"], "2 values have 3"),
-    ([1.0, 2.0, 3.0], ["a", "b"], "3 values have 2"), ([1.0, 2.0], ["a", None], "1 of 2 cluster labels are missing")])
-def test_values_and_clusters_that_do_not_fit_are_said(values, labels, said) -> None:
-    data, clusters = np.array(values, dtype=object), np.array(labels, dtype=object)
-    for find, each in ((mean_interval, [clusters]), (t_interval, clusters), (clustered_interval, [clusters])):
-        with pytest.raises(StatisticsError, match=said):
-            find(data, each)
+def test_rates_of_templates_stand_beside_the_rate() -> None:
+    row = summarise(rows(["stereotyped", "reversed"] * 5 + ["stereotyped", "invalid"])).iloc[0]
+    assert (row["rate"], row["template_min"], row["template_max"]) == (pytest.approx(6 / 11), 0, 1)
+    assert row["high"] - row["low"] > 0.9    # two templates that could not differ more
+    alone = summarise(rows(["stereotyped", "reversed"] * 5), cluster=()).iloc[0]
+    assert (alone["low"], alone["high"], alone["interval"]) == (*exact_interval(5, 10), "exact")
+    assert np.isnan(summarise(rows(["stereotyped"] * 4).drop(columns="template"), cluster=("word_pair",)).iloc[0]["template_min"])
 
 
-def test_what_is_valid_is_said_of_every_value() -> None:
-    with pytest.raises(StatisticsError, match="2 values have 3 entries"):
-        clustered_interval(np.ones(2), [np.array(["a", "b"])], valid=np.ones(3))
+def test_shares_of_labels_are_clustered_as_they_are_read() -> None:
+    found = label_shares(["a", "b", "a", "a"], ["a", "c"], [np.array([0, 0, 1, 1])])
+    assert (found["a"], found["a_share"], found["c"]) == (3, 0.75, 0)
+    assert (found["a_low"], found["a_high"]) == rate_interval(np.array([1.0, 0, 1, 1]), [np.array([0, 0, 1, 1])])[:2]
+
+
+def test_a_relative_change_is_of_what_both_have_and_clustered_over_templates_too() -> None:
+    random, n = np.random.default_rng(0), 60
+    table = pd.DataFrame({"context": [f"c{i % 20}" for i in range(n)], "template": [f"t{i % 20 // 5}" for i in range(n)]})
+    before = table.assign(p_group=random.uniform(0.4, 0.8, n))
+    after = before.assign(p_group=0.5 * before["p_group"])
+    half = relative_change(after, before, "p_group", ("context", "template"))
+    assert half == pytest.approx({"estimate": -0.5, "low": -0.5, "high": -0.5, "n": 20})
+    by_template = before.assign(p_group=before["p_group"] * before["template"].map({"t0": 0.1, "t1": 0.4, "t2": 0.6, "t3": 0.9}))
+    wide = relative_change(by_template, before, "p_group", ("context", "template"))
+    narrow = relative_change(by_template, before, "p_group", "context")
+    assert -1 <= wide["low"] < narrow["low"] < wide["estimate"] == pytest.approx(narrow["estimate"])
+    expected = by_template["p_group"].mean() / before["p_group"].mean() - 1
+    assert wide["estimate"] == pytest.approx(expected)
+    fewer = relative_change(by_template[by_template["context"] != "c3"], before, "p_group", "context")
+    assert fewer["n"] == 19
+    assert np.isnan(relative_change(after, before.assign(p_group=0.0), "p_group", "context")["estimate"])
 
 
 def test_columns_that_cannot_be_computed_with_are_said() -> None:

@@ -200,7 +200,7 @@ def test_a_record_a_treatment_with_all_that_was_asked(compared):
     assert len(by_name) == len(records)
     assert {record["family"] for record in records} == set(FAMILIES)
     for record in records:
-        assert set(record) >= ASKED | {"n", "cluster_low", "worst", "best", "r_blind_low", "revision", "seed", "versions", "latency"}
+        assert set(record) >= ASKED | {"n", "template_min", "worst", "best", "r_blind_low", "revision", "seed", "versions", "latency"}
         assert record["low"] <= record["implicit"] <= record["high"]
         assert record["n"] == 72
     untreated, steered, noise = by_name["untreated"], by_name["steer_early"], by_name["placebo_noise_steer_early"]

@@ -58,7 +58,7 @@ def selfie_figure(layers: pd.DataFrame, controls: pd.DataFrame) -> Figure:
     """What open-ended readings speak of (SelfIE): stacked shares by source layer (left), and over layers beside the controls (right).
 
     A row a panel. Both: panel, n and for each reading NAME_share, NAME_low, NAME_high, the group sense first, texts of no sense last;
-    layers: layer; controls: control ("" for the identifiers). The whiskers are the group sense's exact intervals.
+    layers: layer; controls: control ("" for the identifiers). The whiskers are the group sense's intervals.
     """
     panels = list(layers["panel"].unique())
     names = [str(name).removesuffix("_share") for name in layers if str(name).endswith("_share")]
@@ -79,7 +79,7 @@ def selfie_figure(layers: pd.DataFrame, controls: pd.DataFrame) -> Figure:
     axes[-1][0].set_xlabel("source layer")
     axes[-1][1].set_xlabel("share of readings, %")
     keys = [patch_key(colour, name) for name, colour in colours.items()]
-    legend_below(figure, [*keys, line_key(INK, f"95 % exact, {names[0]}", width=1.6)])
+    legend_below(figure, [*keys, line_key(INK, f"95 %, {names[0]}", width=1.6)])
     return figure
 
 

@@ -27,7 +27,8 @@ from alignblind_mi.pages.figures.style import (
 def behaviour_figure(rates: pd.DataFrame, log_odds: pd.DataFrame) -> Figure:
     """Implicit and explicit rates by category and role (after figure 2 of the paper), invalid shares below, mean log-odds beside.
 
-    rates: role, kind, category, n, rate, low, high, cluster_low, cluster_high, invalid_share. log_odds: role, category, n, mean, low, high.
+    rates: role, kind, category, n, rate, low, high, template_min, template_max, invalid_share.
+    log_odds: role, category, n, mean, low, high.
     """
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     top = figure.subplots(2, 3, height_ratios=(4, 1.1), width_ratios=(1, 1, 0.85), sharex="col", squeeze=False)
@@ -71,7 +72,7 @@ def position_figure(table: pd.DataFrame) -> Figure:
     axes[0].set_xlabel("stereotyped, % of valid answers (50: unbiased)")
     axes[1].set_title("Position")
     axes[1].set_xlabel("first word with first option, % of valid (50: no effect)")
-    legend_below(figure, [*mark_keys(roles, [ROLE_COLOURS.get(role, INK) for role in roles]), line_key(INK, "95 % exact", width=2.4)])
+    legend_below(figure, [*mark_keys(roles, [ROLE_COLOURS.get(role, INK) for role in roles]), line_key(INK, "95 %", width=2.4)])
     return figure
 
 

@@ -33,7 +33,7 @@ from alignblind_mi.pages.figures.style import (
 def steering_figure(table: pd.DataFrame) -> Figure:
     """Implicit rate by the first layer of the steered window, a line a sense or control (after figure 4 of the paper).
 
-    Columns: family ("untreated" for the one untreated row), sense, start, n, rate, low, high, cluster_low, cluster_high, invalid_share.
+    Columns: family ("untreated" for the one untreated row), sense, start, n, rate, low, high, template_min, template_max, invalid_share.
     """
     untreated, steered = table[table["family"] == "untreated"], table[table["family"] != "untreated"]
     senses, starts = list(steered["sense"].unique()), sorted(steered["start"].astype(int).unique())
@@ -68,7 +68,7 @@ def steering_figure(table: pd.DataFrame) -> Figure:
 def lora_figure(table: pd.DataFrame) -> Figure:
     """Implicit and explicit rates of each layer group that was fine-tuned, beside the untreated model; invalid shares below.
 
-    Columns: label, kind, n, rate, low, high, cluster_low, cluster_high, invalid_share.
+    Columns: label, kind, n, rate, low, high, template_min, template_max, invalid_share.
     """
     colours = {"implicit": SERIES_COLOURS[0], "explicit": SERIES_COLOURS[1]}
     shown = table.rename(columns={"label": "group", "kind": "series"})
@@ -85,14 +85,14 @@ def lora_figure(table: pd.DataFrame) -> Figure:
 def comparison_figure(table: pd.DataFrame) -> Figure:
     """All treatments in one picture, a row each: implicit and explicit rates, invalid share, r_blind.
 
-    Columns: label, n, implicit, low, high, cluster_low, cluster_high, worst, best, invalid_share and, where measured, explicit,
+    Columns: label, n, implicit, low, high, template_min, template_max, worst, best, invalid_share and, where measured, explicit,
     explicit_low, explicit_high, r_blind, r_blind_low, r_blind_high.
     """
     figure = Figure(figsize=(11, 1.6 + 0.36 * len(table)), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True, width_ratios=(1.25, 1, 0.8, 1), squeeze=False)[0]
     y = [float(i) for i in range(len(table))]
     axes[0].barh(y, table["best"] - table["worst"], left=table["worst"], height=0.62, color=PALE, zorder=1)
-    axes[0].hlines(y, table["cluster_low"], table["cluster_high"], color=SERIES_COLOURS[0], lw=0.9, zorder=2)
+    axes[0].hlines([at + 0.2 for at in y], table["template_min"], table["template_max"], color=SERIES_COLOURS[0], lw=0.9, zorder=2)
     forest(axes[0], y, table["implicit"], table["low"], table["high"], SERIES_COLOURS[0], "o", "implicit")
     axes[2].barh(y, table["invalid_share"], height=0.62, color="#FFFFFF", edgecolor=INK, hatch="////", lw=0.7)
     for axis, name, colour in ((axes[1], "explicit", SERIES_COLOURS[1]), (axes[3], "r_blind", SERIES_COLOURS[3])):

@@ -96,12 +96,11 @@ def rate_bars(axis: Axes, strip: Axes, table: pd.DataFrame, colours: dict[str, s
 
 
 def write_value(axis: Axes, at: float, row: pd.Series) -> None:
-    """The rate in words above its intervals."""
+    """The rate in words above its interval."""
     if math.isnan(row["rate"]):
         axis.text(at, 0.02, "no valid answer", ha="center", va="bottom", fontsize=7.5, color=INK, rotation=90)
         return
-    top = max(v for v in (row["rate"], row["high"], row["cluster_high"]) if not math.isnan(v))
-    axis.text(at, top + 0.015, percent(row["rate"]), ha="center", va="bottom", fontsize=8, color=INK)
+    axis.text(at, row["high"] + 0.015, percent(row["rate"]), ha="center", va="bottom", fontsize=8, color=INK)
 
 
 def counts(table: pd.DataFrame, group: str) -> str:
@@ -124,11 +123,11 @@ def forest(axis: Axes, y: Sequence[float], values: pd.Series, low: pd.Series, hi
 
 
 def whiskers(axis: Axes, x: float, row: pd.Series, colour: str) -> None:
-    """The exact interval as a thick line, the clustered one as a thin line; nothing where there is no valid answer."""
+    """The interval as a thick line, the rates of templates from lowest to highest as a thin one beside it; nothing without an answer."""
     if math.isnan(row["rate"]):
         return
     axis.vlines([x], row["low"], row["high"], color=colour, lw=2.4, zorder=4)
-    axis.vlines([x], row["cluster_low"], row["cluster_high"], color=colour, lw=0.9, zorder=4)
+    axis.vlines([x + 0.04], row["template_min"], row["template_max"], color=colour, lw=0.9, zorder=4)
 
 
 def share_axis(axis: Axes, *, headroom: float = 0.05, ticks: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), line: bool = True) -> None:
@@ -201,6 +200,6 @@ def mark_keys(labels: Sequence[str], colours: Sequence[str], *, line: bool = Fal
 
 
 def interval_keys() -> list[object]:
-    """Keys of the two intervals and the unbiased rate."""
-    return [line_key(INK, "95 % exact", width=2.4), line_key(INK, "95 % clustered", width=0.9),
+    """Keys of the interval, the rates of templates and the unbiased rate."""
+    return [line_key(INK, "95 %", width=2.4), line_key(INK, "lowest to highest template", width=0.9),
             line_key(INK, "unbiased", width=0.9, ls="--")]
