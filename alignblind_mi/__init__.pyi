@@ -53,11 +53,16 @@ from .mitigations.lora import (
     train_lora as train_lora,
 )
 from .mitigations.lora_settings import choose_layers as choose_layers
+from .mitigations.placebos import (
+    noise_like as noise_like,
+    noise_placebos as noise_placebos,
+    treatment_effects as treatment_effects,
+    with_effects as with_effects,
+)
 from .mitigations.steering import (
     SteeringVectors as SteeringVectors,
     layer_windows as layer_windows,
     load_vectors as load_vectors,
-    noise_like as noise_like,
     sense_steering as sense_steering,
     steering_grid as steering_grid,
     steering_vectors as steering_vectors,
@@ -80,6 +85,7 @@ from .statistics.paired import (
     paired_means as paired_means,
     summarise_slopes as summarise_slopes,
 )
+from .statistics.placebos import placebo_bands as placebo_bands
 from .statistics.power import (
     Plan as Plan,
     items_needed as items_needed,

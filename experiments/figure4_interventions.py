@@ -1,6 +1,7 @@
 """Figure 4 of the paper: implicit bias of the aligned model, steered window by window, or fine-tuned group of layers by group.
 
-Steering towards the group sense stands beside its placebos (the other sense, and "Random: ..."), LoRA beside the untreated model; all of
+Steering towards the group sense stands beside its placebos (the other sense, "Random: ...", and draws of noise that does as much, as a
+band), LoRA beside the untreated model; all of
 them side by side, with explicit bias and r_blind, in the table "comparison".
 
 Usage: python experiments/figure4_interventions.py --out DIR [--aligned M] [--quick]     (--quick: the two compared windows alone)
@@ -14,7 +15,8 @@ from alignblind_mi.pages.study_tables import QUESTION
 
 
 def main(given: argparse.Namespace) -> None:
-    tables = run_study_parts(configured(given), given.out, "behaviour_aligned", f"awareness_aligned_{QUESTION}", "steering_", "lora_")
+    treated = ("steering_", "noise_", "lora_")
+    tables = run_study_parts(configured(given), given.out, "behaviour_aligned", f"awareness_aligned_{QUESTION}", *treated)
     publish(given.out, tables, *(name for name in ("steering", "lora", "lora_training", "comparison") if name in tables))
 
 

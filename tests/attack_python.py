@@ -718,12 +718,14 @@ def model_cases(to: Attack) -> None:
         load_vectors,
         logit_lens,
         lora_sweep,
+        mark,
         measure_awareness,
         measure_behaviour,
         measure_lens,
         measure_patching,
         measure_selfie,
         noise_like,
+        noise_placebos,
         run_patchscope,
         sense_steering,
         steering_vectors,
@@ -1007,7 +1009,9 @@ def model_cases(to: Attack) -> None:
             lambda m, v, p, name=name: vectors(p).treatment(**{name: v}),
             sound=(ALONE[name],) if name in ALONE else (),
         )
-    on("noise_like", "seed", DRAWN, lambda m, v, p: noise_like(vectors(p).treatment(), seed=v))
+    asked = [mark("Here are some words. Each word is black or white.", marked="black", unmarked="white")]
+    on("noise_like", "seed", DRAWN, lambda m, v, p: noise_like(m, vectors(p).treatment(), asked, seed=v))
+    on("noise_placebos", "n", WHOLE, lambda m, v, p: noise_placebos(m, vectors(p).treatment(), asked, n=v))
     on("combine", "treatments", ((Treatment("a", adapter="x"), Treatment("b", adapter="y")), ("abc",), ()), lambda m, v, p: combine(*v))
     for label in ("under a file", "NUL", "over-long name", "foreign folder", "lone surrogate"):
         for name in ("save", "export_gguf"):

@@ -1,4 +1,4 @@
-"""`alignblind steer`: find steering vectors, save them, and measure what they do beside noise of the same norms."""
+"""`alignblind steer`: find steering vectors, save them, and measure what they do beside noise that does as much."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ def steer(
     loading: Loading,
     as_json: AsJson = False,
 ) -> None:
-    """Find the vectors of a sense, save OUT/vectors_*.safetensors, and ask the model with them, without, and with noise of their norms.
+    """Find the vectors of a sense, save OUT/vectors_*.safetensors, and ask the model with them, without, and with noise that does as much.
 
     Example: alignblind steer --model organism:aligned --method mean_difference --layers 1-3 --strengths 0.5,1,2 --out steering
     """
@@ -45,12 +45,20 @@ def steer(
     if as_json:
         print_json(tagged(tables, result.provenance, config.seed))
         return
+    noise = set(result.rows.loc[result.rows["placebo_of"].fillna("") != "", "treatment"]) if "placebo_of" in result.rows else set()
     print_table("Implicit bias under each treatment", [
         {"treatment": row["treatment"], "n": str(row["n"]), "stereotyped": number(row["rate"]), "95 %": interval(row),
          "templates": interval(row, "template_min", "template_max"), "bounds": interval(row, "worst", "best"),
-         "invalid": f"{row['invalid_share']:.1%}"} for row in records_of(tables["rates"])])
+         "invalid": f"{row['invalid_share']:.1%}"} for row in records_of(tables["rates"]) if row["treatment"] not in noise])
+    if len(tables["placebos"]):
+        print_table("Beside noise that displaces the stream as much, on the items that all draws were asked", [
+            {"treatment": row["treatment"], "n": str(row["n"]), "stereotyped": number(row["rate"]), "noise": number(row["noise"]),
+             "draws": interval(row, "noise_low", "noise_high"), "displacement": number(row["displacement"]),
+             "of noise": number(row["noise_displacement"]), "KL": number(row["kl_prompts"], 2),
+             "KL of noise": interval(row, "noise_kl_low", "noise_kl_high")} for row in records_of(tables["placebos"])])
     print_table("Paired difference from the untreated model", [
         {"treatment": row["treatment"], "n": str(row["n"]), "difference": number(row["difference"]), "95 %": interval(row),
          "p": number(row["p"], 2), "Holm": number(row["p_holm"], 2), "log-odds": number(row["log_odds"]),
-         "95 % of log-odds": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])],
+         "95 % of log-odds": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])
+        if row["treatment"] not in noise],
         note=[about(result.provenance, config.seed, out, f"vectors in {vectors}")])

@@ -369,18 +369,8 @@ def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: 
     Errors: as `steering_vectors`.
     """
     vectors = steering_vectors(model, concept, cue, sense, "replacement", layers=layers, stream=stream)
-    return vectors.treatment(family="steering" if sense == concept.group_sense else "placebo")
-
-
-@takes(EditError)
-def noise_like(treatment: Treatment, *, seed: Seed = 0) -> Treatment:
-    """The placebo of any steering: random vectors of the same norms at the same places, in the same way."""
-    drawn: dict[int, Float[Tensor, " size"]] = {}    # one vector at several places stays one
-    for edit in treatment.edits:
-        drawn.setdefault(edit.vector.data_ptr(), random_like(edit.vector, f"{seed}|{edit.site.layer}|{edit.site.mark}"))
-    edits = tuple(replace(edit, vector=drawn[edit.vector.data_ptr()]) for edit in treatment.edits)
-    return replace(treatment, name=f"noise_like_{treatment.name}", edits=edits, family="placebo",
-                   details={**treatment.details, "seed": str(seed)})
+    made = vectors.treatment(family="steering" if sense == concept.group_sense else "placebo")
+    return made if made.family == "steering" else replace(made, details={**made.details, "placebo": "phrase"})
 
 
 @takes(EditError)

@@ -82,6 +82,9 @@ class Edit:
     """What happens at a site: replace the vector, add `strength` times it, or ablate its direction (`strength` 1 removes it).
 
     vector: [d_model]; at `z` and `post` the site's units one after the other, [heads * d_head] or [neurons].
+    as_far_as: a vector of the same size, for what is added: it is first made as long as the activation is far from this one, token by
+    token, so that `vector` says the direction and `strength` the share of that distance (a placebo of replacing by it: see
+    `mitigations/placebos.py`).
     """
 
     __repr__ = one_line
@@ -90,6 +93,7 @@ class Edit:
     vector: Float[Tensor, " size"]
     how: How = "replace"
     strength: float = 1.0
+    as_far_as: Float[Tensor, " size"] | None = None
 
     def __post_init__(self) -> None:
         if self.how not in get_args(How):
@@ -100,10 +104,21 @@ class Edit:
         if not bool(torch.isfinite(self.vector).all()):
             raise EditError(f"the vector of an edit after layer {self.site.layer} holds numbers that are not finite (NaN or infinite): it "
                             "would make every answer meaningless.")
+        if self.as_far_as is not None:
+            self._check_distance(self.as_far_as)
         if self.how == "replace" and self.strength != 1.0:
             raise EditError("a replacement has no strength: use how='add' to scale a vector.")
         if self.how == "ablate" and not self.vector.norm() > 0:
             raise EditError("the direction to ablate is the zero vector.")
+
+    def _check_distance(self, end: Float[Tensor, " size"]) -> None:
+        if self.how != "add":
+            raise EditError(f"as_far_as says how much is added, and this edit does not add but {self.how}: leave it out, or use how='add'.")
+        if end.shape != self.vector.shape or not bool(torch.isfinite(end).all()):
+            raise EditError(f"as_far_as must be finite numbers in the shape of the vector, {tuple(self.vector.shape)}; got "
+                            f"{tuple(end.shape)}.")
+        if not self.vector.norm() > 0:
+            raise EditError("the direction to add is the zero vector.")
 
 
 Edits = Annotated[tuple[Edit, ...], Listed(once=False, alone=True)]    # one is taken too
@@ -155,11 +170,11 @@ class Treatment:
 
         Edits at the last token of a prompt (mark `last`) act with those at `generated`, once.
         """
-        moved: dict[tuple[int, str, tuple[int, ...], How, float, int], Edit] = {}
+        moved: dict[tuple[int, str, tuple[int, ...], How, float, int, int | None], Edit] = {}
         for edit in self.edits:
             site = replace(edit.site, mark=PROMPT, tokens="all", occurrence=None) if edit.site.mark in EVERYWHERE else edit.site
             where = (site.layer, f"{site.mark}|{site.stream}|{site.occurrence}", site.units, edit.how, edit.strength,
-                     edit.vector.data_ptr())
+                     edit.vector.data_ptr(), None if edit.as_far_as is None else edit.as_far_as.data_ptr())
             moved.setdefault(where, replace(edit, site=site))
         return replace(self, edits=tuple(moved.values())).rows(texts, partial=True)
 
@@ -213,11 +228,13 @@ def random_like(activation: Float[Tensor, "*at size"], name: str) -> Float[Tenso
     return drawn * (activation.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
 
 
-def apply(resid: Float[Tensor, "*at size"], vector: Float[Tensor, "*at size"], how: How,
-          strength: Float[Tensor, "*at 1"]) -> Float[Tensor, "*at size"]:
-    """The edited activations: replace -> v; add -> x + s v; ablate -> x - s (x . v/|v|) v/|v|."""
+def apply(resid: Float[Tensor, "*at size"], vector: Float[Tensor, "*at size"], how: How, strength: Float[Tensor, "*at 1"],
+          as_far_as: Float[Tensor, "*at size"] | None = None) -> Float[Tensor, "*at size"]:
+    """The edited activations: replace -> v; add -> x + s v, or x + s |e - x| v/|v| as far as e; ablate -> x - s (x . v/|v|) v/|v|."""
     if how == "replace":
         return vector
+    if as_far_as is not None:
+        vector = vector * (as_far_as - resid).norm(dim=-1, keepdim=True) / vector.norm(dim=-1, keepdim=True)
     if how == "add":
         return resid + strength * vector
     unit = vector / vector.norm(dim=-1, keepdim=True)

@@ -23,7 +23,7 @@ from alignblind_mi.models.adapters import adapted, switched, with_adapters
 from alignblind_mi.models.blocks import log_probs_of, text_config, tolerance, unembed
 from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.decoding import Batch, Generation, Stop, continuation_log_probs, decode, sampler
-from alignblind_mi.models.edits import UNITS, EditError, Row, Rows, Site, Sites
+from alignblind_mi.models.edits import UNITS, EditError, Row, Rows, Site, Sites, acts_in
 from alignblind_mi.models.fingerprints import fingerprint
 from alignblind_mi.models.loading import check_model, load_huggingface, stop_ids
 from alignblind_mi.models.spec import DTYPES, AnySpec, ModelError, as_spec
@@ -83,6 +83,31 @@ class HookedModel(View):
             said = ", ".join(f"{site.stream} of layer {site.layer} has {size}" for size, site in sizes.items())
             raise EditError(f"sites of different sizes ({said}) cannot be recorded together: record those of each size in their own call.")
         return self._at_sites(rows, sites, Reader(next(iter(sizes), self.d_model), lambda activations: activations))
+
+    @takes(ModelError)
+    @alone
+    def record_tokens(self, rows: Rows, sites: Sites) -> list[Float[Tensor, "_ d_model"]]:
+        """For each row, the residual stream at every token of the sites, each token once, in their order; in float32.
+
+        Where `record` reads one token a site, this reads them all: a mark that occurs several times, or the whole `prompt`. Sites at a mark
+        that a row lacks have no tokens there. Errors: EditError for a site of other than d_model values.
+        """
+        rows, sites = self.as_rows(rows), many(sites)
+        other = next((site for site in sites if self.site_size(site) != self.d_model), None)
+        if other is not None:
+            raise EditError(f"{other.stream} of layer {other.layer} is no residual stream: record it with `record`.")
+        whole, encoded = self.token_rows(rows), self.encode([row.prompt for row in rows])
+        reads = [tuple(dict.fromkeys(place(site.layer, site.stream, at) for site in sites if acts_in(item.prompt, site.mark)
+                                     for at in item.positions(site.mark, site.tokens, site.occurrence))) for item in encoded]
+        some = [i for i, there in enumerate(reads) if there]
+        out: list[Tensor] = [torch.empty(0, self.d_model) for _ in rows]
+
+        def keep(batch: Batch) -> None:
+            for k, found in zip(batch.index, batch.found, strict=True):
+                out[some[k]] = found[: len(reads[some[k]])].clone()
+
+        self._over([replace(whole[i], reads=reads[i]) for i in some], None, keep, Reader(self.d_model, lambda resid: resid))
+        return out
 
     @takes(ModelError)
     @alone

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alignblind_mi.models.tokens import TokenRow
+from alignblind_mi.models.tokens import TokenEdit, TokenRow
 
 STEM_COST = 64    # tokens that sharing a beginning must save to be worth a run of its own
 DEEPEST = 100     # branches of beginnings within beginnings that are looked at
@@ -53,9 +53,15 @@ def _signs(row: TokenRow) -> Iterator[Any]:
     """What makes each token of a row what it is, as far as it may be shared: its id and its edits."""
     edits: dict[int, list[Any]] = {}
     for edit in row.edits:
-        edits.setdefault(edit.at.position, []).append((*edit.at[:2], edit.at.features, edit.how, edit.strength, *_memory(edit.vector)))
+        edits.setdefault(edit.at.position, []).append(_sign(edit))
     for position in range(min([len(row.ids) - 1, *(at.position for at in row.reads)])):
         yield row.ids[position], tuple(edits.get(position, ()))
+
+
+def _sign(edit: TokenEdit) -> tuple[Any, ...]:
+    """What makes an edit what it is."""
+    end = () if edit.as_far_as is None else _memory(edit.as_far_as)
+    return (*edit.at[:2], edit.at.features, edit.how, edit.strength, *_memory(edit.vector), *end)
 
 
 def _memory(vector: Tensor) -> tuple[int, tuple[int, ...]]:

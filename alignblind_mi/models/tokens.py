@@ -177,6 +177,7 @@ class TokenEdit:
     vector: Float[Tensor, " size"]
     how: How
     strength: float
+    as_far_as: Float[Tensor, " size"] | None = None
 
     @property
     def entry(self) -> int:
@@ -234,7 +235,7 @@ class Later:
         return Later([self.edits[i] for i in rows.tolist()])
 
 
-_Kind = tuple[int, How, tuple[int, ...]]    # the turn of an edit among those of its place, its operation, its features
+_Kind = tuple[int, How, bool, tuple[int, ...]]    # the turn of an edit among those of its place, its operation, has as_far_as, its features
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,13 +248,18 @@ class _Touch:
     strengths: Float[Tensor, "edit 1"]
     how: How
     features: tuple[int, ...] = ()
+    as_far_as: Float[Tensor, "edit size"] | None = None
 
     def __call__(self, value: Tensor, skip: int) -> None:
         there = self.columns >= skip
         where = _where(self.rows[there], self.columns[there] - skip, self.features)
         at = value[where]
-        vectors, strengths = (part[there].to(at.device).float() for part in (self.vectors, self.strengths))
-        value[where] = apply(at.float(), vectors, self.how, strengths).to(value.dtype)    # in bfloat16 an ablation leaves a residue
+        vectors, strengths, ends = (None if part is None else part[there].to(at.device).float()
+                                    for part in (self.vectors, self.strengths, self.as_far_as))
+        assert vectors is not None
+        assert strengths is not None
+        # In bfloat16 an ablation leaves a residue.
+        value[where] = apply(at.float(), vectors, self.how, strengths, ends).to(value.dtype)
 
 
 def _where(rows: Tensor | list[int], columns: Tensor | list[int], features: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -294,13 +300,14 @@ class Taps:
             for edit in row.edits:
                 turn = turns[edit.at[:3]]
                 turns[edit.at[:3]] += 1
-                grouped[edit.at[:2]][turn, edit.how, edit.at.features].append((i, edit.at.position - first, edit))
+                kind = (turn, edit.how, edit.as_far_as is not None, edit.at.features)
+                grouped[edit.at[:2]][kind].append((i, edit.at.position - first, edit))
             for j, at in enumerate(row.reads):
                 reads[at[:2]][at.features].append((i, j, at.position - first))
         if reads and self.reader is not None:
-            self.found = torch.empty(len(self.rows), max(len(row.reads) for row in self.rows), self.reader.size)
+            self.found = torch.zeros(len(self.rows), max(len(row.reads) for row in self.rows), self.reader.size)
         self.reads = dict(reads)
-        self.edits = {where: [_touch(*kind[1:], kinds[kind]) for kind in sorted(kinds)] for where, kinds in grouped.items()}
+        self.edits = {where: [_touch(kind[1], kind[3], kinds[kind]) for kind in sorted(kinds)] for where, kinds in grouped.items()}
         self.inside = frozenset(layer for layer, stream in (*self.edits, *self.reads) if stream != "resid_post")
 
     def any(self, layer: int, *streams: Stream) -> bool:
@@ -331,6 +338,7 @@ class Taps:
 
 
 def _touch(how: How, features: tuple[int, ...], edits: Sequence[tuple[int, int, TokenEdit]]) -> _Touch:
+    ends = [edit.as_far_as for _, _, edit in edits if edit.as_far_as is not None]
     return _Touch(torch.tensor([i for i, _, _ in edits]), torch.tensor([column for _, column, _ in edits]),
                   torch.stack([edit.vector for _, _, edit in edits]), torch.tensor([[edit.strength] for _, _, edit in edits]),
-                  how, features)
+                  how, features, torch.stack(ends) if ends else None)

@@ -271,10 +271,10 @@ class View:
                 if edit.vector.shape != (size,):
                     units = f" (units {', '.join(map(str, site.units))})" if site.units else ""
                     raise EditError(f"an edit at {site.stream}{units} needs a vector of shape ({size},), got {tuple(edit.vector.shape)}.")
+                act = functools.partial(TokenEdit, vector=edit.vector, how=edit.how, strength=edit.strength, as_far_as=edit.as_far_as)
                 if site.mark == GENERATED:
-                    later.append(TokenEdit(place(site.layer, site.stream, 0, features), edit.vector, edit.how, edit.strength))
-                edits += [TokenEdit(place(site.layer, site.stream, at, features), edit.vector, edit.how, edit.strength)
-                          for at in positions(i, site)]
+                    later.append(act(place(site.layer, site.stream, 0, features)))
+                edits += [act(place(site.layer, site.stream, at, features)) for at in positions(i, site)]
             if not encoded[i].ids:
                 raise PromptError(f"the prompt {row.prompt.text!r} has no tokens: there is nothing to go on from.")
             at_sites = tuple(place(site.layer, site.stream, one(i, site), features) for site, features in reads)

@@ -5,6 +5,7 @@ Reads saved parts and computes nothing but `comparison_verdicts.py`. Writes comp
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -65,6 +66,11 @@ def _draw(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     return drawn
 
 
+def spread(row: dict[str, Any], name: str) -> str:
+    """A mean, and the least and largest of several draws."""
+    return f"{plain(row[name])} [{plain(row[name + '_low'])} to {plain(row[name + '_high'])}]"
+
+
 COLUMNS = {
     "comparison": (
         words("treatment", "treatment"), words("family", "family"), count("n", "n"),
@@ -72,7 +78,9 @@ COLUMNS = {
         shares("bounds %", "worst", "best"), share("invalid %", "invalid_share"),
         rate("explicit %", "explicit", "explicit_low", "explicit_high"),
         share("explicit invalid %", "explicit_invalid_share"),
-        mean("r_blind", "r_blind", "r_blind_low", "r_blind_high"), value("KL neutral", "kl_neutral", plain),
+        mean("r_blind", "r_blind", "r_blind_low", "r_blind_high"),
+        value("displacement", "displacement", plain), value("KL prompts", "kl_prompts", plain),
+        value("KL neutral", "kl_neutral", plain),
         value("KL mentions", "kl_mentions", plain), share("other-sense questions %", "colour_accuracy"),
         share("group questions %", "group_accuracy"),
         share("copying %", "copy_accuracy"), share("judging %", "judging_accuracy"),
@@ -83,6 +91,12 @@ COLUMNS = {
         Column("bounds, points", lambda r: f"{points(r['bound_low'])} to {points(r['bound_high'])}"),
         share("invalid %", "invalid"), mean("log-odds", "log_odds", "log_odds_low", "log_odds_high"),
         value("p", "p", p_value), value("Holm", "p_holm", p_value), value("BH", "p_bh", p_value)),
+    "placebos": (
+        words("treatment", "treatment"), count("draws", "draws"), count("n", "n"), share("untreated %", "untreated"),
+        share("treated %", "rate"), rate("noise %", "noise", "noise_low", "noise_high"), value("sd of draws", "noise_sd", plain),
+        value("displacement", "displacement", plain),
+        Column("of noise", lambda r: spread(r, "noise_displacement")), value("KL prompts", "kl_prompts", plain),
+        Column("of noise", lambda r: spread(r, "noise_kl"))),
     "slopes": (
         words("treatment", "treatment"), count("n", "n"), mean("mean change, nats", "mean", "low", "high"),
         value("sd", "sd", plain), value("5 %", "q05", signed), value("95 %", "q95", signed),

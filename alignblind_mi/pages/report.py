@@ -174,7 +174,9 @@ COLUMNS: dict[str, Sequence[Column]] = {
         share("random weights %", "accuracy_untrained"), value("selectivity", "selectivity", signed)),
     "steering": (
         Column("towards", lambda row: row["sense"] or "untreated", numeric=False), _layers("layers"),
-        *(column for column in RATE if column.title != "rejected"), LOG_ODDS),
+        *(column for column in RATE if column.title != "rejected"), LOG_ODDS,
+        Column("draws %", lambda row: f"{percent(row['draw_low'])} to {percent(row['draw_high'])}" if row["draws"] > 1 else "–"),
+        value("displacement", "displacement", plain), value("KL prompts", "kl_prompts", plain)),
     "lora": (text("adapter", "label"), text("kind", "kind"), *RATE, LOG_ODDS),
     "lora_training": (
         text("adapter", "group"), _layers("layers"), count("examples", "examples"), count("dropped", "examples_dropped"),

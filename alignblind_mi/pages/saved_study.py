@@ -17,11 +17,11 @@ from alignblind_mi.models.spec import EMBEDDED, ModelSpec
 from alignblind_mi.results import Result
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.studies.config import organism_record
-from alignblind_mi.studies.parts import instruments, questions, view_names
+from alignblind_mi.studies.parts import NOISE, instruments, questions, view_names
 from alignblind_mi.studies.running import load_study
 
 ROLES = ("base", "aligned")
-PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "lora_")    # how the names of a study's parts begin
+PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "noise_", "lora_")    # how names of parts begin
 QUICK_GROUPS = ("early", "late")
 BOTH_COLUMNS = frozenset({"model", "treatment", "role"})
 ANSWER_COLUMNS = BOTH_COLUMNS | {"kind", "category", "template", "word_pair", "option_order", "word_order", "outcome", "log_odds"}
@@ -166,6 +166,7 @@ def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | Non
             for window in compared if config["quick"] else layer_windows(n_layers):
                 label = f"steering_{sense}_{window[0]:02d}-{window[-1]:02d}"
                 names += [label, f"{label}_awareness"] if window in compared else [label]
+        names += [f"{NOISE}_{window[0]:02d}-{window[-1]:02d}" for window in (compared if config["quick"] else layer_windows(n_layers))]
     for group in (QUICK_GROUPS if config["quick"] else LAYER_GROUPS) if trainable(concept, cue) else ():
         names += [f"lora_{group}", f"lora_{group}_awareness"]
     return list(dict.fromkeys(names))

@@ -16,7 +16,7 @@ from alignblind_mi.pages.saved_study import ROLES, Study
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import CLUSTERS, position_effect, summarise
 from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
-from alignblind_mi.studies.parts import INSTRUMENTS
+from alignblind_mi.studies.parts import INSTRUMENTS, MATCHED_NOISE, NOISE
 
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 POOLED = "pooled"
@@ -95,11 +95,24 @@ def probes_table(study: Study) -> pd.DataFrame:
 
 
 def steering_table(study: Study) -> pd.DataFrame:
-    """Implicit answers: the untreated row, then one row per sense or control and window of layers, by the window's first layer."""
-    rows = study.rows(["behaviour_aligned", *steering_parts(study)])
-    table = summarised(rows[rows["kind"] == "implicit"], ("family", "sense", "layers"))
+    """Implicit answers: the untreated row, then one row per sense or control and window of layers, by the window's first layer.
+
+    Noise has one row a window, of all its draws: `draws`, and the least and largest rate of one (`draw_low`, `draw_high`). displacement and
+    kl_prompts are the treatment's (see `treatment_effects`), of noise their means; NaN where they were not measured.
+    """
+    rows = study.rows(["behaviour_aligned", *steering_parts(study), *noise_parts(study)])
+    rows = rows[rows["kind"] == "implicit"]
+    table = summarised(rows, ("family", "sense", "layers"))
     table["start"] = [int(layers.split("-")[0]) if layers else -1 for layers in table["layers"]]
-    return _ordered(table, sense=("", *steering_names(study.concept)), start=sorted(table["start"].unique()))
+    by = ["family", "sense", "layers"]
+    valid = rows[rows["outcome"].isin(["stereotyped", "reversed"])]
+    rates = valid.assign(rate=valid["outcome"].eq("stereotyped")).groupby([*by, "treatment"], as_index=False)["rate"].mean()
+    drawn = rates.groupby(by)["rate"].agg(draws="size", draw_low="min", draw_high="max").reset_index()
+    table = table.merge(drawn, on=by, how="left").fillna({"draws": 0})
+    for name in ("displacement", "kl_prompts"):
+        means = rows.groupby(by)[name].mean() if name in rows else None    # a former version did not measure it
+        table[name] = math.nan if means is None else [float(means.loc[tuple(row[key] for key in by)]) for row in table.to_dict("records")]
+    return _ordered(table, sense=("", *steering_names(study.concept), MATCHED_NOISE), start=sorted(table["start"].unique()))
 
 
 def lora_table(study: Study) -> pd.DataFrame:
@@ -143,14 +156,15 @@ def treatments_table(study: Study) -> pd.DataFrame:
 def audit_table(study: Study) -> pd.DataFrame:
     """Claim -> estimate -> interval -> controls -> revision: what alignment did, and whether each treatment lowers implicit bias.
 
-    Placebos of a steering window are those that were steered in it; LoRA has none in a study (`alignblind compare` trains one).
+    Placebos of a steering window are those that were steered in it, each draw of its noise among them; LoRA has none in a study
+    (`alignblind compare` trains one).
     """
     revision = _revision(study)
     aligned, base = study.rows(["behaviour_aligned"]), study.rows(["behaviour_base"]).assign(treatment="base")
     readings = [study.rows([f"awareness_base_{QUESTION}"]).assign(treatment="base"), study.rows([f"awareness_aligned_{QUESTION}"])]
     read = pd.concat([readings_of(part) for part in readings if len(part)]) if all(map(len, readings)) else pd.DataFrame()
     records = alignment_claims(pd.concat([base, aligned]), read, revision) if len(base) else []
-    treated = study.rows([*steering_parts(study), *lora_parts(study)])
+    treated = study.rows([*steering_parts(study), *noise_parts(study), *lora_parts(study)])
     if len(treated):
         records += _treatment_claims(study, pd.concat([aligned, treated]), revision)
     return pd.DataFrame.from_records(records)
@@ -188,7 +202,8 @@ def methods_paragraph(study: Study) -> str:
     rows, note = study.rows(["behaviour_aligned"]), study.parts["behaviour_aligned"].provenance
     opening = methods_opening(study.config, rows[rows["kind"] == "implicit"], _revision(study), "each in the order of the paper",
                               read=len(readings_in(study)) > 0)
-    said = "Steering replaces the identifiers' residual stream in windows of layers, beside placebo phrases. "
+    said = ("Steering replaces the identifiers' residual stream in windows of layers, beside placebo phrases"
+            + (" and noise that displaces the stream as much" if noise_parts(study) else "") + ". ")
     steered = said if steering_parts(study) else ""
     return (f"{opening}{study.config['base']['name']} was asked the same. Differences are paired by item, with intervals clustered over "
             "word pairs and templates (Cameron, Gelbach and Miller, 2011; Banerjee, 1960), and p-values corrected after "
@@ -239,6 +254,11 @@ def steering_parts(study: Study) -> list[str]:
     """The finished parts in which the identifiers were steered, sense by sense."""
     return [name for sense in (steering_names(study.concept) if study.steered else []) for name in sorted(study.parts)
             if name.startswith(f"steering_{sense}_") and not name.endswith("_awareness")]
+
+
+def noise_parts(study: Study) -> list[str]:
+    """The finished parts in which noise did as much as steering; none in a study of a former version."""
+    return [name for name in sorted(study.parts) if name.startswith(f"{NOISE}_")] if study.steered else []
 
 
 def lora_parts(study: Study) -> list[str]:

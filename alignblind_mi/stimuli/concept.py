@@ -259,6 +259,16 @@ def concept_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
+def wrong_phrases() -> list[str]:
+    """Phrases about something else than any concept, with {marked} and {unmarked}: placebos of steering, in the order of their choice.
+
+    They lie in `wrong_concepts.toml`. A test keeps the words of all shipped concepts out of them.
+    """
+    name = "wrong_concepts.toml"
+    text = (resources.files("alignblind_mi.stimuli") / name).read_text("utf-8")
+    return [str(phrase) for phrase in parse_toml(text, name, ConceptError)["phrases"]]
+
+
 @takes(ConceptError)
 def load_concept(source: str | Path) -> Concept:
     """Read a concept by the name of a built-in one or from a TOML file.

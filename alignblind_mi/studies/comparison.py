@@ -1,11 +1,13 @@
 """The comparison of mitigations: every rival measured in the same way, on the same held-out words, in parts that survive a kill.
 
 Per rival: answers (balanced design, so that association and position separate; implicit and explicit), readings of the identifiers, side
-effects, and what it costs. A part is one Parquet file with its provenance. This module does NOT know how a treatment works, nor how results
-are shown.
+effects, what it does to the stream, and what it costs. Noise is drawn several times: its first draw is a rival like the others, the further
+ones are asked implicit questions alone (of `NOISE_PAIRS` word pairs a category, at most). A part is one Parquet file with its provenance.
+This module does NOT know how a treatment works, nor how results are shown.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,26 +23,30 @@ from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
-from alignblind_mi.measures.behaviour import ask, measure_behaviour
+from alignblind_mi.measures.behaviour import ask, ask_under, measure_behaviour
+from alignblind_mi.measures.mitigation import early_window
 from alignblind_mi.measures.side_effects import measure_side_effects
 from alignblind_mi.mitigations.lora import trainable
+from alignblind_mi.mitigations.placebos import EFFECTS, NOISE_PAIRS, SEEDS, treatment_effects, with_effects
+from alignblind_mi.mitigations.steering import ROLES
 from alignblind_mi.models.configs import depth_of
-from alignblind_mi.models.edits import Treatment
+from alignblind_mi.models.edits import UNTREATED, Site, Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.tokens import unknown_words
 from alignblind_mi.progress import Advance, Progress, interruptible
-from alignblind_mi.results import Result, StudyFolder, check_parts, stamp
+from alignblind_mi.results import Result, StudyFolder, check_parts, json_value, stamp
 from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig, organism_record
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.jobs import Execute, Job, serially
 from alignblind_mi.studies.parts import instruments
-from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, plan_rivals
+from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, noise_prompts, plan_rivals
 from alignblind_mi.studies.running import Models, check_fits, check_vocabulary
 
 MEASURED = ("answers", "readings", "effects", "elsewhere")
+DRAWS = "draws"    # the part of the further draws of noise
 PAIRS, QUICK_PAIRS = 10, 2    # word pairs a category
 READING_PAIRS = 4
 ROUNDS, TIMED = 3, 16
@@ -71,10 +77,12 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     split = check_vocabulary(config, concept)
     n_layers = depth_of(config.aligned)
     plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)
-    check_parts(part_name("aligned", rival.name, name) for rival in plan.rivals for name in (*MEASURED, *data))
+    names = [part_name("aligned", rival.name, name) for rival in plan.rivals
+             for name in (*MEASURED, *data, *([DRAWS] if rival.more is not None else []))]
+    check_parts(names)
     identity = config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}
     with interruptible(out), StudyFolder.claim(out, identity) as folder:
-        folder.refuse_taken(part_name("aligned", rival.name, name) for rival in plan.rivals for name in (*MEASURED, *data))
+        folder.refuse_taken(names)
         write_drawn(out, {"plan.json": (json.dumps(described(plan), indent=1) + "\n").encode()})
         wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
         trainings = [_training(training, out / "adapters") for training in plan.trainings]
@@ -102,18 +110,22 @@ class Measured:
 
 
 def _job(of: Measured, role: str, rival: Rival) -> Job:
-    """Every measure of one rival: they share the treatment, and what it costs to make."""
+    """Every measure of one rival: they share the treatment, and what it costs to make. Then the further draws of noise."""
+    measured = [*of.measures, *([DRAWS] if rival.more is not None else [])]
+
     def missing(folder: StudyFolder) -> list[str]:
-        return [name for name in of.measures if not folder.has(part_name(role, rival.name, name))]
+        return [name for name in measured if not folder.has(part_name(role, rival.name, name))]
 
     def run(folder: StudyFolder, advance: Advance) -> None:
         model = of.models.get(role, of.adapters if role == "aligned" else ())
         treatment, cost = _treated(model, rival, folder.path / "adapters", of.concept, of.config)
         note = {"role": role, "rival": rival.name, "family": rival.family, "details": treatment.details, "prefix": treatment.prefix,
-                "cost": cost, "split_identifiers": of.split.get(model.spec.name, {}), "config": asdict(of.config)}
+                "cost": cost, "effect": _effect(model, treatment, rival, of.concept, of.config),
+                "split_identifiers": of.split.get(model.spec.name, {}), "config": asdict(of.config)}
         made = partial(_result, of.config, model.under(treatment), note, of.concept, advance)
         for name in missing(folder):
-            folder.part(part_name(role, rival.name, name), partial(made, of.measures[name]))
+            measure = partial(_draws, rival) if name == DRAWS else of.measures[name]
+            folder.part(part_name(role, rival.name, name), partial(made, measure))
 
     aligned = role == "aligned"
     return Job(f"{rival.name} ({role})", run, lambda folder: not missing(folder), "aligned with adapters" if aligned else "base",
@@ -128,7 +140,7 @@ def part_name(role: str, rival: str, measured: str) -> str:
 def described(plan: Plan) -> dict[str, Any]:
     """A plan as JSON: rivals in order with family, curve and dose, and what is left out and why."""
     rivals = [{"treatment": rival.name, "family": rival.family, "curve": rival.curve, "dose": rival.dose if rival.curve else None,
-               "placebos": list(rival.placebos)}
+               "placebos": list(rival.placebos), "draws": SEEDS if rival.more is not None else 1}
               for rival in (UNTREATED_RIVAL, *plan.rivals)]
     return {"rivals": rivals, "left_out": plan.left_out, "trained": [training.name for training in plan.trainings]}
 
@@ -159,6 +171,24 @@ def _treated(model: HookedModel, rival: Rival, adapters: Path, concept: Concept,
     return treatment, {"seconds": round(seconds + trained.get("seconds", 0.0), 3),
                        "parameters": int(trained.get("parameters", 0)) + sum(vectors.values()),
                        "latency": latency(model, treatment, concept, config)}
+
+
+def _effect(model: HookedModel, treatment: Treatment, rival: Rival, concept: Concept, config: StudyConfig) -> dict[str, Any]:
+    """What `treatment_effects` says of a rival; of what has no edits, the stream is read at the identifiers, after the early window."""
+    if rival is UNTREATED_RIVAL:
+        return {}
+    where = [Site(early_window(model.n_layers)[-1], role) for role in ROLES]
+    found = treatment_effects(model, treatment, noise_prompts(concept, config.cue, config.seed), sites=where)
+    return {name: json_value(found[name].iloc[0]) for name in (*EFFECTS, "layer", "tokens")}    # null: no identifier was there to be read
+
+
+def _draws(rival: Rival, model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
+    """Implicit answers under the further draws of a noise placebo, with what each does."""
+    model = model.under(UNTREATED)
+    drawn, asked = rival.more(model) if rival.more is not None else [], noise_prompts(concept, config.cue, config.seed)
+    prompts = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed,
+                               max_word_pairs=min(word_pairs(config), NOISE_PAIRS))
+    return with_effects(ask_under(model, concept, prompts, drawn, config.decoding, advance), treatment_effects(model, drawn, asked))
 
 
 Measure = Callable[[HookedModel, Concept, StudyConfig, Advance], pd.DataFrame]
@@ -221,7 +251,10 @@ def _effects(model: HookedModel, concept: Concept, config: StudyConfig, advance:
 
 def _result(config: StudyConfig, treated: HookedModel, note: dict[str, Any], concept: Concept, advance: Advance, measure: Measure
             ) -> Result:
-    rows = measure(treated, concept, config, advance).assign(role=note["role"], treatment=note["rival"], family=note["family"])
+    rows = measure(treated, concept, config, advance).assign(role=note["role"], family=note["family"])
+    if "placebo_seed" not in rows:    # the further draws have names and effects of their own
+        effect = {name: math.nan if value is None else value for name, value in note["effect"].items()}
+        rows = rows.assign(treatment=note["rival"], **{name: effect[name] for name in EFFECTS if name in effect})
     return Result(rows, {**treated.provenance(), **note, **stamp()})
 
 

@@ -25,9 +25,10 @@ from alignblind_mi.results import json_value, load_result
 from alignblind_mi.statistics.frontier import equal_damage, pareto
 from alignblind_mi.statistics.mixed import mixed_logistic
 from alignblind_mi.statistics.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
+from alignblind_mi.statistics.placebos import placebo_bands
 from alignblind_mi.statistics.rates import CLUSTERS, position_rates, summarise
 from alignblind_mi.studies.audit import alignment_claims, claim, methods_opening, rows_by, software, treatment_claim
-from alignblind_mi.studies.comparison import MEASURED, part_name
+from alignblind_mi.studies.comparison import DRAWS, MEASURED, part_name
 
 BASE = "base"    # what the untreated base model is called among the treatments
 LEAST_DAMAGE = 0.01    # below it a damage is a handful of answers, and no ground to compare families on
@@ -40,7 +41,10 @@ AWARE, FORGETTING = ("steering", "lora"), "unlearning"
 
 @dataclass(frozen=True, eq=False)
 class Compared:
-    """The finished parts of a comparison folder: rows with the base model as the treatment `base`, notes by treatment, and the plan."""
+    """The finished parts of a comparison folder: rows with the base model as the treatment `base`, notes by treatment, and the plan.
+
+    `draws`: implicit answers under the further draws of noise.
+    """
 
     __repr__ = one_line
 
@@ -54,6 +58,7 @@ class Compared:
     data: dict[str, pd.DataFrame]
     notes: dict[str, dict[str, Any]]
     missing: Sequence[str]
+    draws: pd.DataFrame
 
     @property
     def blind(self) -> pd.DataFrame:
@@ -86,7 +91,8 @@ def read_comparison(folder: File) -> Compared:
     wanted = [(BASE, "base", "untreated"), *((rival["treatment"], "aligned", rival["treatment"]) for rival in plan["rivals"])]
     measured = (*MEASURED, *config["data"])
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in measured}
-    notes, missing = dict[str, dict[str, Any]](), list[str]()
+    notes, missing, draws = dict[str, dict[str, Any]](), list[str](), list[pd.DataFrame]()
+    several = {rival["treatment"] for rival in plan["rivals"] if rival.get("draws", 1) != 1}    # a former version drew noise once
     for treatment, role, rival in wanted:
         files = {name: folder / f"{part_name(role, rival, name)}.parquet" for name in measured}
         missing += [file.stem for file in files.values() if not file.is_file()]
@@ -96,16 +102,24 @@ def read_comparison(folder: File) -> Compared:
             result = load_result(file)
             parts[name].append(result.rows.assign(treatment=treatment))
             notes.setdefault(treatment, result.provenance)
+        if treatment in several and role == "aligned":
+            file = folder / f"{part_name(role, rival, DRAWS)}.parquet"
+            draws += [load_result(file).rows] if file.is_file() else []
+            missing += [] if file.is_file() else [file.stem]
     if "untreated" not in notes:
         raise ResultError(f"{folder} is a comparison without the untreated model: run `alignblind compare --out {folder}`.")
     frames = {name: pd.concat(some, ignore_index=True) for name, some in parts.items()}
     return Compared(folder, config, plan, frames["answers"], frames["readings"], frames["effects"], frames["elsewhere"],
-                    {name: frames[name] for name in config["data"]}, notes, missing)
+                    {name: frames[name] for name in config["data"]}, notes, missing, pd.concat(draws, ignore_index=True) if draws else
+                    pd.DataFrame({"treatment": pd.Series(dtype=str)}))
 
 
 def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
     """All tables of a comparison, by name."""
     tables = {"comparison": main_table(found), "effects": effects_table(found), "differences": differences_table(found)}
+    bands = placebo_bands(pd.concat([found.implicit, found.draws], ignore_index=True))
+    if len(bands):
+        tables["placebos"] = bands
     tables["slopes"] = _in_order(summarise_slopes(item_slopes(found.implicit)), found)
     asked = found.answers[(found.answers["kind"] == "implicit") & (found.answers["option_order"] != "")]
     tables["position"] = _in_order(position_rates(asked, ("treatment",), cluster=CLUSTERS), found)
@@ -148,10 +162,16 @@ def main_table(found: Compared) -> pd.DataFrame:
     for measure, name in {**{measure: measure for measure in ("kl_neutral", "kl_mentions")}, **ACCURACIES}.items():
         table[name] = table["treatment"].map(means[measure])
     table.loc[table["treatment"] == BASE, ["kl_neutral", "kl_mentions"]] = np.nan    # they are from a model's own untreated self
+    for name in ("displacement", "kl_prompts"):
+        table[name] = [_number(found.notes[treatment].get("effect", {}).get(name)) for treatment in table["treatment"]]
     table["perplexity"] = np.exp(table["treatment"].map(_weighted(found.effects[found.effects["measure"] == "surprise"])))
     for name in ("parameters", "seconds", "latency"):
         table[name] = [found.notes[treatment]["cost"][name] for treatment in table["treatment"]]
     return _in_order(table, found)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _weighted(rows: pd.DataFrame) -> pd.Series:
@@ -314,20 +334,23 @@ def audit_table(found: Compared, tables: dict[str, pd.DataFrame]) -> pd.DataFram
     rows, implicit = rows_by(tables["comparison"]), _implicit_differences(tables)
     revision = found.notes["untreated"]["revision"]
     records = alignment_claims(found.answers, found.blind, revision) if BASE in rows else []
+    asked = pd.concat([found.implicit, found.draws], ignore_index=True)
     wrong = rows_by(tables["points"][tables["points"]["damage_measure"] == "wrong"])
     for name, row in rows.items():
         if row["family"] not in ("untreated", "placebo"):
             more = more_invalid(row, rows["untreated"])
-            records.append(treatment_claim(found.implicit, name, implicit[name], _placebos(found, name), more, revision,
+            records.append(treatment_claim(asked, name, implicit[name], _placebos(found, name), more, revision,
                                            wrong=wrong[name]["damage"]))
     records += _family_claims(found, tables)
     return pd.DataFrame.from_records(records)
 
 
 def _placebos(found: Compared, name: str) -> list[str]:
-    """The placebos that the plan matches with a treatment, as far as they ran."""
+    """The placebos that the plan matches with a treatment, as far as they ran: of noise, every draw."""
     matched = {rival["treatment"]: rival["placebos"] for rival in found.plan["rivals"]}
-    return [placebo for placebo in matched.get(name, []) if placebo in found.notes]
+    drawn = found.draws["treatment"].drop_duplicates().tolist()
+    return [one for placebo in matched.get(name, []) if placebo in found.notes
+            for one in (placebo, *(draw for draw in drawn if draw.startswith(f"{placebo}_seed")))]
 
 
 def _family_claims(found: Compared, tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
@@ -363,8 +386,8 @@ def methods_paragraph(found: Compared) -> str:
         "are paired by item, with intervals clustered over word pairs and templates (Cameron, Gelbach and Miller, 2011; Banerjee, 1960), "
         "and p-values corrected after Holm (1979). Side effects are the divergence of next-token distributions on "
         "neutral text, lists copied, words judged and questions about words whose sense their sentence settles; families of treatments are "
-        "compared at doses that do the same damage. Placebos (other sense, control phrases, noise of the same norm) went through the same "
-        f"steps. {software(note['versions'])}")
+        "compared at doses that do the same damage. Placebos (other sense, control phrases, several draws of noise that displaces the "
+        f"residual stream as much) went through the same steps. {software(note['versions'])}")
 
 
 def unfinished(found: Compared) -> str:

@@ -13,15 +13,16 @@ from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.attention import attention_rows
 from alignblind_mi.instruments.lens import lens_contrast, logit_lens
 from alignblind_mi.measures.awareness import SELFIE_TOKENS, measure_awareness, measure_lens, measure_probes, measure_selfie, with_accuracy
-from alignblind_mi.measures.behaviour import measure_behaviour
+from alignblind_mi.measures.behaviour import ask_under, measure_behaviour
 from alignblind_mi.measures.mitigation import early_window, late_window, steering_names
 from alignblind_mi.measures.sources import context_prompts, control_sources, possible_controls, reading_sources
 from alignblind_mi.mitigations.lora import trainable
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
-from alignblind_mi.mitigations.steering import can_steer, layer_windows, sense_steering
+from alignblind_mi.mitigations.placebos import NOISE_PAIRS, SAMPLE, SEEDS, noise_placebos, treatment_effects, with_effects
+from alignblind_mi.mitigations.steering import ROLES, can_steer, layer_windows, sense_steering
 from alignblind_mi.models.chat import Chat, in_chat
 from alignblind_mi.models.configs import depth_of
-from alignblind_mi.models.edits import UNTREATED, Treatment
+from alignblind_mi.models.edits import UNTREATED, Site, Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import Advance
@@ -31,7 +32,9 @@ from alignblind_mi.studies.config import StudyConfig
 
 log = logging.getLogger(__name__)
 VIEWS = ("attention", "tokens")
+NOISE, MATCHED_NOISE = "noise", "matched noise"    # how the parts of noise begin; what their rows are steered towards (no control's name)
 INSTRUMENTS = ("selfie", "lens", "probes")    # beside the patchscope
+MEASURING, MATCHING = 4, 8    # runs of some prompts to measure what a treatment does; to match a draw of noise and to measure it
 Treat = Callable[[HookedModel], Treatment]
 
 
@@ -107,8 +110,8 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
 
 def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
     """The parts that look at one untreated model, whose role in the study is `role` ("base", or any other name for the aligned one)."""
-    yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED)))
-    yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, partial(_same, UNTREATED), design="balanced"))
+    yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS))
+    yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, design="balanced"))
     for reading in questions(concept, config.cue):
         work = _awareness(config, concept, reading, partial(_same, UNTREATED), possible_controls(concept))
         yield Part(f"awareness_{role}_{reading}", role, False, *work, config.target_layer)
@@ -120,7 +123,10 @@ def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[P
 
 
 def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[Part]:
-    """The sweep over all windows (implicit only) and, for the two windows that are compared, explicit answers and readings as well."""
+    """The sweep over all windows (implicit only) and, for the two windows that are compared, explicit answers and readings as well.
+
+    Last, for each window, noise that does as much as the group sense there.
+    """
     compared = [early_window(n_layers), late_window(n_layers)]
     windows = compared if config.quick else layer_windows(n_layers)
     for name in steering_names(concept):
@@ -133,20 +139,54 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
             yield Part(label, "aligned", False, *_behaviour(config, concept, kinds, treat))
             if window in compared:
                 yield Part(f"{label}_awareness", "aligned", False, *_awareness(config, concept, "paper", treat), config.target_layer)
+    for window in windows:
+        yield Part(f"{NOISE}_{window[0]:02d}-{window[-1]:02d}", "aligned", False, *_noise(config, concept, window))
 
 
-def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], treat: Treat, design: Design = "published") -> Work:
+def _noise(config: StudyConfig, concept: Concept, window: range) -> Work:
+    """Implicit answers under several draws of noise that displaces the stream as far as steering a window towards the group sense does.
+
+    Each draw is asked of at most `NOISE_PAIRS` word pairs a category, so that all of them cost about as much as a control phrase.
+    """
+    pairs = min(NOISE_PAIRS, config.published_pairs or NOISE_PAIRS)
+    few = implicit_prompts(concept, config.cue, design="published", seed=config.seed, max_word_pairs=pairs)
+
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        steered = sense_steering(model, concept, config.cue, concept.group_sense, window)
+        asked = _asked(config, concept)
+        drawn = noise_placebos(model, steered, asked, seed=config.seed)
+        rows = with_effects(ask_under(model, concept, few, drawn, config.decoding, advance), treatment_effects(model, drawn, asked))
+        return _with_treatment(rows, drawn[0]).assign(sense=MATCHED_NOISE)
+
+    def loads() -> list[Load]:
+        matching = Load(_asked(config, concept)[:SAMPLE], times=MATCHING * SEEDS, chat=config.chat)
+        return [Load(few, config.decoding.max_new_tokens, SEEDS, config.chat), matching]
+    return compute, loads
+
+
+def _asked(config: StudyConfig, concept: Concept) -> list[Prompt]:
+    """The prompts on which it is measured what treatments do."""
+    return implicit_prompts(concept, config.cue, design="published", seed=config.seed, max_word_pairs=config.published_pairs)
+
+
+def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], treat: Treat | None = None, design: Design = "published"
+               ) -> Work:
+    """Answers, and under a treatment what it does to the stream and to the next token as well."""
     pairs = config.published_pairs if design == "published" else config.balanced_pairs
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
-        treatment = treat(model)
+        treatment = UNTREATED if treat is None else treat(model)
         rows = measure_behaviour(model.under(treatment), concept, config.cue, design=design, kinds=kinds, decoding=config.decoding,
                                  seed=config.seed, max_word_pairs=pairs, progress=advance)
+        if treat is not None:
+            where = [Site(early_window(model.n_layers)[-1], role) for role in ROLES]    # of what has no edits
+            rows = with_effects(rows, treatment_effects(model, treatment, _asked(config, concept), sites=where))
         return _with_treatment(rows, treatment)
 
     def loads() -> list[Load]:
         return [Load(behaviour_prompts(concept, config.cue, kind, design=design, seed=config.seed, max_word_pairs=pairs),
-                     config.decoding.max_new_tokens, chat=config.chat) for kind in kinds]
+                     config.decoding.max_new_tokens, chat=config.chat) for kind in kinds] + (
+                         [] if treat is None else [Load(_asked(config, concept)[:SAMPLE], times=MEASURING, chat=config.chat)])
     return compute, loads
 
 

@@ -14,7 +14,8 @@ from alignblind_mi.borders.texts import one_line
 from alignblind_mi.measures.mitigation import early_window, late_window
 from alignblind_mi.mitigations.lora import examples_of, train_lora, trainable
 from alignblind_mi.mitigations.lora_settings import LoraSettings
-from alignblind_mi.mitigations.steering import can_steer, layer_windows, noise_like, sense_steering, steering_vectors
+from alignblind_mi.mitigations.placebos import NOISE_PAIRS, SEEDS, noise_like, noise_placebos
+from alignblind_mi.mitigations.steering import can_steer, layer_windows, sense_steering, steering_vectors
 from alignblind_mi.mitigations.unlearning import UnlearningSettings, train_unlearning
 from alignblind_mi.models.adapters import scaled_adapter
 from alignblind_mi.models.configs import load_tokenizer
@@ -22,11 +23,11 @@ from alignblind_mi.models.edits import UNTREATED, Treatment, combine
 from alignblind_mi.models.loading import token_count
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelSpec
-from alignblind_mi.stimuli.concept import Concept, Control, Cue, concept_names, load_concept
-from alignblind_mi.stimuli.prompts import filled
+from alignblind_mi.stimuli.concept import Concept, Control, Cue, wrong_phrases
+from alignblind_mi.stimuli.prompts import Prompt, filled, implicit_prompts
 
 FAMILIES = ("untreated", "steering", "lora", "unlearning", "prompt", "placebo", "combined")
-NOISE = "placebo_noise_"
+NOISE = "placebo_matched_noise_"    # not what it was before, when noise was made to the norms of vectors
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
 SCALES = (0.25, 0.5)
 ACTIVATION_WEIGHT = 0.03    # more of it costs valid answers on the embedded pair (tried on training words)
@@ -37,7 +38,8 @@ Make = Callable[[HookedModel], Treatment]
 class Rival:
     """One treatment of a comparison: its name and family, how it is made, and where it lies on which dose curve (if on any).
 
-    `placebos`: the names of those that act in the same way at the same places, which it must beat.
+    `placebos`: the names of those that act in the same way at the same places, which it must beat. `more`: of noise, how its further
+    draws are made; the first is the rival itself.
     """
 
     __repr__ = one_line
@@ -48,6 +50,7 @@ class Rival:
     curve: str = ""
     dose: float = float("nan")
     placebos: tuple[str, ...] = ()
+    more: Callable[[HookedModel], list[Treatment]] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,10 @@ def _trained(spec: ModelSpec, concept: Concept, lora: LoraSettings, quick: bool)
         plans.append(("lora_placebo_early", "placebo", partial(aware, "placebo", "early", lora)))
     trainings = [Training(name, train) for name, _, train in plans]
     curves = {"lora_early": "lora", "unlearn_npo": "unlearning"}
-    rivals = [Rival(name, family, partial(given, Treatment(name, adapter=name, family=family)), curves.get(name, ""),
-                    1.0 if name in curves else float("nan")) for name, family, _ in plans]
+    about = {"placebo": {"placebo": "adapter"}}
+    made = {name: Treatment(name, adapter=name, family=family, details=about.get(family, {})) for name, family, _ in plans}
+    rivals = [Rival(name, family, partial(given, made[name]), curves.get(name, ""), 1.0 if name in curves else float("nan"))
+              for name, family, _ in plans]
     for source, curve in () if quick else curves.items():
         for scale in SCALES:
             name = f"{source}_x{scale:g}".replace(".", "p")    # an adapter's name has no full stop
@@ -205,8 +210,8 @@ def _prompted(spec: ModelSpec, concept: Concept, cue: Cue, quick: bool) -> tuple
         if not _knows(tokenizer, text):
             left_out[name] = f"the tokenizer does not know all words of {text.strip()!r}"
             continue
-        family = "placebo" if entry.placebo else "prompt"
-        found.append(Rival(name, family, partial(given, Treatment(name, prefix=text, family=family))))
+        family, about = ("placebo", {"placebo": "instruction"}) if entry.placebo else ("prompt", {})
+        found.append(Rival(name, family, partial(given, Treatment(name, prefix=text, family=family, details=about))))
     if quick:
         found = [next(rival for rival in found if rival.family == family) for family in dict.fromkeys(rival.family for rival in found)]
     return found, left_out
@@ -218,46 +223,43 @@ def _knows(tokenizer: Any, text: str) -> bool:
 
 def _placebos(spec: ModelSpec, concept: Concept, cue: str, early: Sequence[int], steered: Sequence[Rival], quick: bool, seed: int
               ) -> tuple[list[Rival], dict[str, str]]:
-    """Steering towards the other sense, a control phrase and another concept's, and noise of the norms of what is `steered`."""
+    """Steering towards the other sense, a control phrase and a phrase about something else, and noise that does as much as what is
+    `steered`."""
     found = [_rival(f"placebo_{sense}_early", "placebo", partial(_replaced, concept, cue, sense, early))
              for sense in (concept.other_sense, *concept.controls)]
-    noise = [_rival(f"{NOISE}{rival.name}", "placebo", partial(_noise, rival, seed)) for rival in (steered[:1] if quick else steered)]
+    asked = noise_prompts(concept, cue, seed)
+    noise = [replace(_rival(f"{NOISE}{rival.name}", "placebo", partial(_noise, rival, asked, seed)),
+                     more=partial(_more_noise, rival, asked, seed)) for rival in (steered[:1] if quick else steered)]
     if quick:
         return [found[0], *noise], {}
     found += noise
     tokenizer, left_out = load_tokenizer(spec), dict[str, str]()
-    wrong = next((control for control in _wrong_concepts(concept)
-                  if _knows(tokenizer, filled(control.steering, marked=concept.cue(cue).marked[0], unmarked=concept.cue(cue).unmarked[0]))),
-                 None)
-    if wrong is None:
-        left_out["placebo_wrong_concept_early"] = "the tokenizer knows no other concept's steering phrase"
+    roles, phrases = {"marked": concept.cue(cue).marked[0], "unmarked": concept.cue(cue).unmarked[0]}, wrong_phrases()
+    known = [phrase for phrase in phrases if _knows(tokenizer, filled(phrase, **roles))]
+    if not known:
+        left_out["placebo_wrong_concept_early"] = f"the tokenizer knows no phrase about something else ({', '.join(phrases)})"
     else:
-        with_wrong = replace(concept, controls={**concept.controls, "wrong_concept": wrong})
+        with_wrong = replace(concept, controls={**concept.controls, "wrong_concept": Control("wrong_concept", known[0])})
         found.append(_rival("placebo_wrong_concept_early", "placebo", partial(_replaced, with_wrong, cue, "wrong_concept", early)))
     return found, left_out
 
 
-def _wrong_concepts(concept: Concept) -> list[Control]:
-    """The steering phrases of built-in concepts that are about other identifiers and whose group sense is the concept itself.
-
-    A phrase such as "People: ..." would evoke any group, this concept's too, and is no placebo.
-    """
-    others = [load_concept(name) for name in concept_names() if name != concept.name]
-    return [Control("wrong_concept", other.steering_phrase(other.group_sense)) for other in others
-            if other.has_senses() and other.group_sense == other.name and not _identifiers(other) & _identifiers(concept)]
+def noise_prompts(concept: Concept, cue: str, seed: int) -> list[Prompt]:
+    """The questions that all draws of noise are asked, and on which it is matched: implicit ones of a few word pairs, balanced design."""
+    return implicit_prompts(concept, cue, design="balanced", seed=seed, max_word_pairs=NOISE_PAIRS)
 
 
-def _identifiers(concept: Concept) -> set[str]:
-    """The words of every identifier of a concept, whatever their case."""
-    return {word for cue in concept.cues.values() for name in (*cue.marked, *cue.unmarked) for word in name.casefold().split()}
+def _noise(steered: Rival, asked: Sequence[Prompt], seed: int, model: HookedModel) -> Treatment:
+    return noise_like(model, steered.make(model), asked, seed=seed)
 
 
-def _noise(steered: Rival, seed: int, model: HookedModel) -> Treatment:
-    return noise_like(steered.make(model), seed=seed)
+def _more_noise(steered: Rival, asked: Sequence[Prompt], seed: int, model: HookedModel) -> list[Treatment]:
+    drawn = noise_placebos(model, steered.make(model), asked, n=SEEDS - 1, seed=seed + 1)
+    return [replace(one, name=f"{NOISE}{steered.name}_seed{seed + 1 + i}") for i, one in enumerate(drawn)]
 
 
 def _matched(rivals: Sequence[Rival]) -> list[Rival]:
-    """Every rival with its placebos: noise of its own norms; other phrases, of what replaces in the early window; the placebo adapter of
+    """Every rival with its placebos: noise that does as much; other phrases, of what replaces in the early window; the placebo adapter of
     adapters towards awareness; placebo instructions. A combination has those of its parts. Unlearning has none here."""
     placebos = [rival.name for rival in rivals if rival.family == "placebo"]
     phrases = tuple(name for name in placebos if name.startswith("placebo_") and not name.startswith(NOISE))

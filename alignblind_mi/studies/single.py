@@ -23,13 +23,13 @@ from alignblind_mi.measures.behaviour import ask_under
 from alignblind_mi.measures.mitigation import early_window
 from alignblind_mi.measures.patching import HEAD_MARKS, PARTS, depth_profile, measure_patching
 from alignblind_mi.mitigations.lora_settings import choose_layers
+from alignblind_mi.mitigations.placebos import NOISE_PAIRS, noise_placebos, treatment_effects, with_effects
 from alignblind_mi.mitigations.steering import (
     Method,
     Positions,
     SteeringVectors,
     is_vectors,
     layer_windows,
-    noise_like,
     steering_grid,
     steering_vectors,
 )
@@ -38,6 +38,7 @@ from alignblind_mi.models.edits import UNTREATED, EditError, How
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.results import Result, Results, load_result
 from alignblind_mi.statistics.paired import corrected, paired_differences
+from alignblind_mi.statistics.placebos import placebo_bands
 from alignblind_mi.statistics.rates import CLUSTERS, position_effect, summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
@@ -243,9 +244,10 @@ class SteeringPlan:
 
 
 def steer_parts(config: StudyConfig, plan: SteeringPlan, out: Path) -> list[Part]:
-    """Implicit answers (balanced design) untreated, under every treatment of a plan, and under noise of each one's norms.
+    """Implicit answers (balanced design) untreated, under every treatment of a plan, and under several draws of noise that does as much.
 
-    The vectors are saved on the way: see `vectors_file`. Errors: EditError if anything else stands there.
+    Noise is asked of at most `NOISE_PAIRS` word pairs a category. Rows say what each treatment does (`with_effects`). The vectors are saved
+    on the way: see `vectors_file`. Errors: EditError if anything else stands there.
     """
     refuse_taken(vectors_file(plan, out), mine=is_vectors, kind=EditError)
     return [Part(f"steering_{_digest(plan)}_{ROLE}", ROLE, False, partial(_steered, config, plan, out))]
@@ -266,11 +268,22 @@ def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedMo
     vectors.save(vectors_file(plan, out))
     treatments = list(steering_grid(vectors, plan.layers, plan.strengths, how=plan.how, positions=plan.positions))
     prompts = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=config.balanced_pairs)
-    every = [UNTREATED, *treatments, *(noise_like(treatment, seed=config.seed) for treatment in treatments)]
-    return ask_under(model, concept, prompts, every, config.decoding, advance)
+    noise = [one for treatment in treatments for one in noise_placebos(model, treatment, prompts, seed=config.seed)]
+    few = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed,
+                           max_word_pairs=min(NOISE_PAIRS, config.balanced_pairs or NOISE_PAIRS))
+    rows = [ask_under(model, concept, asked, some, config.decoding, advance)
+            for asked, some in ((prompts, [UNTREATED, *treatments]), (few, noise))]
+    return with_effects(pd.concat(rows, ignore_index=True), treatment_effects(model, [*treatments, *noise], prompts))
 
 
 @takes(SingleError)
 def steer_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """`rates` per treatment (see `summarise`) and paired `differences` from untreated, corrected for being many."""
-    return {"rates": summarise(rows, ["treatment", "kind"]), "differences": corrected(paired_differences(rows, by=("kind",)))}
+    """`rates` per treatment (see `summarise`), paired `differences` from untreated, and treatments beside their noise (`placebo_bands`).
+
+    Differences are corrected for being many: those of the treatments, and apart from them those of the noise.
+    """
+    noise = rows["placebo_of"].fillna("") != "" if "placebo_of" in rows else rows["treatment"].str.startswith("noise_like_")
+    families = [rows[~noise], rows[noise | (rows["treatment"] == "untreated")]]
+    differences = [corrected(paired_differences(some, by=("kind",))) for some in families if some["treatment"].nunique() > 1]
+    return {"rates": summarise(rows, ["treatment", "kind"]), "differences": pd.concat(differences, ignore_index=True),
+            "placebos": placebo_bands(rows)}

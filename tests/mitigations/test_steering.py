@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignblind_mi.measures.behaviour import Decoding, ask, ask_under
-from alignblind_mi.mitigations.steering import SteeringVectors, load_vectors, noise_like, steering_grid, steering_vectors
-from alignblind_mi.models.edits import UNTREATED, Edit, EditError, Row, Site, Treatment, combine
+from alignblind_mi.mitigations.placebos import noise_like
+from alignblind_mi.mitigations.steering import SteeringVectors, load_vectors, steering_grid, steering_vectors
+from alignblind_mi.models.edits import UNTREATED, EditError, Row, Site, Treatment, combine
 from alignblind_mi.models.embedded import organism_path
 from alignblind_mi.models.model import load_model
 from alignblind_mi.stimuli.concept import ConceptError
@@ -87,11 +88,11 @@ def test_a_treatment_edits_what_it_says(aligned, race, found, positions, how):
 def test_adding_towards_the_group_lowers_the_bias_and_noise_lowers_it_less(aligned, race, found):
     prompts = implicit_prompts(race, "default", design="balanced", max_word_pairs=3)
     mean = found["mean_difference"].treatment(range(1, 4), strength=1.0)
-    treatments = [UNTREATED, mean, noise_like(mean), found["mean_difference"].treatment(range(5, 8))]
+    treatments = [UNTREATED, mean, noise_like(aligned, mean, prompts), found["mean_difference"].treatment(range(5, 8))]
     rows = ask_under(aligned, race, prompts, treatments, Decoding(temperature=1.0))
     odds = rows.groupby("treatment", sort=False)["log_odds"].mean().tolist()
     assert odds[1] < odds[0] - 1
-    assert odds[2] > odds[1] + 0.5    # noise of these norms breaks the reading, and so lowers the bias as well
+    assert odds[2] > odds[1] + 0.5    # noise that does as much breaks the reading, and so lowers the bias as well
     assert odds[3] == pytest.approx(odds[0], abs=0.5)    # late layers: planted without effect
 
 
@@ -211,22 +212,10 @@ def test_vectors_that_cannot_be_found_are_refused(aligned, race, tmp_path):
 
 def test_a_text_is_given_one_dose_of_what_acts_at_its_end_and_after_it(found):
     one = found["contrast"].treatment([3, 4])
-    for treatment in (one, noise_like(one)):
-        (row,) = treatment.text_rows([Prompt("The garden is near the house.")])
-        assert [(edit.site.layer, edit.site.mark) for edit in row.edits] == [(3, "prompt"), (4, "prompt")]
-        assert len({edit.vector.data_ptr() for edit in treatment.edits}) == 2
+    (row,) = one.text_rows([Prompt("The garden is near the house.")])
+    assert [(edit.site.layer, edit.site.mark) for edit in row.edits] == [(3, "prompt"), (4, "prompt")]
+    assert len({edit.vector.data_ptr() for edit in one.edits}) == 2
     assert found["contrast"].treatment([0, 2]).details["layers"] == "0,2"
-
-
-def test_noise_has_the_norms_and_the_places(found):
-    one = found["contrast"].treatment([3, 4])
-    noise = noise_like(one)
-    assert [edit.site for edit in noise.edits] == [edit.site for edit in one.edits]
-    for a, b in zip(noise.edits, one.edits, strict=True):
-        assert isinstance(a, Edit)
-        assert a.vector.norm() == pytest.approx(float(b.vector.norm()), rel=1e-4)
-        assert abs(cosine(a.vector, b.vector)) < 0.4
-    assert noise.family == "placebo"
 
 
 def test_a_window_of_one_layer_is_written_as_one():

@@ -28,10 +28,19 @@ def test_ablation_removes_the_direction_and_nothing_else(x, v):
     assert torch.allclose(x - out, (x @ unit) * unit, atol=1e-4)
 
 
+@given(VECTORS, VECTORS.filter(lambda v: bool(v.norm() > 0.1)), VECTORS)
+def test_what_is_added_as_far_as_another_vector_goes_that_far(x, v, end):
+    out = apply(x, v, "add", strength(0.5), end)
+    assert torch.allclose(out - x, 0.5 * (end - x).norm() * v / v.norm(), atol=1e-4)
+
+
 def test_values_that_make_no_sense_are_named():
     v = torch.ones(4)
     for make, said in ((lambda: Site(-1, "m"), "counted from 0"), (lambda: Edit(Site(0, "m"), v, "replace", 2.0), "no strength"),
-                       (lambda: Edit(Site(0, "m"), torch.zeros(4), "ablate"), "zero vector")):
+                       (lambda: Edit(Site(0, "m"), torch.zeros(4), "ablate"), "zero vector"),
+                       (lambda: Edit(Site(0, "m"), torch.zeros(4), "add", as_far_as=v), "zero vector"),
+                       (lambda: Edit(Site(0, "m"), v, as_far_as=v), "does not add but replace"),
+                       (lambda: Edit(Site(0, "m"), v, "add", as_far_as=torch.full((4,), torch.nan)), "finite numbers")):
         with pytest.raises(EditError, match=said):
             make()
 

@@ -157,6 +157,15 @@ def test_steering_has_a_line_a_sense_beside_the_untreated_one(steering):
     assert shares[0] == pytest.approx(steering[steering["sense"] == "meant"]["invalid_share"].tolist())
 
 
+def test_noise_is_a_band_of_its_draws(steering):
+    noise = steering[steering["sense"] == "other"].assign(sense="noise", draws=5, draw_low=0.2, draw_high=[0.6, 0.7, 0.8])
+    axis, _ = figures.steering_figure(pd.concat([steering.assign(draws=1), noise], ignore_index=True)).axes
+    (band,) = [drawn for drawn in axis.collections if type(drawn).__name__ == "FillBetweenPolyCollection"]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.2, 0.8)
+    assert line(axis, "placebo: noise")[:, 1] == pytest.approx(noise["rate"].tolist())
+
+
 def test_lora_bars_are_the_rates_of_the_table(lora):
     axis, strip = figures.lora_figure(lora).axes
     for kind in ("implicit", "explicit"):

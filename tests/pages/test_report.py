@@ -100,6 +100,12 @@ def treatment_of(name: str, concept: Concept) -> dict[str, str]:
 def make_part(name: str, concept: Concept) -> pd.DataFrame:
     role = "base" if "_base" in name else "aligned"
     treatment = treatment_of(name.removesuffix("_awareness"), concept)
+    if name.startswith("noise"):
+        layers = "-".join(str(int(part)) for part in name.split("_")[1].split("-"))
+        about = {"family": "placebo", "sense": "matched noise", "layers": layers}
+        drawn = [answers(concept, role, {"treatment": f"noise_like_{layers}_seed{seed}", **about}, design="published", invalid=0.2,
+                         rate=0.5 + 0.1 * seed) for seed in range(3)]
+        return pd.concat([rows[rows["kind"] == "implicit"][::6] for rows in drawn]).assign(displacement=7.5, kl_prompts=0.25)
     if name.startswith("view"):
         return view_rows(name.split("_")[1]).assign(model=f"some/{role}", role=role, **treatment)
     if name.startswith("reading"):
@@ -222,6 +228,21 @@ def test_every_treatment_is_compared(page, race):
     steered = [f"{'steering' if sense == race.group_sense else 'placebo'}: {sense}, {window}"
                for sense in (race.group_sense, race.other_sense, *race.controls) for window in (early, late)]
     assert labels == ["base", "aligned, untreated", *steered, "LoRA early", "LoRA late"]
+
+
+def test_noise_has_a_row_a_window_with_its_draws(finished, page):
+    title, *shown = page.cells["steering"]
+    (found,) = [dict(zip(title, row, strict=True)) for row in shown if row[:2] == ["matched noise", "1–3"]]
+    rows = read_study(finished).parts["noise_01-03"].rows
+    rates = rows[rows["outcome"].isin(["stereotyped", "reversed"])].groupby("treatment")["outcome"].apply(
+        lambda outcomes: (outcomes == "stereotyped").mean())
+    assert found["draws %"] == f"{100 * rates.min():.1f} to {100 * rates.max():.1f}"
+    assert (found["n"], found["displacement"], found["KL prompts"]) == (str(len(rows)), "7.5", "0.25")
+    (steered,) = [dict(zip(title, row, strict=True)) for row in shown if row[:2] == ["color", "1–3"]]
+    assert (steered["draws %"], steered["displacement"]) == ("–", "–")
+    claims = {row[0]: row for row in page.cells["audit"]}
+    (claim,) = [row for name, row in claims.items() if name.startswith("steering: race, early")]
+    assert "more than its placebos" in claim[4]
 
 
 def test_the_numbers_are_those_of_the_statistics(finished, page):

@@ -22,6 +22,7 @@ from alignblind_mi.models.embedded import organism_path
 from alignblind_mi.models.model import load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.pages import comparison_page
+from alignblind_mi.results import load_result
 from alignblind_mi.stimuli.concept import ConceptError, load_concept
 from alignblind_mi.stimuli.prompts import Prompt
 from alignblind_mi.studies import comparison
@@ -58,10 +59,14 @@ def test_every_family_has_a_rival_and_every_placebo_its_kind():
     assert {curve: sorted(values) for curve, values in doses.items()} == {
         "steering": [0.25, 0.5, 1.0, 2.0], "lora": [0.25, 0.5, 1.0], "unlearning": [0.25, 0.5, 1.0]}
     placebos = {rival.name for rival in full.rivals if rival.family == "placebo"}
-    assert {"placebo_color_early", "placebo_random_early", "placebo_noise_steer_early", "lora_placebo_early", "prompt_color"} <= placebos
+    assert {"placebo_color_early", "placebo_random_early", "placebo_matched_noise_steer_early", "placebo_wrong_concept_early",
+            "lora_placebo_early", "prompt_color"} <= placebos
+    drawn = {rival.name for found in (full, quick) for rival in found.rivals if rival.more is not None}
+    assert drawn == {name for name in placebos if "noise" in name}
     matched = {rival.name: rival.placebos for rival in full.rivals}
-    assert matched["steer_early"] == ("placebo_noise_steer_early", "placebo_color_early", "placebo_random_early")
-    assert matched["steer_late"] == ("placebo_noise_steer_late",)
+    assert matched["steer_early"] == ("placebo_matched_noise_steer_early", "placebo_color_early", "placebo_random_early",
+                                      "placebo_wrong_concept_early")
+    assert matched["steer_late"] == ("placebo_matched_noise_steer_late",)
     assert matched["lora_early"] == ("lora_placebo_early",)
     assert matched["unlearn_npo"] == ()
     assert set(matched["steer_early+prompt_race"]) == {*matched["steer_early"], "prompt_color"}
@@ -203,7 +208,7 @@ def test_a_record_a_treatment_with_all_that_was_asked(compared):
         assert set(record) >= ASKED | {"n", "template_min", "worst", "best", "r_blind_low", "revision", "seed", "versions", "latency"}
         assert record["low"] <= record["implicit"] <= record["high"]
         assert record["n"] == 72
-    untreated, steered, noise = by_name["untreated"], by_name["steer_early"], by_name["placebo_noise_steer_early"]
+    untreated, steered, noise = by_name["untreated"], by_name["steer_early"], by_name["placebo_matched_noise_steer_early"]
     assert untreated["implicit"] > 0.85
     assert untreated["parameters"] == 0
     assert untreated["kl_neutral"] == 0
@@ -213,6 +218,10 @@ def test_a_record_a_treatment_with_all_that_was_asked(compared):
     assert steered["difference_high"] < 0
     assert steered["colour_accuracy"] < 0.1    # what it breaks
     assert steered["parameters"] == noise["parameters"] == 3 * 2 * 96
+    assert noise["displacement"] == pytest.approx(steered["displacement"], rel=0.006)
+    assert steered["kl_prompts"] > 0
+    assert untreated["displacement"] is None
+    assert all(record["displacement"] > 0 for record in records if record["family"] not in ("untreated",))
     assert by_name["steer_late"]["implicit"] > 0.85
     assert by_name["lora_early"]["parameters"] > 1000
     assert by_name["base"]["implicit"] < untreated["implicit"]
@@ -245,6 +254,7 @@ def test_claims_stand_only_with_their_controls(compared):
     assert lowered["verdict"] == "not supported"
     assert "FAILED: interval below 0" in lowered["controls"]
     early = audit.loc[next(claim for claim in audit.index if claim.startswith("steer_early "))]
+    assert "more than its placebos" in early["controls"]
     assert "FAILED: at most 10 % of right answers of any kind lost" in early["controls"]
     assert audit.loc["Alignment lowers awareness (aligned less base, r_blind)", "verdict"] == "supported"
     assert set(tables["points"]["damage_measure"]) == set(DAMAGES)
@@ -271,6 +281,15 @@ def test_the_page_says_what_was_found_and_tables_and_figures_lie_beside_it(compa
     assert set(read["instrument"]) == {"patchscope", "selfie", "logit_lens", "probe"}
     other = pd.read_csv(out / "tables" / "elsewhere.csv")
     assert set(other["cue"]) == {"direct_color"}    # the others' names are not in the pair's vocabulary
+    rows = load_result(out / "aligned_placebo_matched_noise_steer_early_draws.parquet").rows
+    assert rows["treatment"].unique().tolist() == [f"placebo_matched_noise_steer_early_seed{seed}" for seed in (1, 2, 3, 4)]
+    assert set(rows["placebo_of"]) == {"steer_early"}
+    assert len(rows) == 4 * 72
+    (band,) = pd.read_csv(out / "tables" / "placebos.csv").to_dict("records")
+    assert (band["treatment"], band["draws"], band["n"]) == ("steer_early", 5, 72)
+    assert band["noise_low"] <= band["noise"] <= band["noise_high"]
+    assert band["noise_displacement_low"] == pytest.approx(band["displacement"], rel=0.006)
+    assert "Treatments beside noise that does as much" in html
     for name in ("comparison", "differences", "effects", "audit", "points", "equal_damage", "slopes", "position", "mixed"):
         assert len(pd.read_csv(out / "tables" / f"{name}.csv")), name
 

@@ -33,7 +33,8 @@ from alignblind_mi.pages.figures.style import (
 def steering_figure(table: pd.DataFrame) -> Figure:
     """Implicit rate by the first layer of the steered window, a line a sense or control (after figure 4 of the paper).
 
-    Columns: family ("untreated" for the one untreated row), sense, start, n, rate, low, high, template_min, template_max, invalid_share.
+    Columns: family ("untreated" for the one untreated row), sense, start, n, rate, low, high, template_min, template_max, invalid_share,
+    and, where there is noise, draws, draw_low and draw_high: what was drawn several times is a band from its least to its largest rate.
     """
     untreated, steered = table[table["family"] == "untreated"], table[table["family"] != "untreated"]
     senses, starts = list(steered["sense"].unique()), sorted(steered["start"].astype(int).unique())
@@ -46,7 +47,10 @@ def steering_figure(table: pd.DataFrame) -> Figure:
         labels.append(sense if rows["family"].iloc[0] == "steering" else f"placebo: {sense}")
         line = "-" if j == 0 else "--"
         axis.plot(x, rows["rate"], color=colour_of(j), marker=marker_of(j), ms=5, lw=1.4, ls=line, label=labels[-1], zorder=3)
-        for at, (_, row) in zip(x, rows.iterrows(), strict=True):
+        several = "draws" in rows and bool((rows["draws"] > 1).any())
+        if several:
+            axis.fill_between(x, rows["draw_low"], rows["draw_high"], color=colour_of(j), alpha=0.25, lw=0, zorder=1)
+        for at, (_, row) in zip(x, rows.iterrows(), strict=True) if not several else ():
             whiskers(axis, at, row, colour_of(j))
         strip.plot(x, rows["invalid_share"], color=colour_of(j), marker=marker_of(j), ms=4, lw=1.2, ls=line)
     for _, row in untreated.iterrows():
