@@ -43,7 +43,7 @@ def steer(
         load_vectors(vectors).export_gguf(gguf)
     tables = steer_tables(result.rows, seed=config.seed)
     if as_json:
-        print_json(tagged(tables, result.provenance, config.seed))
+        print_json(tagged(tables, result.provenance, config.seed, protocol=config.protocol))
         return
     print_table("Implicit bias under each treatment", [
         {"treatment": row["treatment"], "n": str(row["n"]), "stereotyped": number(row["rate"]), "95 %": interval(row),
@@ -52,4 +52,4 @@ def steer(
         {"treatment": row["treatment"], "n": str(row["n"]), "difference": number(row["difference"]), "95 %": interval(row),
          "p": number(row["p"], 2), "Holm": number(row["p_holm"], 2), "log-odds": number(row["log_odds"]),
          "95 % of log-odds": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])],
-        note=[about(result.provenance, config.seed, out, f"vectors in {vectors}")])
+        note=[about(result.provenance, config.seed, out, f"protocol {config.protocol}", f"vectors in {vectors}")])
