@@ -25,7 +25,7 @@ def lora(
                                                           "trained layers.")] = 0.0,
     validation_share: Annotated[float, typer.Option(help="Share of the sentences held out; the epoch best on them is kept.")] = 0.0,
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better one (needs --validation-share).")] = 0,
-    protocol: ProtocolOption = "",
+    protocol: ProtocolOption = None,
     seed: Seed = 0,
     merge: Annotated[Path | None, typer.Option(help="Also write a plain checkpoint with the adapter merged into the weights.")] = None,
     loading: Annotated[Loading, Without("engine")],
@@ -75,7 +75,7 @@ def lora(
             train_unlearning(spec, data, out, method=kind, layers=layers or "all", settings=UnlearningSettings(lora=settings))
         else:
             train_lora(spec, examples_of(data, kind), layers or "early", out, settings=settings, concept=data, kind=kind,
-                       protocol=protocol or "best")
+                       protocol="best" if protocol is None else protocol)
     _say(out)
     if merge is not None:
         say(f"merged checkpoint: {merge_adapter(spec, out, merge).resolve()}")
