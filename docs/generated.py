@@ -130,6 +130,21 @@ def floor_table() -> str:
     return _table(rows)
 
 
+def protocol_table() -> str:
+    """What the two protocols do in different ways, and why, by the package's own list."""
+    from alignblind_mi.stimuli.protocol import DIFFERENCES
+
+    rows = [["", "`paper`", "`best`", "why `best` does it otherwise"]]
+    return _table(rows + [[one.topic, one.paper, one.best, one.why] for one in DIFFERENCES])
+
+
+def protocol_stays() -> str:
+    """In what neither protocol is the paper's."""
+    from alignblind_mi.stimuli.protocol import STAYS
+
+    return "\n".join(f"* {line}" for line in STAYS)
+
+
 def _said(name: str) -> str:
     """The docstring of a folder or of a module at the root, on one line."""
     said = ast.get_docstring(ast.parse(_file(f"alignblind_mi.{name}").read_text("utf-8"))) or ""
@@ -191,7 +206,8 @@ def _root_page() -> str:
 
 FUNCTIONS = {"calibrated": calibrated, "calibration_table": calibration_table, "advice": advice, "record": record, "records": records,
              "commands": commands, "public_names": public_names,
-             "floor_table": floor_table}
+             "floor_table": floor_table, "protocol_table": protocol_table,
+             "protocol_stays": protocol_stays}
 
 
 @event_priority(100)    # before the plugins, which take notebooks from the list

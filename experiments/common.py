@@ -31,6 +31,7 @@ def options(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--cue", default="", help="a cue of the concept (default: its first)")
     parser.add_argument("--out", type=Path, required=True, help="where rows, tables and figures go")
     parser.add_argument("--quick", action="store_true", help="a small share of the prompts: to see that all works")
+    parser.add_argument("--protocol", choices=("paper", "best"), help="as in `alignblind study` (default: paper; best for an organism)")
     parser.add_argument("--seed", type=int, default=0)
     for name in PASSED_ON:
         parser.add_argument(f"--{name.replace('_', '-')}", default="auto" if name == "engine" else None, help="as in `alignblind study`")
@@ -40,7 +41,7 @@ def options(about: str | None) -> argparse.ArgumentParser:
 def configured(given: argparse.Namespace, cue: str = "") -> StudyConfig:
     """The configuration of a study with a script's options. Errors: as `StudyConfig.create`."""
     return StudyConfig.create(given.base, given.aligned, concept=given.concept, cue=cue or given.cue, quick=given.quick, seed=given.seed,
-                              **{name: getattr(given, name) for name in PASSED_ON})
+                              protocol=given.protocol, **{name: getattr(given, name) for name in PASSED_ON})
 
 
 def run_study_parts(config: StudyConfig, out: Path, *beginnings: str) -> dict[str, pd.DataFrame]:

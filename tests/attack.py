@@ -88,6 +88,7 @@ BAD: dict[str | tuple[str, str], Sequence[str]] = {
     "device_map": DEVICE_MAPS,
     "quantization": (*NAMES, "16bit", "4", "8BIT"),
     "engine": (*NAMES, "FAST", "slow"),
+    "protocol": (*NAMES, "PAPER", "published", "paper,best"),
     "design": (*NAMES, "mixed", "BALANCED"),
     "instruments": (*LISTS, "patchscope,abc", "tarot", "patchscope,patchscope"),
     "reading": (*NAMES, "palm"),
@@ -738,6 +739,7 @@ YAML_EXTRA = {
     "decoding.temperature": ("1e300",),
     "target_layer": ("99",),
     "lora.activation_layers": ("[99]",),
+    "protocol": ("PAPER", "published"),
 }
 YAML_SOUND = {  # values that are well after all
     *((key, value) for key in ("balanced_pairs", "published_pairs", "lora.warmup_share") for value in ()),

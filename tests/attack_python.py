@@ -657,6 +657,7 @@ def _config_cases(to: Attack, kind: Any, runs: Mapping[str, Callable[..., Any]])
         "quantization": tuple(v for v in TEXT if v is not None),
         "base": (*TEXT, "", "organism:", "organism:abc"),
         "system": ("x",),
+        "protocol": ("abc", "", 7),
     }
     for name, each in values.items():
         for value in each:
@@ -672,6 +673,7 @@ def _config_cases(to: Attack, kind: Any, runs: Mapping[str, Callable[..., Any]])
         "balanced_pairs": (0, -1, NAN, "abc", 1.5),
         "published_pairs": (0, -1, NAN, "abc"),
         "selfie": ("abc", "", 7),
+        "protocol": ("abc", "", 7, None),
         "cue": ("abc", "", 7),
         "concept": ("abc", "", 7),
         "seed": SEED,
@@ -922,6 +924,8 @@ def model_cases(to: Attack) -> None:
         stage="full",
     )
     on("measure_selfie", "prompt", ("abc", "", 7), lambda m, v, p: measure_selfie(m, race, "default", prompt=v))
+    on("measure_selfie", "protocol", ("abc", "", 7, None), lambda m, v, p: measure_selfie(m, race, "default", protocol=v))
+    on("sense_steering", "protocol", ("abc", "", 7, None), lambda m, v, p: sense_steering(m, race, "default", "race", [1], protocol=v))
     on(
         "measure_lens",
         "layers",
@@ -1026,6 +1030,7 @@ def model_cases(to: Attack) -> None:
         "layers": ("0-99999999999", "abc", "", [], [99], [-1], None),
         "examples": ([], ["abc"], 7),
         "kind": ("abc", "", 7),
+        "protocol": ("abc", "", 7, None),
         "spec": ("missing", "", 7),
     }.items():
         on(

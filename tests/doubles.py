@@ -76,7 +76,8 @@ def study_texts(race: Concept) -> list[str]:
     sentences += [s.format(x="black", y="white") for c in race.contexts.values() for s in (*c.train, *c.test)]
     words += [w for sense in race.senses.values() for w in (*sense.words, *sense.lexicon)]
     often = [f"{name}: black and white." for name in ("Race", "Color", "Random")] * 20    # single tokens, as in Llama 3
-    return [*prompts, *sentences, *asked, *phrases, *often, " ".join(words), "race color black white - , . I agree disagree 1 2 3 4 5"]
+    return [*prompts, *sentences, *asked, *phrases, *often, " ".join(words), "race color black white - , . I agree disagree 1 2 3 4 5",
+            "Question:"]
 
 
 # As Llama 3's: the BOS first, the content trimmed, the system prompt a turn of its own.

@@ -30,12 +30,12 @@ def awareness(
     results = measure_parts(config, out, awareness_parts(config, listed(instruments), reading))
     tables = awareness_tables(results)
     if as_json:
-        print_json(tagged(tables, results[0].provenance, config.seed))
+        print_json(tagged(tables, results[0].provenance, config.seed, protocol=config.protocol))
         return
     print_table("Readings of the identifiers, and of their controls", [
         {"instrument": row["instrument"], "control": row["control"] or "-", "n": str(row["n"]), "layers": str(row["layers"]),
          "blind": number(row["mean"]), "95 %": interval(row), "P(group sense)": number(row["p_group"]),
          "P(other sense)": number(row["p_other"]), "no reading": f"{row['invalid_share']:.0%}"} for row in records_of(tables["readings"])],
-        note=[about(results[0].provenance, config.seed, out),
+        note=[about(results[0].provenance, config.seed, out, f"protocol {config.protocol}"),
               "blind: -1 is the group sense, 1 the other one (of the patchscope a difference of two changes, at most -2 to 2); contexts "
               "are the unit. No reading: texts of no sense, layers without a probe."])

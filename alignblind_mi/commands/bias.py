@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, configured, with_options
+from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, Without, configured, with_options
 
 
 @with_options
@@ -14,7 +14,7 @@ def bias(
     asked: One,
     out: Out = Path("bias"),
     design: Annotated[str, typer.Option(help="balanced (association and position apart) or published (the paper's).")] = "balanced",
-    asking: Asking,
+    asking: Annotated[Asking, Without("protocol")],
     loading: Loading,
     as_json: AsJson = False,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from alignblind_mi.borders.texts import say
-from alignblind_mi.commands.options import Loading, One, Seed, Without, listed, with_options
+from alignblind_mi.commands.options import Loading, One, ProtocolOption, Seed, Without, listed, with_options
 
 
 @with_options
@@ -25,13 +25,14 @@ def lora(
                                                           "trained layers.")] = 0.0,
     validation_share: Annotated[float, typer.Option(help="Share of the sentences held out; the epoch best on them is kept.")] = 0.0,
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better one (needs --validation-share).")] = 0,
+    protocol: ProtocolOption = None,
     seed: Seed = 0,
     merge: Annotated[Path | None, typer.Option(help="Also write a plain checkpoint with the adapter merged into the weights.")] = None,
     loading: Annotated[Loading, Without("engine")],
 ) -> None:
     """Train a LoRA adapter as a mitigation, its rival or its placebo; a PEFT folder that load_model(adapters=[...]) takes.
 
-    What is not given is the paper's, or what an organism's own record recommends.
+    Hyper-parameters that are not given are the paper's, or what an organism's own record recommends.
 
     Example: alignblind lora --model organism:aligned --kind aware --layers early --out adapters/early
     """
@@ -50,6 +51,8 @@ def lora(
 
     if kind not in (*KINDS, *METHODS):
         raise AlignblindError(f"unknown kind {kind!r}. Known: {', '.join((*KINDS, *METHODS))}.")
+    if kind in METHODS and protocol == "paper":
+        raise AlignblindError(f"the protocol 'paper' has no kind {kind}: the paper trains awareness; leave --protocol out.")
     if merge is not None:
         refuse_taken(merge, what="--merge")
         if merge.absolute() == out.absolute() or out.absolute() in merge.absolute().parents or merge.absolute() in out.absolute().parents:
@@ -71,7 +74,8 @@ def lora(
         if kind in METHODS:
             train_unlearning(spec, data, out, method=kind, layers=layers or "all", settings=UnlearningSettings(lora=settings))
         else:
-            train_lora(spec, examples_of(data, kind), layers or "early", out, settings=settings, concept=data, kind=kind)
+            train_lora(spec, examples_of(data, kind), layers or "early", out, settings=settings, concept=data, kind=kind,
+                       protocol="best" if protocol is None else protocol)
     _say(out)
     if merge is not None:
         say(f"merged checkpoint: {merge_adapter(spec, out, merge).resolve()}")

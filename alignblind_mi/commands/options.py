@@ -33,6 +33,8 @@ Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes;
 Chatting = Annotated[bool, typer.Option("--chat", help="Ask in the models' own chat templates (default: raw text, as the paper).")]
 System = Annotated[str, typer.Option(help="A system prompt before every prompt of the chat.")]
 ChatOptions = Annotated[str, typer.Option(help="Options of the chat template, such as enable_thinking=false (several with commas).")]
+ProtocolOption = Annotated[str | None, typer.Option(help="paper (steering, LoRA and SelfIE as its released code does) or best (as we hold "
+                                                      "better); default: paper for a pair, best for one model and for organisms.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy, above it answers are sampled (default: 0; 1 for an organism).")]
 EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own forward pass), or auto: fast where both agree.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along (read it first).")]
@@ -87,6 +89,7 @@ class Asking:
     system: System = ""
     chat_options: ChatOptions = ""
     temperature: Temperature = None
+    protocol: ProtocolOption = None
     seed: Seed = 0
 
 
@@ -156,7 +159,9 @@ def configured(asked: One | Pair, asking: Asking, loading: Loading) -> "StudyCon
     from alignblind_mi.studies.config import StudyConfig
 
     base, aligned = asked.models
-    asks = asdict(asking) | {"chat_options": template_options(asking.chat_options)}
+    usual = "best" if isinstance(asked, One) else None    # of a pair: that of its models
+    asks = asdict(asking) | {"chat_options": template_options(asking.chat_options),
+                             "protocol": usual if asking.protocol is None else asking.protocol}
     return StudyConfig.create(base, aligned, concept=asked.concept, cue=asked.cue, **asks, **asdict(loading))
 
 

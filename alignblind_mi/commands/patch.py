@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, configured, listed, with_options
+from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, Without, configured, listed, with_options
 
 
 @with_options
@@ -16,7 +16,7 @@ def patch(
     parts: Annotated[str, typer.Option(help="Comma-separated: residual, added (attention and MLP), heads.")] = "residual",
     swap: Annotated[str, typer.Option(help="What two prompts differ in: context (a phrase before) or identifiers.")] = "context",
     max_word_pairs: Annotated[int, typer.Option(help="Word pairs of each category.")] = 2,
-    asking: Asking,
+    asking: Annotated[Asking, Without("protocol")],
     loading: Loading,
     as_json: AsJson = False,
 ) -> None:

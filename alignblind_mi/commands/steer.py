@@ -43,7 +43,7 @@ def steer(
         load_vectors(vectors).export_gguf(gguf)
     tables = steer_tables(result.rows)
     if as_json:
-        print_json(tagged(tables, result.provenance, config.seed))
+        print_json(tagged(tables, result.provenance, config.seed, protocol=config.protocol))
         return
     noise = set(result.rows.loc[result.rows["placebo_of"].fillna("") != "", "treatment"]) if "placebo_of" in result.rows else set()
     print_table("Implicit bias under each treatment", [
@@ -61,4 +61,4 @@ def steer(
          "p": number(row["p"], 2), "Holm": number(row["p_holm"], 2), "log-odds": number(row["log_odds"]),
          "95 % of log-odds": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])
         if row["treatment"] not in noise],
-        note=[about(result.provenance, config.seed, out, f"vectors in {vectors}")])
+        note=[about(result.provenance, config.seed, out, f"protocol {config.protocol}", f"vectors in {vectors}")])

@@ -27,6 +27,7 @@ from alignblind_mi.models.spec import ModelError
 from alignblind_mi.statistics.rates import label_shares, relative_change, require
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Prompt, fill, interpretation_prompt
+from alignblind_mi.stimuli.protocol import ProtocolName
 from alignblind_mi.stimuli.readings import classify, reading_names
 
 TARGET_LAYER = 2    # where the paper injects, on Llama 3
@@ -115,10 +116,14 @@ def _in_text(recorded: Recorded, source: Source, question: str) -> Row:
 
 @takes(ModelError)
 def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prompt: str = "paper", target_layer: Layer = TARGET_LAYER,
-                   mentions: Mentions = (0,), layers: AnyLayers | None = None, max_word_pairs: Count | None = 20,
-                   controls: Names = CONTROLS, max_new_tokens: Tokens = SELFIE_TOKENS, temperature: Temperature = 0.0, seed: Seed = 0
-                   ) -> pd.DataFrame:
+                   mentions: Mentions | None = None, layers: AnyLayers | None = None, max_word_pairs: Count | None = 20,
+                   controls: Names = CONTROLS, max_new_tokens: Tokens = SELFIE_TOKENS, temperature: Temperature = 0.0,
+                   protocol: ProtocolName = "best", seed: Seed = 0) -> pd.DataFrame:
     """Open-ended readings: the residual stream is put into the placeholders of a concept's SelfIE prompt, and the model goes on writing.
+
+    `protocol` "best" reads what leaves each layer at the first mention, and writes it where it leaves `target_layer`; "paper", as the
+    released code, reads and writes what enters a layer (layer 0: the embedding), at all mentions of the published prompts behind
+    "Question: ". `mentions` takes others.
 
     Columns: those that identify a reading (see `measure_awareness`), instrument ("selfie"), interpretation (the prompt's name), text,
     reading (a sense of the concept or "other", by its lexicons), p_group and p_other (1 or 0), blind = p_other - p_group. A
@@ -128,7 +133,7 @@ def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prom
     """
     concept.selfie_prompt(prompt)    # refused before anything is recorded
     recorded = record_sources(model, concept, cue, mentions=mentions, layers=layers, max_word_pairs=max_word_pairs, controls=controls,
-                              seed=seed)
+                              protocol=protocol, seed=seed)
     return interpret_sources(recorded, concept, prompt=prompt, target_layer=target_layer, max_new_tokens=max_new_tokens,
                              temperature=temperature, seed=seed)
 
@@ -136,12 +141,12 @@ def measure_selfie(model: HookedModel, concept: Concept, cue: str | Cue, *, prom
 @takes(ModelError)
 def interpret_sources(recorded: Recorded, concept: Concept, *, prompt: str = "paper", target_layer: Layer = TARGET_LAYER,
                       max_new_tokens: Tokens = SELFIE_TOKENS, temperature: Temperature = 0.0, seed: Seed = 0) -> pd.DataFrame:
-    """`measure_selfie` of residual streams that were recorded already."""
+    """`measure_selfie` of residual streams that were recorded already: they are written into the stream that they were read from."""
     model, asked = recorded.model, concept.selfie_prompt(prompt)
     target = interpretation_prompt(asked)
     classify("", concept)    # a concept without lexicons is refused before anything is run
     _check_prompt(model, concept, prompt, target)
-    rows = [row for at in recorded.resid for row in patchscope_rows(at, target, target_layer)]
+    rows = [row for at in recorded.resid for row in patchscope_rows(at, target, target_layer, stream=recorded.stream)]
     names = [f"{source.control}|{source.role}|{source.mention}|{source.seen()}|{layer}" for source in recorded.sources
              for layer in recorded.layers]
     written = [source for source in recorded.sources if source.control == "text"]

@@ -20,6 +20,7 @@ from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import counted
 from alignblind_mi.statistics.rates import CLUSTERS, summarise
 from alignblind_mi.stimuli.concept import Concept, Cue
+from alignblind_mi.stimuli.protocol import ProtocolName
 
 EARLY_START = 5 / 32    # the paper's effective window of Llama 3 8B begins at layer 5 of 32
 
@@ -40,11 +41,11 @@ def steering_names(concept: Concept) -> list[str]:
     return [*(sense.name for sense in concept.both_senses()), *concept.controls]
 
 
-def steering_sweep(model: HookedModel, concept: Concept, cue: str | Cue) -> Iterator[Treatment]:
-    """Steering towards every sense and control in every window of layers."""
+def steering_sweep(model: HookedModel, concept: Concept, cue: str | Cue, *, protocol: ProtocolName = "best") -> Iterator[Treatment]:
+    """Steering towards every sense and control in every window of layers (see `sense_steering`)."""
     for name in steering_names(concept):
         for window in layer_windows(model.n_layers):
-            yield sense_steering(model, concept, cue, name, window)
+            yield sense_steering(model, concept, cue, name, window, protocol=protocol)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from alignblind_mi.borders.settings import AnyLayers, Count, Mentions, Names, Seed, many, takes
 from alignblind_mi.borders.texts import one_line
-from alignblind_mi.models.edits import Site, random_like
+from alignblind_mi.models.edits import Site, Stream, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span, filled, implicit_prompts, option_roles
+from alignblind_mi.stimuli.protocol import PROTOCOLS, ProtocolName
 
 CONTROLS = ("random", "wrong_token", "anchor_group", "anchor_other", "text")
 TEXT_LAYER = -1
@@ -66,16 +67,17 @@ class Source:
         return {**labels, "mark": self.role, "identifier": self.prompt.labels[self.role], "mention": self.mention, "context": context,
                 "control": self.control}
 
-    def site(self, layer: int) -> Site:
-        """The place after a layer that is read."""
+    def site(self, layer: int, stream: Stream = "resid_post") -> Site:
+        """The place of a layer that is read."""
         if self.control == "wrong_token":
-            return Site(layer, _BEFORE)
-        return Site(layer, self.role, occurrence=self.mention)
+            return Site(layer, _BEFORE, stream)
+        return Site(layer, self.role, stream, occurrence=self.mention)
 
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """Residual streams of sources after `layers`, under the model's treatment. Random controls have been made from the sources' own."""
+    """Residual streams of sources at `layers` of a stream, under the model's treatment. Random controls have been made from the sources'
+    own."""
 
     __repr__ = one_line
 
@@ -83,19 +85,23 @@ class Recorded:
     sources: list[Source]
     layers: list[int]
     resid: Float[Tensor, "source layer d_model"]
+    stream: Stream = "resid_post"
 
 
 @takes(ConceptError)
-def reading_sources(concept: Concept, cue: str | Cue, *, mentions: Mentions = (0,), max_word_pairs: Count | None = 20, seed: Seed = 0
-                    ) -> list[Source]:
-    """One source per distinct context, of the balanced design.
+def reading_sources(concept: Concept, cue: str | Cue, *, mentions: Mentions | None = None, max_word_pairs: Count | None = 20,
+                    protocol: ProtocolName = "best", seed: Seed = 0) -> list[Source]:
+    """One source per distinct context, of the design and the mentions (default: the first, or all) of a protocol.
 
     At the first mention a causal model has seen the question's beginning only, so prompts that share it are one source. Later mentions
     follow the words; `max_word_pairs` per category bounds them.
     """
-    return _distinct(Source(prompt, role, mention)
-                     for prompt in implicit_prompts(concept, cue, design="balanced", seed=seed, max_word_pairs=max_word_pairs)
-                     for role in ("marked", "unmarked") for mention in many(mentions))
+    how = PROTOCOLS[protocol]
+    prompts = [prompt.prefixed(how.lead) for prompt in implicit_prompts(
+        concept, cue, design="published" if how.as_published else "balanced", seed=seed, max_word_pairs=max_word_pairs)]
+    first = 1 if not how.every_mention else None
+    return _distinct(Source(prompt, role, mention) for prompt in prompts for role in ("marked", "unmarked")
+                     for mention in (range(len(prompt.spans(role)))[:first] if mentions is None else many(mentions)))
 
 
 def _distinct(sources: Iterator[Source]) -> list[Source]:
@@ -171,32 +177,34 @@ def _renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
 
 
 @takes(ConceptError)
-def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Mentions = (0,),
-                   layers: AnyLayers | None = None, max_word_pairs: Count | None = 20, controls: Names = (), seed: Seed = 0
-                   ) -> Recorded:
-    """The residual streams that every instrument reads, once for all of them.
+def record_sources(model: HookedModel, concept: Concept, cue: str | Cue, *, mentions: Mentions | None = None,
+                   layers: AnyLayers | None = None, max_word_pairs: Count | None = 20, controls: Names = (),
+                   protocol: ProtocolName = "best", seed: Seed = 0) -> Recorded:
+    """The residual streams that every instrument reads, once for all of them; `protocol` "paper" is of open readings alone.
 
     Errors: ConceptError for a concept, or a cue of it, without senses; EditError for a layer that does not exist; ModelError if the
     tokenizer does not know an identifier.
     """
     concept.both_senses(cue)
     layers = list(range(model.n_layers)) if layers is None else list(many(layers))
-    sources = reading_sources(concept, cue, mentions=mentions, max_word_pairs=max_word_pairs, seed=seed)
+    stream = PROTOCOLS[protocol].read_stream
+    sources = reading_sources(concept, cue, mentions=mentions, max_word_pairs=max_word_pairs, protocol=protocol, seed=seed)
     every = [*sources, *control_sources(concept, sources, controls, seed=seed)]
     model.check_known([source.prompt for source in every])
-    resid = _record(model, every, layers)
+    resid = _record(model, every, layers, stream)
     for i, source in enumerate(every):
         if source.control == "random":
             resid[i] = random_like(resid[i], f"{seed}|{source.seen()}")
-    return Recorded(model, every, layers, resid)
+    return Recorded(model, every, layers, resid, stream)
 
 
-def _record(model: HookedModel, sources: Sequence[Source], layers: Sequence[int]) -> Float[Tensor, "source layer d_model"]:
+def _record(model: HookedModel, sources: Sequence[Source], layers: Sequence[int], stream: Stream = "resid_post"
+            ) -> Float[Tensor, "source layer d_model"]:
     """Sources of one kind are recorded together."""
     out = torch.empty(len(sources), len(layers), model.d_model)
     kinds: dict[tuple[Site, ...], list[int]] = {}
     for i, source in enumerate(sources):
-        kinds.setdefault(tuple(source.site(layer) for layer in layers), []).append(i)
+        kinds.setdefault(tuple(source.site(layer, stream) for layer in layers), []).append(i)
     for sites, index in kinds.items():
         out[index] = model.record(model.rows([sources[i].prompt for i in index]), list(sites))
     return out

@@ -171,7 +171,7 @@ def _begin(draft: Path, identity: dict[str, Any]) -> Path:
 
 def _treatment(out: Path, identity: dict[str, Any]) -> Treatment:
     note = read_object(out / NOTE, "", LoraError, advice=f"delete {out} to train this adapter anew")
-    there, here = _flat(note), _flat(identity)
+    there, here = ({"protocol": "best"} | _flat(one) for one in (note, identity))    # what was trained before there were two
     other = [key for key, value in here.items() if there.get(key) != value]
     if other:
         said = "; ".join(f"{key} is {shown(there.get(key))} there and {shown(here[key])} here" for key in other[:MOST_SAID])
@@ -191,7 +191,7 @@ def _flat(note: dict[str, Any]) -> dict[str, Any]:
 def trained_treatment(folder: File) -> Treatment:
     """The Treatment of a finished adapter folder, from its training.json.
 
-    details: method, layers, parameters (trained ones), seconds, folder. Errors: LoraError if there is no training.json.
+    details: method, protocol, layers, parameters (trained ones), seconds, folder. Errors: LoraError if there is no training.json.
     """
     folder = Path(folder)
     if not is_file(folder / NOTE):
@@ -200,8 +200,8 @@ def trained_treatment(folder: File) -> Treatment:
                        advice=f"delete {folder} to train this adapter anew")
     if not isinstance(note["layers"], list) or not all(type(layer) is int for layer in note["layers"]):
         raise LoraError(f"{folder / NOTE} is damaged: its layers are no list of whole numbers; delete {folder} to train this adapter anew.")
-    details = {"method": note["method"], "layers": layers_text(note["layers"]), "parameters": str(note["parameters"]),
-               "seconds": str(note["seconds"]), "folder": str(folder)}
+    details = {"method": note["method"], "protocol": str(note.get("protocol", "best")), "layers": layers_text(note["layers"]),
+               "parameters": str(note["parameters"]), "seconds": str(note["seconds"]), "folder": str(folder)}
     return Treatment(adapter_name(folder), adapter=adapter_name(folder), family=note["family"], details=details)
 
 

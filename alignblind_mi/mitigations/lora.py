@@ -20,6 +20,7 @@ from alignblind_mi.models.edits import Treatment
 from alignblind_mi.models.spec import AnySpec, as_spec
 from alignblind_mi.stimuli.concept import Awareness, Concept, ConceptError
 from alignblind_mi.stimuli.prompts import fill, filled
+from alignblind_mi.stimuli.protocol import ProtocolName
 
 __all__ = [
     "KINDS",
@@ -121,11 +122,13 @@ Examples = Annotated[Example | Sequence[Example], Listed(once=False, alone=True)
 
 @takes(LoraError)
 def train_lora(spec: AnySpec, examples: Examples, layers: str | int | Sequence[int], out: File, *,
-               settings: LoraSettings | None = None, concept: Concept | None = None, kind: str = "aware") -> Treatment:
+               settings: LoraSettings | None = None, concept: Concept | None = None, kind: str = "aware",
+               protocol: ProtocolName = "best") -> Treatment:
     """Train an adapter on `layers` and save it as a PEFT folder `out` with its `training.json`; an existing one is kept as it is.
 
     layers: a group's name, a text such as "0-3,7", or numbers. `concept` is needed for an activation loss only: its `train` contexts
-    settle the senses. `kind` says what the examples are; a placebo's Treatment is of the family "placebo".
+    settle the senses. `kind` says what the examples are; a placebo's Treatment is of the family "placebo". `protocol`: what is learnt of
+    an example, see `examples.encode`.
 
     The folder appears whole or not at all; a training that was killed goes on after its last epoch. Errors: LoraError for too few examples,
     unknown layers or modules, or a folder of another training; ModelError as in `load_model`.
@@ -149,12 +152,14 @@ def train_lora(spec: AnySpec, examples: Examples, layers: str | int | Sequence[i
             from alignblind_mi.mitigations.sense_loss import SenseLoss, find_reading
 
             objective = SenseLoss(find_reading(model, tokenizer, *contexts, read), settings.activation_weight)
-        learnt, held = (encode(tokenizer, side, settings.max_length, identifiers=bool(contexts)) for side in (train, validation))
+        learnt, held = (encode(tokenizer, side, settings.max_length, identifiers=bool(contexts), protocol=protocol)
+                        for side in (train, validation))
         return Prepared(learnt.items, held.items, len(examples) - len(learnt.items) - len(held.items), learnt.cut + held.cut, objective)
 
     learnt_from = [[asdict(example) for example in part] for part in (examples, *(contexts or ()))]
     method = f"{kind}+activation" if contexts else kind
-    return finetune(Job(spec, chosen, settings, method, "placebo" if kind == "placebo" else "lora", learnt_from, prepare), Path(out))
+    said: dict[str, Any] = {} if protocol == "best" else {"protocol": protocol}    # nothing is what there was before there were two
+    return finetune(Job(spec, chosen, settings, method, "placebo" if kind == "placebo" else "lora", learnt_from, prepare, said), Path(out))
 
 
 def _contexts(concept: Concept | None) -> tuple[list[Example], list[Example]]:
@@ -167,14 +172,14 @@ def _contexts(concept: Concept | None) -> tuple[list[Example], list[Example]]:
 @takes(LoraError)
 def lora_sweep(spec: AnySpec, examples: Examples, layers: str | int | Sequence[int], out: File,
                settings: Annotated[LoraSettings | Sequence[LoraSettings], Listed(some=True, once=False, alone=True)], *,
-               concept: Concept | None = None, kind: str = "aware") -> Iterator[Treatment]:
+               concept: Concept | None = None, kind: str = "aware", protocol: ProtocolName = "best") -> Iterator[Treatment]:
     """Train one adapter for each of the settings, each in a folder of its own below `out`, called by rank, rate and what else differs.
 
     Errors: LoraError, before anything is trained, if two settings are the same; else as `train_lora`.
     """
     settings = many(settings)
     names = sweep_names(settings)
-    return (train_lora(spec, examples, layers, Path(out) / name, settings=one, concept=concept, kind=kind)
+    return (train_lora(spec, examples, layers, Path(out) / name, settings=one, concept=concept, kind=kind, protocol=protocol)
             for name, one in zip(names, settings, strict=True))
 
 

@@ -23,18 +23,18 @@ from alignblind_mi.borders.reading import check_file, foreign, is_file, said
 from alignblind_mi.borders.settings import AnyLayers, Count, File, Layer, Layers, Listed, Places, Seed, Strength, Strengths, many, takes
 from alignblind_mi.borders.texts import html_summary, named_line
 from alignblind_mi.borders.writing import refuse_taken, write_bytes
-from alignblind_mi.instruments.probes import train_probes
-from alignblind_mi.models.edits import EVERYWHERE, LAST, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
+from alignblind_mi.mitigations.directions import ROLES, contrasted, direction
+from alignblind_mi.models.edits import EVERYWHERE, Edit, EditError, How, Row, Site, Stream, Treatment, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.results import versions
-from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
-from alignblind_mi.stimuli.prompts import Prompt, fill, filled, steering_prompt
+from alignblind_mi.stimuli.concept import Concept, Cue
+from alignblind_mi.stimuli.prompts import steering_prompt
+from alignblind_mi.stimuli.protocol import PROTOCOLS, ProtocolName
 
 Method = Literal["replacement", "mean_difference", "pca", "probe", "contrast", "noise"]
 Windows = Annotated[Sequence[Annotated[Sequence[Layer], Listed(some=True)]], Listed(some=True)]
 Positions = Literal["identifiers", "prompt", "last", "generated"]
 WINDOW_SHARE = 10 / 32    # the paper's window: 10 consecutive layers of Llama 3 8B's 32
-ROLES = ("marked", "unmarked")
 AFTER_PROMPT: tuple[str, ...] = ("last", "generated")
 SHARED = ("",)
 VECTORS = 4 << 30    # bytes of the largest file of vectors that is read
@@ -101,12 +101,14 @@ class SteeringVectors:
 
     @takes(EditError)
     def treatment(self, layers: AnyLayers | None = None, *, how: How | None = None, strength: Strength = 1.0,
-                  positions: Places | None = None, name: str = "", family: str = "steering") -> Treatment:
+                  positions: Places | None = None, name: str = "", family: str = "steering", protocol: ProtocolName = "best"
+                  ) -> Treatment:
         """Apply the vectors after each of `layers` (default: all that there are).
 
         `how`: `replace` (the default for `replacement`), `add` times `strength`, or `ablate` their direction (`strength` 1 removes it).
         `positions`: `identifiers` (the default, all mentions), `prompt` (every token), `last` (of the prompt), `generated` (what follows);
-        the default for `contrast` is the last token and what follows, as in its source.
+        the default for `contrast` is the last token and what follows, as in its source. `protocol` "paper" replaces at the tokens of a
+        prompt that are the phrase's own (see `stimuli/protocol.py`).
 
         Errors: EditError for a layer without a vector, or a combination that means nothing.
         """
@@ -114,21 +116,32 @@ class SteeringVectors:
         how = how or ("replace" if self.replaces else "add")
         positions = many(positions or (AFTER_PROMPT if self.method == "contrast" else ("identifiers",)))
         self._check(layers, how, positions)
+        ids = self._own_ids(protocol)
         sites = [(layer, mark, role) for layer in layers for mark, role in self._marks(positions)]
-        edits = tuple(Edit(Site(layer, mark, self.stream, tokens="all" if mark in EVERYWHERE else "last"), self._at(layer, role), how,
-                           float(strength)) for layer, mark, role in sites)
+        edits = tuple(Edit(Site(layer, mark, self.stream, tokens="all" if mark in EVERYWHERE else "last", ids=ids.get(role, ())),
+                           self._at(layer, role), how, float(strength)) for layer, mark, role in sites)
         span = _span(layers)
         amount = "" if how == "replace" else f"_{how}" if how == "ablate" and strength == 1 else f"_{how}{strength:g}"
         where = "" if positions == ("identifiers",) else f"_{'+'.join(positions)}"
         kind = "" if self.method == "replacement" else f"_{self.method}"
         return Treatment(name or f"steer_{self.sense}{kind}{amount}{where}_{span}", edits, family=family,
                          details={"sense": self.sense, "layers": span, "method": self.method, "how": how, "strength": f"{strength:g}",
-                                  "positions": "+".join(positions), "phrase": str(self.provenance.get("phrase", ""))})
+                                  "positions": "+".join(positions), "phrase": str(self.provenance.get("phrase", "")),
+                                  **({"protocol": protocol} if self.replaces else {})})
 
     @property
     def replaces(self) -> bool:
         """Whether the vectors are whole activations (to put in place of others) and no directions."""
         return self.roles != SHARED
+
+    def _own_ids(self, protocol: ProtocolName) -> Mapping[str, tuple[int, ...]]:
+        """By role, the token that its activation was recorded at, where a protocol edits that token alone."""
+        if not PROTOCOLS[protocol].same_token:
+            return {}
+        if not self.replaces or "tokens" not in self.provenance:
+            lack = "do not say at which these were: find them anew" if self.replaces else "are directions: use the protocol 'best'"
+            raise EditError(f"the protocol {protocol!r} replaces at the tokens that activations were recorded at; these vectors {lack}.")
+        return {role: tuple(found) for role, found in self.provenance["tokens"].items()}
 
     def _check(self, layers: Sequence[int], how: How, positions: Sequence[str]) -> None:
         missing = [layer for layer in layers if layer not in self.layers]
@@ -294,66 +307,15 @@ def steering_vectors(model: HookedModel, concept: Concept, cue: str | Cue, sense
         phrase = steering_prompt(concept, cue, sense)
         sites = [Site(layer, mark, stream) for layer in layers for mark in ROLES]
         found = model.record([Row(phrase)], sites)[0].view(len(layers), len(ROLES), -1)
-        return SteeringVectors(layers, ROLES, found, "replacement", sense, stream, {**note, "phrase": phrase.text})
-    towards, away, prompts = _contrasted(model, concept, cue, sense, method, layers, stream)
-    vectors = _direction(method, towards, away)
+        encoded = model.encode([phrase])[0]
+        own = {role: [encoded.ids[at] for at in encoded.positions(role)] for role in ROLES}
+        return SteeringVectors(layers, ROLES, found, "replacement", sense, stream, {**note, "phrase": phrase.text, "tokens": own})
+    towards, away, prompts = contrasted(model, concept, cue, sense, method, layers, stream)
+    vectors = direction(method, towards, away)
     if method == "noise":
         vectors = torch.stack([random_like(vector, f"{seed}|{layer}") for layer, vector in zip(layers, vectors, strict=True)])
         note |= {"seed": str(seed)}
     return SteeringVectors(layers, SHARED, vectors[:, None], method, sense, stream, {**note, "prompts": prompts})    # type: ignore[arg-type]
-
-
-def _direction(method: str, towards: Float[Tensor, "pair layer d_model"], away: Float[Tensor, "pair layer d_model"]
-               ) -> Float[Tensor, "layer d_model"]:
-    mean = (towards - away).mean(0)
-    if method == "pca":
-        first = torch.linalg.svd((towards - away).transpose(0, 1), full_matrices=False).Vh[:, 0]
-        return first * (first * mean).sum(-1, keepdim=True)
-    if method == "probe":
-        labels = np.repeat([True, False], len(towards))
-        direction = train_probes(torch.cat([towards, away]), labels, range(towards.shape[1])).direction
-        return 2 * direction / direction.square().sum(-1, keepdim=True)
-    return mean
-
-
-def _contrasted(model: HookedModel, concept: Concept, cue: Cue, sense: str, method: str, layers: Sequence[int], stream: Stream
-                ) -> tuple[Float[Tensor, "pair layer d_model"], Float[Tensor, "pair layer d_model"], list[str]]:
-    """Activations of a sense and of the other one in paired texts, and the texts."""
-    senses = (concept.group_sense, concept.other_sense)
-    if sense not in senses:
-        raise ConceptError(f"a direction leads from one sense of {concept.name!r} to the other ({', '.join(senses)}); {sense!r} is none of "
-                           "them. Use method='replacement' for the phrase of a control.")
-    texts = [_restated(concept, cue, name) if method == "contrast" else _in_contexts(concept, cue, name) for name in senses]
-    pairs = min(map(len, texts))
-    texts = [some[:pairs] for some in texts]
-    model.check_known([prompt for some in texts for prompt in some])
-    marks = (LAST,) if method == "contrast" else ROLES
-    sites = [Site(layer, mark, stream) for mark in marks for layer in layers]
-    found = [model.record(model.treatment.rows(some, partial=True), sites).view(pairs * len(marks), len(layers), -1) for some in texts]
-    towards, away = found if sense == senses[0] else found[::-1]
-    return towards, away, [prompt.text for some in texts for prompt in some]
-
-
-def _in_contexts(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
-    """The `train` sentences that settle a sense, with both orders of the identifiers; only these are marked."""
-    if sense not in concept.contexts:
-        raise ConceptError(f"the concept {concept.name!r} has no sentences that settle the sense {sense!r}: give [contexts.{sense}].")
-    return [fill(text, dict(zip("xy", order, strict=True)), dict(zip("xy", roles, strict=True)))
-            for text in concept.contexts[sense].train
-            for roles, order in ((ROLES, (cue.marked[0], cue.unmarked[0])), (ROLES[::-1], (cue.unmarked[0], cue.marked[0])))]
-
-
-def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
-    """Awareness sentences with their restatement in a sense: a pair of senses differs in the restatement alone."""
-    awareness = concept.awareness
-    if awareness is None or not awareness.others:
-        raise ConceptError(f"the concept {concept.name!r} has no [awareness] sentences with restatements of both senses: contrast pairs "
-                           "are made of them.")
-    both = min(len(awareness.restatements), len(awareness.others))    # pairs differ in the restatement alone
-    endings = (awareness.restatements if sense == concept.group_sense else awareness.others)[:both]
-    x, y = cue.marked[0], cue.unmarked[0]
-    return [Prompt(filled(sentence + awareness.separator + ending, x=x, y=y))
-            for sentence in awareness.sentences for ending in endings]
 
 
 # ---- treatments --------------------------------------------------------------------------------------------------------
@@ -361,22 +323,23 @@ def _restated(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
 
 @takes(EditError)
 def sense_steering(model: HookedModel, concept: Concept, cue: str | Cue, sense: str, layers: Layers, *,
-                   stream: Stream = "resid_post") -> Treatment:
+                   stream: Stream = "resid_post", protocol: ProtocolName = "best") -> Treatment:
     """The paper's treatment: the identifiers' stream, after each of `layers`, is replaced by that in the phrase of `sense`.
 
-    `sense` is a sense or a control of the concept; `stream` may be another place in those layers (see `Site`).
+    `sense` is a sense or a control of the concept; `stream` may be another place in those layers (see `Site`). `protocol` "best" edits all
+    mentions of the identifiers, "paper" the tokens that are exactly the phrase's, as the released script does.
 
     Errors: as `steering_vectors`.
     """
     vectors = steering_vectors(model, concept, cue, sense, "replacement", layers=layers, stream=stream)
-    made = vectors.treatment(family="steering" if sense == concept.group_sense else "placebo")
+    made = vectors.treatment(family="steering" if sense == concept.group_sense else "placebo", protocol=protocol)
     return made if made.family == "steering" else replace(made, details={**made.details, "placebo": "phrase"})
 
 
 @takes(EditError)
 def steering_grid(vectors: SteeringVectors, windows: Windows, strengths: Strengths = (1.0,), *,
-                  how: How | None = None, positions: Places | None = None) -> Iterator[Treatment]:
+                  how: How | None = None, positions: Places | None = None, protocol: ProtocolName = "best") -> Iterator[Treatment]:
     """Every window at every strength. Measured together (`ask_under`), they share what the model computes before their first edit."""
     for window in windows:
         for strength in many(strengths):
-            yield vectors.treatment(window, how=how, strength=strength, positions=positions)
+            yield vectors.treatment(window, how=how, strength=strength, positions=positions, protocol=protocol)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Bound, Listed, Made, Name, Strength, check_fields, checked, shown, widened
+from alignblind_mi.borders.settings import Bound, Listed, Made, Name, Strength, Whole, check_fields, checked, shown, widened
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.prompts import Prompt, as_prompt
@@ -45,7 +45,8 @@ class Site:
     (what is decoded, and given continuations), which can be edited and not read.
 
     `tokens` says which tokens of a marked word that the tokenizer splits: the last one (it carries the word's meaning) or all of them.
-    `occurrence` picks one of the mark's spans (0-based, negative from the end); None means every one.
+    `occurrence` picks one of the mark's spans (0-based, negative from the end); None means every one. `ids`: instead of the tokens of the
+    mark's own spans, every token of the prompt's text with one of these ids.
     """
 
     layer: Annotated[int, Bound(0, 9_999, sentence="layers are counted from 0 (to 9999 at most), got {value}.")]
@@ -54,9 +55,13 @@ class Site:
     tokens: Tokens = "last"
     occurrence: int | None = None
     units: Annotated[tuple[int, ...], Listed(once=False, alone=True)] = ()
+    ids: Annotated[tuple[Whole, ...], Listed(alone=True)] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, EditError)
+        if self.ids and (self.mark in EVERYWHERE or self.occurrence is not None):
+            raise EditError(f"ids {shown(self.ids)} choose among all tokens of a prompt that has a mark of its own: give them without an "
+                            f"occurrence, and with a mark that is none of {', '.join(EVERYWHERE)}.")
         if self.units:
             self._check_units()
 

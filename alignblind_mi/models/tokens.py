@@ -50,7 +50,7 @@ class Encoded:
             raise PromptError(f"no token covers characters {span.start}-{span.end} of the prompt {self.prompt.text!r}.")
         return found
 
-    def positions(self, mark: str, tokens: Tokens = "last", occurrence: int | None = None) -> list[int]:
+    def positions(self, mark: str, tokens: Tokens = "last", occurrence: int | None = None, ids: Sequence[int] = ()) -> list[int]:
         """Token positions of a mark: see `Site`. Special tokens are no part of a prompt's text."""
         if mark in (PROMPT, LAST) and mark not in self.prompt.marks:
             found = [i for i, (start, end) in enumerate(self.offsets) if end > start]
@@ -58,6 +58,8 @@ class Encoded:
         if mark == GENERATED and mark not in self.prompt.marks:
             return []
         spans = self.prompt.spans(mark)
+        if ids:
+            return [i for i, (start, end) in enumerate(self.offsets) if end > start and self.ids[i] in ids]
         if occurrence is not None:
             try:
                 spans = (spans[occurrence],)

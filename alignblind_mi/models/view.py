@@ -246,12 +246,12 @@ class View:
     def token_rows(self, rows: Sequence[Row], sites: Sequence[Site] = ()) -> list[TokenRow]:
         """Rows in tokens, with the places that `sites` are in each."""
         encoded = self.encode([row.prompt for row in rows])
-        places: dict[tuple[int, str, str, int | None], list[int]] = {}
+        places: dict[tuple[int, str, str, int | None, tuple[int, ...]], list[int]] = {}
 
         def positions(i: int, site: Site) -> list[int]:
-            key = (id(rows[i].prompt), site.mark, site.tokens, site.occurrence)
+            key = (id(rows[i].prompt), site.mark, site.tokens, site.occurrence, site.ids)
             if key not in places:
-                places[key] = encoded[i].positions(site.mark, site.tokens, site.occurrence)
+                places[key] = encoded[i].positions(*key[1:])
             return places[key]
 
         def one(i: int, site: Site) -> int:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from alignblind_mi.borders.texts import csv_text, encodable, label, shortened, visible
 from alignblind_mi.pages import figures
+from alignblind_mi.stimuli.protocol import STAYS, protocol_lines
 from alignblind_mi.studies.drawn import write_drawn
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def environment() -> "Environment":
     found = Environment(loader=PackageLoader("alignblind_mi.pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                         lstrip_blocks=True, finalize=_shown)
     found.filters |= {"percent": percent, "signed": signed, "label": label, "whole": _paragraph}
-    found.globals["policy"] = POLICY
+    found.globals |= {"policy": POLICY, "protocol_lines": protocol_lines, "stays": STAYS}
     return found
 
 

@@ -165,9 +165,9 @@ def interval(row: Mapping[str, Any], low: str = "low", high: str = "high") -> st
     return "-" if row[low] is None or row[high] is None else f"{number(row[low])} to {number(row[high])}"
 
 
-def tagged(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
-    """The rows of all tables as JSON records; each says its table, the weights it is about, and the seed."""
-    return [{"table": name, "revision": provenance["revision"], "seed": seed, **record}
+def tagged(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any], seed: int, **more: str) -> list[dict[str, Any]]:
+    """The rows of all tables as JSON records; each says its table, the weights it is about, the seed, and `more`."""
+    return [{"table": name, "revision": provenance["revision"], "seed": seed, **more, **record}
             for name, table in tables.items() for record in records_of(table)]
 
 

@@ -115,9 +115,15 @@ def methods_opening(config: dict[str, Any], implicit: pd.DataFrame, revision: st
     return (f"We measured implicit bias of {config['aligned']['name']} (revision {revision}) with the word-association task of Bai et al. "
             f"(2025) in the wording of Sun et al. (2025), with the cue '{config['cue']}' of the concept '{config['concept']}': "
             f"{len(implicit)} prompts ({pairs} word pairs, {templates} templates), {orders}. Answers were {decoding} and judged as "
-            "stereotyped, reversed or invalid; rates are of valid answers. "
-            + ("Awareness is the score r_blind of Sun et al. (2025), read by patchscope (Ghandeharioun et al., 2024) at every layer. "
-               if read else ""))
+            f"stereotyped, reversed or invalid; rates are of valid answers. "
+            + (f"{_protocol(config)}Awareness is the score r_blind of Sun et al. (2025), read by patchscope (Ghandeharioun et al., 2024) "
+               "at every layer. " if read else ""))
+
+
+def _protocol(config: dict[str, Any]) -> str:
+    name = config.get("protocol", "best")    # a former version wrote none
+    said = "as in the code that Sun et al. (2025) released" if name == "paper" else "not as in the code that Sun et al. (2025) released"
+    return f"Steering, LoRA and open readings are done {said} (protocol '{name}' of alignblind_mi). "
 
 
 def software(versions: dict[str, str]) -> str:

@@ -41,7 +41,7 @@ from alignblind_mi.stimuli.prompts import KINDS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig, organism_record
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.jobs import Execute, Job, serially
-from alignblind_mi.studies.parts import instruments
+from alignblind_mi.studies.parts import instruments, selfie_options
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, noise_prompts, plan_rivals
 from alignblind_mi.studies.running import Models, check_fits, check_vocabulary
 
@@ -74,9 +74,10 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
          execute: Execute) -> Path:
     concept = load_concept(config.concept)
     check_fits(config, ("base", "aligned"), lora=trainable(concept, config.cue))
-    split = check_vocabulary(config, concept)
+    split = check_vocabulary(config, concept, openly="selfie" in instruments(concept, config.cue, config.selfie))
     n_layers = depth_of(config.aligned)
-    plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed)
+    plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed,
+                       protocol=config.protocol)
     names = [part_name("aligned", rival.name, name) for rival in plan.rivals
              for name in (*MEASURED, *data, *([DRAWS] if rival.more is not None else []))]
     check_parts(names)
@@ -218,8 +219,7 @@ def _readings(model: HookedModel, concept: Concept, config: StudyConfig, advance
                                controls=(), mentions=(0, 1), max_word_pairs=READING_PAIRS, seed=config.seed)]
     for name in instruments(concept, config.cue, config.selfie):
         if name == "selfie":
-            parts.append(measure_selfie(model, concept, config.cue, prompt=config.selfie, target_layer=config.target_layer, controls=(),
-                                        temperature=config.decoding.temperature, seed=config.seed))
+            parts.append(measure_selfie(model, concept, config.cue, controls=(), **selfie_options(config)))
         elif name == "lens":
             parts.append(measure_lens(model, concept, config.cue, controls=(), seed=config.seed))
         else:

@@ -20,6 +20,7 @@ from alignblind_mi.models.loading import check_model
 from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec, as_spec
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
+from alignblind_mi.stimuli.protocol import ProtocolName
 
 Spec = Annotated[ModelSpec, Made(as_spec, "a ModelSpec, a model's name or its folder", ModelSpec | str | Path)]
 
@@ -39,7 +40,7 @@ class StudyConfig:
     """Everything that the rows of a study depend on. `balanced_pairs` bounds the word pairs per category of the balanced design.
 
     `chat` (None: raw) is how the bias prompts are asked, and so where their identifiers are read and steered; what is only instrument stays
-    raw: steering phrases, interpretation questions and the sentences of LoRA.
+    raw: steering phrases, interpretation questions and the sentences of LoRA. `protocol`: see `stimuli/protocol.py`.
     """
 
     __repr__ = one_line
@@ -57,6 +58,7 @@ class StudyConfig:
     balanced_pairs: Count | None = 20
     published_pairs: Count | None = None
     chat: Chat | None = None
+    protocol: ProtocolName = "best"
 
     def __post_init__(self) -> None:
         check_fields(self, ModelError)
@@ -65,13 +67,15 @@ class StudyConfig:
     @takes(ModelError)
     def create(cls, base: PathText, aligned: PathText, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "",
                quick: bool = False, seed: Seed = 0, chat: bool = False, system: str = "", temperature: Temperature | None = None,
-               chat_options: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> "StudyConfig":
+               chat_options: Mapping[str, Any] = MappingProxyType({}), protocol: ProtocolName | None = None, **options: Any
+               ) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
         `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one,
         with the template's `chat_options` (such as {"enable_thinking": False}).
-        `temperature`: 0 is greedy; None is greedy, but sampled at 1 where an organism's record says so. `options` are those of
-        `ModelSpec` (dtype, device, device_map, quantization, engine ...), for both models.
+        `temperature`: 0 is greedy; None is greedy, but sampled at 1 where an organism's record says so. `protocol`: None is "paper",
+        but "best" for an organism, whose truth is known under it. `options` are those of `ModelSpec` (dtype, device, device_map,
+        quantization, engine ...), for both models.
 
         Errors: ModelError or ConceptError, before any weights are loaded, for a model, concept, cue or chat template that cannot be used.
         """
@@ -81,12 +85,13 @@ class StudyConfig:
             raise ModelError(f"the option {next(iter(chat_options))} of a chat template needs a chat: ask in a chat (chat=True, --chat), "
                              "or leave it out.")
         return cls.of(ModelSpec(base, **options), ModelSpec(aligned, **options), concept=concept, cue=cue, quick=quick, seed=seed,
-                      chat=Chat(system, options=dict(chat_options)) if chat else None, temperature=temperature)
+                      chat=Chat(system, options=dict(chat_options)) if chat else None, temperature=temperature, protocol=protocol)
 
     @classmethod
     @takes(ModelError)
     def of(cls, base: Spec, aligned: Spec, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "", quick: bool = False,
-           seed: Seed = 0, chat: Chat | None = None, temperature: Temperature | None = None) -> "StudyConfig":
+           seed: Seed = 0, chat: Chat | None = None, temperature: Temperature | None = None, protocol: ProtocolName | None = None
+           ) -> "StudyConfig":
         """`create` for two models that are specified each for itself. Errors: as `create`."""
         specs = [spec.resolved() for spec in (base, aligned)]
         about = load_concept(concept)
@@ -100,13 +105,16 @@ class StudyConfig:
         if temperature is None:
             temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
-                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=chat)
+                     int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=chat,
+                     protocol=protocol or ("best" if record else "paper"))
         return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
 
     def identity(self) -> dict[str, Any]:
         """What a results folder is checked against: the settings, the content of the concept, the weights of both models, and in a chat
         what their templates write around a prompt."""
         out = asdict(self)
+        if self.protocol == "best":
+            del out["protocol"]    # what it was before there were two
         if self.chat is None:
             del out["chat"]    # a study without one is what it was before there were chats
         else:

@@ -28,6 +28,7 @@ from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import Advance
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
+from alignblind_mi.stimuli.protocol import PROTOCOLS
 from alignblind_mi.studies.config import StudyConfig
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
     for name in steering_names(concept):
         for window in windows:
             def treat(model: HookedModel, name: str = name, window: range = window) -> Treatment:
-                return sense_steering(model, concept, config.cue, name, window)
+                return sense_steering(model, concept, config.cue, name, window, protocol=config.protocol)
 
             label = f"steering_{name}_{window[0]:02d}-{window[-1]:02d}"
             kinds: tuple[Kind, ...] = KINDS if window in compared else ("implicit",)
@@ -232,14 +233,14 @@ def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         if name == "selfie":
-            return measure_selfie(model, concept, config.cue, prompt=config.selfie, target_layer=config.target_layer,
-                                  temperature=config.decoding.temperature, controls=controls, seed=config.seed)
+            return measure_selfie(model, concept, config.cue, controls=controls, **selfie_options(config))
         if name == "lens":
             return measure_lens(model, concept, config.cue, controls=controls, seed=config.seed)
         return with_accuracy(measure_probes(model, concept, config.cue, controls=controls, seed=config.seed))
 
     def loads() -> list[Load]:
-        sources = reading_sources(concept, config.cue, seed=config.seed)
+        how = {key: selfie_options(config)[key] for key in ("protocol", "max_word_pairs") if name == "selfie"}
+        sources = reading_sources(concept, config.cue, seed=config.seed, **how)
         sources += control_sources(concept, sources, controls, seed=config.seed)
         found = [Load([source.prompt for source in sources], chat=config.chat)]
         if name == "selfie":
@@ -250,6 +251,14 @@ def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
                               chat=config.chat))
         return found
     return compute, loads
+
+
+def selfie_options(config: StudyConfig) -> dict[str, Any]:
+    """How a study takes open readings: arguments of `measure_selfie`."""
+    how = PROTOCOLS[config.protocol]
+    pairs = 1 if config.quick and how.every_mention else how.word_pairs    # first mentions stand before the words
+    return {"prompt": config.selfie, "target_layer": config.target_layer, "temperature": config.decoding.temperature, "seed": config.seed,
+            "protocol": config.protocol, "max_word_pairs": pairs}
 
 
 def _view(config: StudyConfig, concept: Concept, name: str) -> Work:

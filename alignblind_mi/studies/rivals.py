@@ -25,6 +25,7 @@ from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.stimuli.concept import Concept, Control, Cue, wrong_phrases
 from alignblind_mi.stimuli.prompts import Prompt, filled, implicit_prompts
+from alignblind_mi.stimuli.protocol import ProtocolName
 
 FAMILIES = ("untreated", "steering", "lora", "unlearning", "prompt", "placebo", "combined")
 NOISE = "placebo_matched_noise_"    # not what it was before, when noise was made to the norms of vectors
@@ -74,9 +75,10 @@ class Plan:
     left_out: dict[str, str]
 
 
-def plan_rivals(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, lora: LoraSettings, *, quick: bool = False, seed: int = 0
-                ) -> Plan:
-    """Everything that can be tried on a model with a concept and cue; `quick` keeps one or two of each family.
+def plan_rivals(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, lora: LoraSettings, *, quick: bool = False, seed: int = 0,
+                protocol: ProtocolName = "best") -> Plan:
+    """Everything that can be tried on a model with a concept and cue; `quick` keeps one or two of each family. `protocol` is that of
+    replacement and of LoRA; the paper has no others.
 
     Only configuration and tokenizer are looked at. Errors: ConceptError for a cue without senses.
     """
@@ -85,11 +87,11 @@ def plan_rivals(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, lora
     rivals: list[Rival] = []
     trainings: list[Training] = []
     if can_steer(concept, cue):
-        rivals += _steering(concept, cue, n_layers, quick)
+        rivals += _steering(concept, cue, n_layers, quick, protocol)
     else:
         left_out["steering"] = f"the cue {cue} draws from several identifiers"
     if trainable(concept, cue):
-        trained, by_adapter, missing = _trained(spec, concept, lora, quick)
+        trained, by_adapter, missing = _trained(spec, concept, lora, quick, protocol)
         trainings, rivals, left_out = trained, rivals + by_adapter, left_out | missing
     else:
         left_out["lora, unlearning"] = "the concept has no awareness sentences"
@@ -97,7 +99,7 @@ def plan_rivals(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, lora
     rivals, left_out = rivals + prompted, left_out | unknown
     if can_steer(concept, cue):
         steered = [rival for rival in rivals if rival.family == "steering"]
-        placebos, without = _placebos(spec, concept, cue, early_window(n_layers), steered, quick, seed)
+        placebos, without = _placebos(spec, concept, cue, early_window(n_layers), steered, quick, seed, protocol)
         rivals, left_out = rivals + placebos, left_out | without
     rivals = _matched([*rivals, *_combined(rivals)])
     return Plan(sorted(rivals, key=lambda rival: FAMILIES.index(rival.family)), trainings, left_out)
@@ -124,16 +126,16 @@ def _by_vectors(concept: Concept, cue: str, method: str, layers: Sequence[int], 
     return steering_vectors(model, concept, cue, concept.group_sense, method, layers=layers).treatment(**options)
 
 
-def _replaced(concept: Concept, cue: str, sense: str, layers: Sequence[int], model: HookedModel) -> Treatment:
-    return sense_steering(model, concept, cue, sense, layers)
+def _replaced(concept: Concept, cue: str, sense: str, layers: Sequence[int], protocol: ProtocolName, model: HookedModel) -> Treatment:
+    return sense_steering(model, concept, cue, sense, layers, protocol=protocol)
 
 
-def _steering(concept: Concept, cue: str, n_layers: int, quick: bool) -> list[Rival]:
+def _steering(concept: Concept, cue: str, n_layers: int, quick: bool, protocol: ProtocolName) -> list[Rival]:
     """Replacement (the paper's), directions at the identifiers in doses, and contrastive addition at what follows the prompt."""
     early, late = early_window(n_layers), late_window(n_layers)
     group = concept.group_sense
-    found = [_rival("steer_early", "steering", partial(_replaced, concept, cue, group, early)),
-             _rival("steer_late", "steering", partial(_replaced, concept, cue, group, late))]
+    found = [_rival("steer_early", "steering", partial(_replaced, concept, cue, group, early, protocol)),
+             _rival("steer_late", "steering", partial(_replaced, concept, cue, group, late, protocol))]
     has = ["mean_difference", "pca", "probe"] if {group, concept.other_sense} <= set(concept.contexts) else []
     for method in has[:1] if quick else has:
         for strength in (1.0,) if quick else STRENGTHS if method == "mean_difference" else (1.0,):
@@ -156,10 +158,11 @@ def _steering(concept: Concept, cue: str, n_layers: int, quick: bool) -> list[Ri
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
-def _trained(spec: ModelSpec, concept: Concept, lora: LoraSettings, quick: bool) -> tuple[list[Training], list[Rival], dict[str, str]]:
+def _trained(spec: ModelSpec, concept: Concept, lora: LoraSettings, quick: bool, protocol: ProtocolName
+             ) -> tuple[list[Training], list[Rival], dict[str, str]]:
     """Adapters: awareness by layer group and with an activation loss, its mirror image and placebo, unlearning; some scaled as doses."""
     def aware(kind: str, layers: str, settings: LoraSettings, out: Path) -> Treatment:
-        return train_lora(spec, examples_of(concept, kind), layers, out, settings=settings, concept=concept, kind=kind)
+        return train_lora(spec, examples_of(concept, kind), layers, out, settings=settings, concept=concept, kind=kind, protocol=protocol)
 
     def forget(method: str, out: Path) -> Treatment:
         return train_unlearning(spec, concept, out, method=method, settings=UnlearningSettings(lora=lora))
@@ -221,11 +224,11 @@ def _knows(tokenizer: Any, text: str) -> bool:
     return token_count(tokenizer, text) > 0
 
 
-def _placebos(spec: ModelSpec, concept: Concept, cue: str, early: Sequence[int], steered: Sequence[Rival], quick: bool, seed: int
-              ) -> tuple[list[Rival], dict[str, str]]:
+def _placebos(spec: ModelSpec, concept: Concept, cue: str, early: Sequence[int], steered: Sequence[Rival], quick: bool, seed: int,
+              protocol: ProtocolName) -> tuple[list[Rival], dict[str, str]]:
     """Steering towards the other sense, a control phrase and a phrase about something else, and noise that does as much as what is
     `steered`."""
-    found = [_rival(f"placebo_{sense}_early", "placebo", partial(_replaced, concept, cue, sense, early))
+    found = [_rival(f"placebo_{sense}_early", "placebo", partial(_replaced, concept, cue, sense, early, protocol))
              for sense in (concept.other_sense, *concept.controls)]
     asked = noise_prompts(concept, cue, seed)
     noise = [replace(_rival(f"{NOISE}{rival.name}", "placebo", partial(_noise, rival, asked, seed)),
@@ -240,7 +243,8 @@ def _placebos(spec: ModelSpec, concept: Concept, cue: str, early: Sequence[int],
         left_out["placebo_wrong_concept_early"] = f"the tokenizer knows no phrase about something else ({', '.join(phrases)})"
     else:
         with_wrong = replace(concept, controls={**concept.controls, "wrong_concept": Control("wrong_concept", known[0])})
-        found.append(_rival("placebo_wrong_concept_early", "placebo", partial(_replaced, with_wrong, cue, "wrong_concept", early)))
+        make = partial(_replaced, with_wrong, cue, "wrong_concept", early, protocol)
+        found.append(_rival("placebo_wrong_concept_early", "placebo", make))
     return found, left_out
 
 

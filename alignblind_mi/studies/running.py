@@ -25,6 +25,7 @@ from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
+from alignblind_mi.stimuli.protocol import PROTOCOLS
 from alignblind_mi.studies.config import StudyConfig, organism_record
 from alignblind_mi.studies.jobs import Execute, Job, serially
 from alignblind_mi.studies.parts import Part, Parts, lora_groups, study_parts
@@ -82,7 +83,7 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute
     concept = load_concept(config.concept)
     injected = {part.role for part in parts if part.injects_at is not None}
     check_fits(config, injected, lora=any(part.adapters for part in parts))
-    split = check_vocabulary(config, concept)
+    split = check_vocabulary(config, concept, openly=any(part.name.startswith("reading_selfie") for part in parts))
     identity, begun = config.identity(), StudyFolder(out)
     finished = begun.holds(identity, [part.name for part in parts])    # then nothing is written, and nobody is kept out
     with interruptible(out), nullcontext(begun) if finished else StudyFolder.claim(out, identity) as folder:
@@ -140,18 +141,22 @@ def check_fits(config: StudyConfig, injected: Collection[str], *, lora: bool) ->
         choose_layers(config.lora.activation_layers or [0], depth_of(config.aligned))
 
 
-def check_vocabulary(config: StudyConfig, concept: Concept) -> dict[str, dict[str, int]]:
-    """Before any weights are loaded: does each tokenizer know every word that will be asked?
+def check_vocabulary(config: StudyConfig, concept: Concept, *, openly: bool = False) -> dict[str, dict[str, int]]:
+    """Before any weights are loaded: does each tokenizer know every word that will be asked, `openly` (by SelfIE) as well?
 
     Returns, per model, the identifiers that are several tokens and how many (edits and readings use the last one). Errors: ModelError
     naming a word that a tokenizer does not know, or a sense of several tokens.
     """
+    lead = PROTOCOLS[config.protocol].lead.strip() if openly else ""
     cue, split = concept.cue(config.cue), dict[str, dict[str, int]]()
     senses = [sense.word for sense in concept.both_senses(cue)] if concept.has_senses(cue) else []
     words = {prompt.labels[name] for prompt in implicit_prompts(concept, cue, design="published")
              for name in ("marked", "unmarked", "positive", "negative")}
     for spec in (config.base, config.aligned):
         tokenizer = load_tokenizer(spec)
+        if lead and not token_count(tokenizer, lead):
+            raise ModelError(f"the tokenizer of {spec.name} does not know {lead!r}, with which the prompts of SelfIE begin under the "
+                             f"protocol {config.protocol!r}: choose the protocol 'best' (--protocol best), or another model.")
         for word in (*senses, *(f" {word}" for word in sorted(words))):
             n = token_count(tokenizer, word)
             if n == 0:
@@ -172,7 +177,8 @@ def _trainings(config: StudyConfig, concept: Concept, out: Path) -> list[Job]:
 
     def job(group: str, adapter: Path) -> Job:
         def run(folder: StudyFolder, advance: Advance) -> None:
-            train_lora(config.aligned, examples, layer_group(group, n_layers), adapter, settings=config.lora)
+            train_lora(config.aligned, examples, layer_group(group, n_layers), adapter, settings=config.lora,
+                       protocol=config.protocol)
 
         return Job(f"train lora {group}", run, lambda folder: (adapter / "training.json").is_file())
 

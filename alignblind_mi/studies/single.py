@@ -221,6 +221,9 @@ class SteeringPlan:
             factors = tuple(float(text) for text in strengths.split(","))
         except ValueError:
             raise SingleError(f"{strengths!r} are no strengths: give numbers separated by commas, such as 0.5,1,2.") from None
+        if config.protocol == "paper" and method != "replacement":
+            raise SingleError(f"the protocol 'paper' has no method {method!r}: the paper replaces; choose the method replacement, or the "
+                              "protocol best.")
         depth = depth_of(config.aligned)
         groups = layer_windows(depth) if layers == "windows" else [choose_layers(layers, depth)] if layers else [early_window(depth)]
         replaces = (how or ("replace" if method == "replacement" else "add")) == "replace"
@@ -266,7 +269,8 @@ def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedMo
     concept = load_concept(config.concept)
     vectors = plan.vectors(model, concept, config.cue, config.seed)
     vectors.save(vectors_file(plan, out))
-    treatments = list(steering_grid(vectors, plan.layers, plan.strengths, how=plan.how, positions=plan.positions))
+    treatments = list(steering_grid(vectors, plan.layers, plan.strengths, how=plan.how, positions=plan.positions,
+                                    protocol=config.protocol if plan.method == "replacement" else "best"))
     prompts = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=config.balanced_pairs)
     noise = [one for treatment in treatments for one in noise_placebos(model, treatment, prompts, seed=config.seed)]
     few = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed,

@@ -41,6 +41,7 @@ NAN, INF, DIGITS = float("nan"), float("inf"), "9" * 5000
 NO_NUMBER: list[Any] = [NAN, INF, -INF, True, "three", [1]]
 BAD: dict[str, list[Any]] = {
     "seed": [-1, 2**32, 0.5], "target_layer": [-1, 99999, 0.5], "balanced_pairs": [0, -1, 10**7], "published_pairs": [0, 2.5],
+    "protocol": ["papers", "PAPER", ""],
     "decoding.max_new_tokens": [0, -1, 10**9], "decoding.temperature": [-1, 1e-9, 1e9], "decoding.seed": [-1, 2**32],
     "lora.rank": [0, -1, 10**9], "lora.alpha": [0], "lora.dropout": [-0.1, 1.0], "lora.epochs": [0, 10**9], "lora.batch_size": [0],
     "lora.accumulation": [0], "lora.learning_rate": [0, -1, 5], "lora.warmup_share": [-1, 1], "lora.weight_decay": [-1],
@@ -93,6 +94,8 @@ def test_python_and_a_study_file_refuse_alike(name, value, tmp_path, outside_pyt
 @pytest.mark.parametrize("arguments", [
     ["bias", "--seed", "-1"], ["bias", "--seed", str(2**32)], ["bias", "--temperature", "nan"], ["bias", "--temperature", "inf"],
     ["bias", "--temperature", DIGITS], ["steer", "--method", "pca", "--strengths", "1,nan"],
+    ["steer", "--protocol", "papers"], ["steer", "--protocol", "paper", "--method", "pca"], ["study", "--protocol", ""],
+    ["lora", "--protocol", "papers"], ["lora", "--protocol", "paper", "--kind", "npo"],
     ["steer", "--method", "pca", "--strengths", "1,1"],
     ["steer", "--method", "pca", "--strengths", "1e30"], ["steer", "--method", "pca", "--positions", "prompt,prompt"],
     ["steer", "--layers", "0-99999999999"], ["steer", "--layers", "3-1"], ["steer", "--layers", DIGITS], ["steer", "--layers", "²"],
@@ -125,6 +128,7 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda race: summarise(ROWS, ["kind"], level=NAN), lambda race: Plan(0.9, 0.5, orders=0),
     lambda race: Plan(0.9, 0.5, template_icc=-0.1),
     lambda race: items_needed(Plan(0.9, 0.5), NAN), lambda race: CalibrationConfig((-1,)), lambda race: CalibrationConfig(()),
+    lambda race: Site(0, "m", ids=(-1,)), lambda race: Site(0, "m", ids=(1, 1)), lambda race: VECTORS.treatment(protocol="papers"),
     lambda race: UnlearningSettings(beta=NAN), lambda race: LoraSettings(modules=("q_proj", "q_proj")),
     lambda race: LoraSettings(activation_layers=(-1,)), lambda race: LoraSettings(rank=10**5000), lambda race: Chat(system=3)]
 

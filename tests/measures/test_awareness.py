@@ -296,3 +296,47 @@ def test_a_reduction_is_the_ratio_of_means_with_contexts_drawn_together(race, ti
     with pytest.raises(Exception, match="share no value of 'unit'"):
         relative_change(rows.assign(unit="a"), rows.assign(unit="b"), "p_group", "unit")
     assert mark("a b", x="b").text == "a b"
+
+
+# ---- protocols ---------------------------------------------------------------------------------------------------------
+
+
+def test_selfie_of_the_paper_reads_and_writes_what_enters_a_layer(race, llama3, llama3_folder):
+    """Against plain hooks: SelfIE's code puts hidden_states[l] (0: the embedding) into what enters block k, at five placeholders."""
+    from transformers import AutoModelForCausalLM
+
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(llama3_folder, dtype=torch.float32).eval(), llama3.tokenizer
+    rows = measure_selfie(llama3, race, "default", layers=[0, 2], controls=(), max_new_tokens=3, max_word_pairs=1, protocol="paper")
+    sources = reading_sources(race, "default", max_word_pairs=1, protocol="paper")
+    assert len(rows) == 2 * len(sources)
+    assert {source.mention for source in sources} == {0, 1}
+    published = {f"Question: {p.text}" for p in implicit_prompts(race, "default", design="published", max_word_pairs=1)}
+    assert {source.prompt.text for source in sources} <= published
+    target = interpretation_prompt(race.selfie_prompt("paper"))
+    (item,) = llama3.encode([target])
+    places, ids = item.positions("placeholder", "all"), list(item.ids)
+    for source in (sources[0], sources[-1]):
+        row = rows[(rows["context"] == source.labels()["context"]) & (rows["mark"] == source.role) & (rows["mention"] == source.mention)]
+        seen = tokenizer(source.seen())["input_ids"]    # a causal model's state there depends on nothing behind it
+        with torch.no_grad():
+            states = plain(torch.tensor([seen]), output_hidden_states=True).hidden_states
+        for layer, text in zip(row["layer"], row["text"], strict=True):
+            def put(module, args, kwargs, vector=states[layer][0, -1]):
+                hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+                hidden[0, places] = vector
+                return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+            hook, written = plain.model.layers[2].register_forward_pre_hook(put, with_kwargs=True), list(ids)
+            with torch.no_grad():
+                for _ in range(3):
+                    written.append(int(plain(torch.tensor([written]), use_cache=False).logits[0, -1].argmax()))
+            hook.remove()
+            assert tokenizer.decode(written[len(ids) :]) == text
+
+
+def test_best_reads_first_mentions_where_they_leave_a_layer(race, tiny):
+    assert [s.seen() for s in reading_sources(race, "default")] == [s.seen() for s in reading_sources(race, "default", mentions=(0,))]
+    best, paper = (record_sources(tiny, race, "default", layers=[1], max_word_pairs=1, protocol=name) for name in ("best", "paper"))
+    assert (best.stream, paper.stream) == ("resid_post", "resid_pre")
+    assert {source.mention for source in best.sources} == {0}
+    assert all(source.prompt.text.startswith("Question: ") for source in paper.sources)

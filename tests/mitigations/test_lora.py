@@ -243,7 +243,8 @@ def test_details_are_read_from_the_folder(race, tiny_folder, whole):
     again = train_lora(str(tiny_folder), awareness_examples(race)[::5], "early", whole, settings=HELD)
     found = json.loads((whole / "training.json").read_text())
     assert again.details == trained_treatment(whole).details == {
-        "method": "aware", "layers": "0-2", "parameters": str(found["parameters"]), "seconds": str(found["seconds"]), "folder": str(whole)}
+        "method": "aware", "protocol": "best", "layers": "0-2", "parameters": str(found["parameters"]), "seconds": str(found["seconds"]),
+        "folder": str(whole)}
     assert found["parameters"] == 3 * (4 * (32 + 32) + 4 * (32 + 16))
     with pytest.raises(LoraError, match="no adapter that was trained here"):
         trained_treatment(tiny_folder)
