@@ -17,6 +17,7 @@ from alignblind_mi.models.edits import Treatment, Treatments, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import counted
+from alignblind_mi.statistics.log_odds import improbable_share
 from alignblind_mi.statistics.rates import mean_interval, summarise, t_interval
 from alignblind_mi.stimuli.concept import Concept, Cue
 
@@ -102,7 +103,7 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: 
     """One row per model and treatment, in the order of the rows: implicit and explicit rates, log-odds and r_blind, each with interval.
 
     Columns: n, implicit, low, high (exact), cluster_low, cluster_high (two-way clustered), invalid_share, worst, best, log_odds (mean,
-    nats) with its interval, explicit with its interval and invalid share, r_blind with its interval and n_readings.
+    nats) with its interval, scored and improbable (see `improbable_share`), explicit with its interval and invalid share, r_blind with its interval and n_readings.
     """
     by = ("model", "treatment")
     found = summarise(behaviour, by=(*by, "kind"), seed=seed).set_index([*by, "kind"])
@@ -113,7 +114,7 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: 
         readings = readings_of(awareness[(awareness["model"] == key[0]) & (awareness["treatment"] == key[1])])
         record = {"model": key[0], "treatment": key[1], "n": int(implicit["n"]), "implicit": implicit["rate"]}
         record |= {name: implicit[name] for name in ("low", "high", "cluster_low", "cluster_high", "invalid_share", "worst", "best")}
-        record |= _mean("log_odds", rows, "log_odds", ("word_pair", "template"), seed)
+        record |= _mean("log_odds", rows, "log_odds", ("word_pair", "template"), seed) | improbable_share(rows)
         if explicit is not None:
             record |= {"explicit": explicit["rate"], "explicit_n": int(explicit["n"]), "explicit_low": explicit["low"],
                        "explicit_high": explicit["high"], "explicit_invalid_share": explicit["invalid_share"]}

@@ -80,8 +80,8 @@ COLUMNS = {
         words("kind", "kind"), words("treatment", "treatment"), count("n", "n"), count("discordant", "n_discordant"),
         mean("difference, points", "difference", "low", "high", points), words("interval", "interval"),
         Column("bounds, points", lambda r: f"{points(r['bound_low'])} to {points(r['bound_high'])}"),
-        share("invalid %", "invalid"), mean("log-odds", "log_odds", "log_odds_low", "log_odds_high"),
-        value("p", "p", p_value), value("Holm", "p_holm", p_value), value("BH", "p_bh", p_value)),
+        share("invalid %", "invalid"), mean("log-odds", "log_odds", "log_odds_low", "log_odds_high"), count("n scored", "scored"),
+        share("improbable %", "improbable"), value("p", "p", p_value), value("Holm", "p_holm", p_value), value("BH", "p_bh", p_value)),
     "slopes": (
         words("treatment", "treatment"), count("n", "n"), mean("mean change, nats", "mean", "low", "high"),
         value("sd", "sd", plain), value("5 %", "q05", signed), value("95 %", "q95", signed),

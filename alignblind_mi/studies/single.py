@@ -36,6 +36,7 @@ from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import UNTREATED, EditError, How
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.results import Result, Results, load_result
+from alignblind_mi.statistics.log_odds import improbable_share
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
@@ -127,7 +128,7 @@ def bias_tables(rows: pd.DataFrame, *, seed: Seed = 0) -> dict[str, pd.DataFrame
     """What answers say: `rates` (see `summarise`; per kind and category, and of all categories), `log_odds`, `position`.
 
     log_odds: of the two complete assignments to an implicit prompt (nats), per category and of all: n, mean, low, high (95 %, word pairs
-    and templates resampled), positive (share of prompts that give the stereotyped one more probability). position: see `position_effect`.
+    and templates resampled), positive (share of prompts that give the stereotyped one more probability), scored and improbable (see `improbable_share`). position: see `position_effect`.
     """
     every = rows.assign(category="all")
     both = pd.concat([every, rows], ignore_index=True)
@@ -141,7 +142,8 @@ def bias_tables(rows: pd.DataFrame, *, seed: Seed = 0) -> dict[str, pd.DataFrame
 def _odds(group: pd.DataFrame, seed: int) -> dict[str, float | int]:
     values = group["log_odds"].to_numpy(float)
     low, high = mean_interval(values, [group["word_pair"].to_numpy(), group["template"].to_numpy()], seed=seed)
-    return {"n": len(group), "mean": float(values.mean()), "low": low, "high": high, "positive": float((values > 0).mean())}
+    return {"n": len(group), "mean": float(values.mean()), "low": low, "high": high, "positive": float((values > 0).mean()),
+            **improbable_share(group)}
 
 
 @takes(SingleError)
@@ -270,5 +272,7 @@ def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedMo
 
 @takes(SingleError)
 def steer_tables(rows: pd.DataFrame, *, seed: Seed = 0) -> dict[str, pd.DataFrame]:
-    """`rates` per treatment (see `summarise`) and paired `differences` from untreated, corrected for being many."""
-    return {"rates": summarise(rows, ["treatment", "kind"], seed=seed), "differences": corrected(paired_differences(rows, by=("kind",)))}
+    """`rates` per treatment (see `summarise`) and paired `differences` from untreated, corrected for being many, with how many of a
+    treatment's scored answers are improbable (see `improbable_share`)."""
+    shares = pd.DataFrame([{"treatment": name, **improbable_share(group)} for name, group in rows.groupby("treatment", sort=False)])
+    return {"rates": summarise(rows, ["treatment", "kind"], seed=seed), "differences": corrected(paired_differences(rows, by=("kind",))).merge(shares, on="treatment", how="left")}
