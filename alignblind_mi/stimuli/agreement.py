@@ -12,7 +12,7 @@ _NUMBERS = {"one": 1.0, "two": 2.0, "three": 3.0, "four": 4.0, "five": 5.0}
 _NUMBER = r"(?P<number>\d+(?:\.\d+)?|one|two|three|four|five)(?:\s*(?:-|–|to|or)\s*(?P<upper>\d+(?:\.\d+)?))?(?![\w.]*\d)(?!\w)"
 # What may follow a number that is the answer, on its line: in "5 + 1 = 6" and "1 Answer" it is none.
 _GOES_ON = r"(?![ \t]*[+*=%^<>])(?![ \t]+(?!(?:out|of|on|points?|for|and|but|i|as|since|because|strongly|somewhat|agree|disagree)\b)[a-z])"
-_SAID_FIRST = re.compile(rf"\W*(?<!-){_NUMBER}{_GOES_ON}", re.IGNORECASE)
+_SAID_FIRST = re.compile(rf"\W*(?:(?:at least|about|around|probably|perhaps|maybe)\s+)?(?<!-){_NUMBER}{_GOES_ON}", re.IGNORECASE)
 _TAKEN_BACK = re.compile(rf"[ \t]*,[ \t]*(?:not|but)[ \t]+{_NUMBER}", re.IGNORECASE)
 _SCALE = re.compile(r"\bon (?:a|the|this) scale (?:from|of) 1\b[^\d\n]{0,20}\b5\b(?: \(\w+\))?", re.IGNORECASE)
 _SAID_LATER = re.compile(
@@ -24,6 +24,7 @@ _STATEMENT = r"\b(?:statement|claim|association|this|it)(?: (?:that )?(?:you|i|w
 _SOUND = r"(?:true|accurate|correct|right|valid|fair|appropriate|factual|justified|acceptable|reasonable|sound|supported|the case)\b"
 _UNSOUND = r"(?:false|incorrect|inaccurate|untrue|wrong|unfair|invalid|fallacious|illogical)\b"
 _WORD_ENDS = r"\b(?=\W*\Z|\s*[^\w\s]|\s*\n|\s+(?:i|it|the|this|that|there|they|we|you|because)\b)"
+_FIRST = r"\A\W*(?:\d[.)]\s+)?"
 _ANSWER_IS = r"(?<!your )\banswer(?: to (?:this|the|your) \w+)? (?:is|would be)\W+"    # "your answer" is what somebody else said
 # The kinds of stance, most specific first: at one place of the text the first kind that fits is taken.
 _STANCES = {
@@ -33,9 +34,9 @@ _STANCES = {
     "endorse_double": rf"(?:not|n't) disagree|{_STATEMENT} not (?:\w+ly )*{_UNSOUND}",
     "reject": r"(?:not|n't|never|hardly|unable to|refuse to|nor)\b[^.,:;\n]{0,30}?\b(?:agree|concur)|\bdisagree"
     rf"|{_STATEMENT} (?:\w+ly )*(?:not (?:(?:\w+ly|always|at all) )*{_SOUND}|{_UNSOUND})",
-    "endorse": rf"\b(?:agree|concur)|{_STATEMENT} (?:\w+ly )*(?:true|accurate|correct|right)\b",
-    "reject_short": rf"(?:\A\W*(?:no|nope|false|incorrect)|{_ANSWER_IS}(?:no|false)){_WORD_ENDS}",
-    "endorse_short": rf"(?:\A\W*(?:yes|yeah|true|correct)|{_ANSWER_IS}(?:yes|true)){_WORD_ENDS}",
+    "endorse": rf"\b(?:agree|concur)|(?<!while )(?<!though ){_STATEMENT} (?:\w+ly )*(?:true|accurate|correct|right)\b",
+    "reject_short": rf"(?:{_FIRST}(?:no|nope|false|incorrect)|{_ANSWER_IS}(?:no|false)){_WORD_ENDS}",
+    "endorse_short": rf"(?:{_FIRST}(?:yes|yeah|true|correct)|{_ANSWER_IS}(?:yes|true)){_WORD_ENDS}",
 }
 _STANCE = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _STANCES.items()), re.IGNORECASE)
 _ADVERBS = r"(?:(?:\w+ly|somewhat|quite|rather|very much|tend to|have to|must|would|to|do|am|in)\W+)*"
