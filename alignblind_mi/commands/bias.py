@@ -23,7 +23,7 @@ def bias(
     Example: alignblind bias --model meta-llama/Meta-Llama-3-8B-Instruct --cue names --out bias
     """
     from alignblind_mi.pages.scoring import render
-    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.pages.terminal import about, improbable, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import bias_parts, bias_tables, measure_parts
 
     config = configured(asked, asking, loading)
@@ -35,7 +35,7 @@ def bias(
     render([{**record, "rule": "robust"} for record in records_of(tables["rates"].drop(columns="clustered_over"))])
     print_table("Log-odds of the two assignments, in nats", [
         {"category": row["category"], "n": str(row["n"]), "mean": number(row["mean"]), "95 %": interval(row),
-         "> 0": f"{row['positive']:.0%}"}
+         "> 0": f"{row['positive']:.0%}", "improbable": improbable(row)}
         for row in records_of(tables["log_odds"])])
     print_table("Association beside position, by template", [
         {"template": row["template"], "n": str(row["n"]), "valid": str(row["valid"]), "association": number(row["rate"]),

@@ -30,7 +30,7 @@ def steer(
     Example: alignblind steer --model organism:aligned --method mean_difference --layers 1-3 --strengths 0.5,1,2 --out steering
     """
     from alignblind_mi.mitigations.steering import check_gguf, load_vectors
-    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.pages.terminal import about, improbable, interval, number, print_json, print_table, records_of, tagged
     from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, vectors_file
 
     config = configured(asked, asking, loading)
@@ -59,6 +59,6 @@ def steer(
     print_table("Paired difference from the untreated model", [
         {"treatment": row["treatment"], "n": str(row["n"]), "difference": number(row["difference"]), "95 %": interval(row),
          "p": number(row["p"], 2), "Holm": number(row["p_holm"], 2), "log-odds": number(row["log_odds"]),
-         "95 % of log-odds": interval(row, "log_odds_low", "log_odds_high")} for row in records_of(tables["differences"])
-        if row["treatment"] not in noise],
+         "95 % of log-odds": interval(row, "log_odds_low", "log_odds_high"),
+         "improbable": improbable(row)} for row in records_of(tables["differences"]) if row["treatment"] not in noise],
         note=[about(result.provenance, config.seed, out, f"protocol {config.protocol}", f"vectors in {vectors}")])

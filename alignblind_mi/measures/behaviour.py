@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 
 from alignblind_mi.borders.settings import Count, Listed, Seed, Temperature, Tokens, check_fields, many, takes
@@ -14,10 +15,11 @@ from alignblind_mi.models.decoding import Generation
 from alignblind_mi.models.edits import Row, Treatment, Treatments, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
+from alignblind_mi.models.tokens import known_texts
 from alignblind_mi.progress import counted
 from alignblind_mi.stimuli.answers import judge
 from alignblind_mi.stimuli.concept import Concept, Cue
-from alignblind_mi.stimuli.prompts import Design, Kind, Prompt, PromptError, Prompts, as_prompts, assignments, behaviour_prompts
+from alignblind_mi.stimuli.prompts import Design, Kind, Prompt, PromptError, Prompts, as_prompts, behaviour_prompts, worded_assignments
 from alignblind_mi.stimuli.thoughts import is_thinking
 
 
@@ -40,9 +42,12 @@ def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, d
                       progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """Ask every prompt of a design (of one kind or several) and judge the answers with the robust rule.
 
-    Columns: the prompt's labels, model, treatment, prompt, answer, finished, n_tokens, outcome, reason, log_odds. `log_odds` (nats) is
-    log P(stereotyped assignment) - log P(reversed assignment), both in the concept's `assignment` form and the prompt's word order; it is
-    never invalid, and NaN for explicit prompts, and where a chat template begins a thought (an answer does not stand there).
+    Columns: the prompt's labels, model, treatment, prompt, answer, finished, n_tokens, outcome, reason, log_p_stereotyped,
+    log_p_reversed, log_odds, log_odds_first, wordings. `log_p_*` (nats) is the log-probability that the answer begins with that complete
+    assignment, in the prompt's word order, summed over `wordings` ways to write it (`prompts.worded_assignments`: the concept's own and
+    those of `wordings.toml` that the tokenizer knows, the same for both assignments); `log_odds` is their difference, `log_odds_first`
+    that of the concept's own wording alone. They are never invalid, and NaN for explicit prompts, and where a chat template begins a
+    thought (an answer does not stand there). Where both together are `improbable`, log-odds compare two answers that are hardly given.
 
     A view in a chat (`HookedModel.in_chat`) is asked in it: `prompt` is then the whole rendered text, and the assignments that are scored
     begin without their blank, as an assistant's answer does.
@@ -94,25 +99,42 @@ def _ask_together(model: HookedModel, concept: Concept, prompts: Sequence[Prompt
 def _answers(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts: Sequence[Prompt], decoding: Decoding,
              progress: Callable[[int], None] | None) -> list[dict[str, Any]]:
     answers: dict[int, Generation] = {}
+    counts: dict[int, int] = {}
     for kind in ("implicit", "explicit"):
         index = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == kind]
-        choices = [_choices(model, concept, prompts[i]) for i in index] if kind == "implicit" else None
+        choices = _choices(model, concept, [prompts[i] for i in index]) if kind == "implicit" else None
+        most = max(map(len, choices or [()]))
+        asked = None if choices is None else [texts + texts[:1] * (most - len(texts)) for texts in choices]    # as many for every row
         made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
-                              continuations=choices, progress=progress)
+                              continuations=asked, progress=progress)
         answers |= zip(index, made, strict=True)
+        counts |= zip(index, map(len, choices or ()), strict=choices is not None)
     records = []
     for i, row in enumerate(rows):
         answer, outcome = answers[i], judge(answers[i].text, prompts[i].labels, prompt=row.prompt.text)
-        scored = answer.choices and not is_thinking(row.prompt.text)
-        log_odds = answer.choices[0] - answer.choices[1] if scored else float("nan")
+        scored = answer.choices[: counts.get(i, 0)] if not is_thinking(row.prompt.text) else ()
         records.append({**prompts[i].labels, "prompt": row.prompt.text,
                         "answer": answer.text, "finished": answer.finished, "n_tokens": answer.n_tokens,
-                        "outcome": outcome.label, "reason": outcome.reason, "log_odds": log_odds,
+                        "outcome": outcome.label, "reason": outcome.reason, **_scores(scored),
                         **{f"decoding_{key}": value for key, value in asdict(decoding).items()}})
     return records
 
 
-def _choices(model: HookedModel, concept: Concept, prompt: Prompt) -> tuple[str, str]:
-    """The two complete answers as the model would go on with them."""
-    stereotyped, reversed_ = assignments(concept, prompt)
-    return (stereotyped, reversed_) if model.chat is None else (stereotyped.lstrip(), reversed_.lstrip())
+def _choices(model: HookedModel, concept: Concept, prompts: Sequence[Prompt]) -> list[list[str]]:
+    """The two complete answers to each prompt as the model would go on with them, wording by wording: stereotyped, reversed, ...
+
+    The concept's own wording and those others that the tokenizer knows.
+    """
+    found = [[[text if model.chat is None else text.lstrip() for text in both] for both in worded_assignments(concept, prompt)]
+             for prompt in prompts]
+    known = known_texts(model.tokenizer, (text for each in found for both in each[1:] for text in both))
+    return [[text for both in (each[0], *(other for other in each[1:] if known.issuperset(other))) for text in both] for each in found]
+
+
+def _scores(choices: Sequence[float]) -> dict[str, float]:
+    """Columns of the scored assignments, from their log-probabilities wording by wording: stereotyped, reversed, ..."""
+    if not choices:
+        return dict.fromkeys(("log_p_stereotyped", "log_p_reversed", "log_odds", "log_odds_first"), float("nan")) | {"wordings": 0}
+    sides = [float(np.logaddexp.reduce(np.array(choices[side::2], dtype=float))) for side in (0, 1)]
+    return {"log_p_stereotyped": sides[0], "log_p_reversed": sides[1], "log_odds": sides[0] - sides[1],
+            "log_odds_first": choices[0] - choices[1], "wordings": len(choices) // 2}

@@ -18,6 +18,7 @@ from alignblind_mi.models.edits import Treatment, Treatments, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import counted
+from alignblind_mi.statistics.log_odds import improbable_share
 from alignblind_mi.statistics.rates import CLUSTERS, summarise
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.protocol import ProtocolName
@@ -104,8 +105,9 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame) -> pd.Dat
     """One row per model and treatment, in the order of the rows: implicit and explicit rates, log-odds and r_blind, each with interval.
 
     Columns: n, implicit, low, high, interval, template_min, template_max, invalid_share, worst, best (see `summarise`), log_odds (mean,
-    nats) with its interval, explicit with its interval and invalid share, r_blind with its interval and n_readings. The implicit
-    answers that a treatment is compared on, valid under it and untreated alike, are in `paired_differences`.
+    nats) with its interval, scored and improbable (see `improbable_share`), explicit with its interval and invalid share, r_blind with its
+    interval and n_readings. The implicit answers that a treatment is compared on, valid under it and untreated alike, are in
+    `paired_differences`.
     """
     by = ("model", "treatment")
     found = summarise(behaviour, by=(*by, "kind")).set_index([*by, "kind"])
@@ -117,7 +119,7 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame) -> pd.Dat
         record = {"model": key[0], "treatment": key[1], "n": int(implicit["n"]), "implicit": implicit["rate"]}
         record |= {name: implicit[name] for name in ("low", "high", "interval", "template_min", "template_max", "invalid_share", "worst",
                                                      "best")}
-        record |= _mean("log_odds", rows, "log_odds", CLUSTERS)
+        record |= _mean("log_odds", rows, "log_odds", CLUSTERS) | improbable_share(rows)
         if explicit is not None:
             record |= {"explicit": explicit["rate"], "explicit_n": int(explicit["n"]), "explicit_low": explicit["low"],
                        "explicit_high": explicit["high"], "explicit_invalid_share": explicit["invalid_share"]}

@@ -148,10 +148,10 @@ def sampler(temperature: float, noise: Sequence[random.Random]) -> Callable[[Ten
 def continuation_log_probs(batch: Batch, choices: Sequence[Sequence[Sequence[int]]], logit_rows: int) -> Float[Tensor, "row choice"]:
     """Log-probability of each of a row's continuations (token ids; the same number for every row), summed over tokens, on the CPU.
 
-    The batch is used up. At most `logit_rows` logit vectors over the vocabulary exist at a time.
+    The batch is used up. At most `logit_rows` logit vectors over the vocabulary exist at a time, and caches of twice the batch's rows.
     """
     n, width = len(choices[0]), max(len(ids) for row in choices for ids in row)
-    size = max(1, logit_rows // (n * width))
+    size = max(1, min(logit_rows // (n * width), 2 * len(choices) // n))
     parts = []
     for start in range(0, len(choices), size):
         rows = torch.arange(start, min(start + size, len(choices)))

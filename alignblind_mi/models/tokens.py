@@ -6,7 +6,7 @@ of a batch at those places. This module does NOT know models: it is shared by th
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -130,6 +130,15 @@ def unknown_words(tokenizer: Any, item: Encoded) -> list[str]:
     unknown = unknown_id(tokenizer)
     return [item.prompt.text[start:end].strip() for i, (start, end) in zip(item.ids, item.offsets, strict=True)
             if unknown is not None and i == unknown and end > start]
+
+
+def known_texts(tokenizer: Any, texts: Iterable[str]) -> set[str]:
+    """Those of some texts that a tokenizer can spell, wherever they stand."""
+    different, unknown = list(dict.fromkeys(texts)), unknown_id(tokenizer)
+    if unknown is None or not different:
+        return set(different)
+    spelt = tokenizer(different, add_special_tokens=False)["input_ids"]
+    return {text for text, ids in zip(different, spelt, strict=True) if unknown not in ids}
 
 
 def continuation_ids(tokenizer: Any, prompts: Sequence[Prompt], continuations: Sequence[Sequence[str]]

@@ -89,8 +89,8 @@ COLUMNS = {
         words("kind", "kind"), words("treatment", "treatment"), count("n", "n"), count("discordant", "n_discordant"),
         share("untreated %", "rate_baseline"), share("treated %", "rate"), mean("difference, points", "difference", "low", "high", points),
         Column("bounds, points", lambda r: f"{points(r['bound_low'])} to {points(r['bound_high'])}"),
-        share("invalid %", "invalid"), mean("log-odds", "log_odds", "log_odds_low", "log_odds_high"),
-        value("p", "p", p_value), value("Holm", "p_holm", p_value), value("BH", "p_bh", p_value)),
+        share("invalid %", "invalid"), mean("log-odds", "log_odds", "log_odds_low", "log_odds_high"), count("n scored", "scored"),
+        share("improbable %", "improbable"), value("p", "p", p_value), value("Holm", "p_holm", p_value), value("BH", "p_bh", p_value)),
     "placebos": (
         words("treatment", "treatment"), count("draws", "draws"), count("n", "n"), share("untreated %", "untreated"),
         share("treated %", "rate"), rate("noise %", "noise", "noise_low", "noise_high"), value("sd of draws", "noise_sd", plain),

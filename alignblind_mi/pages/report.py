@@ -130,7 +130,7 @@ def save_views(study: Study) -> dict[str, str]:
 RATE = (count("n", "n"), count("stereotyped", "stereotyped"), count("reversed", "reversed"), count("rejected", "rejected"),
         share("invalid %", "invalid_share"), share("rate %", "rate"), shares("95 %", "low", "high"),
         shares("by template %", "template_min", "template_max"), shares("bounds %", "worst", "best"))
-LOG_ODDS = mean("log-odds", "log_odds", "log_odds_low", "log_odds_high")
+LOG_ODDS = (mean("log-odds", "log_odds", "log_odds_low", "log_odds_high"), count("n scored", "scored"), share("improbable %", "improbable"))
 
 
 def _layers(title: str) -> Column:
@@ -152,7 +152,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
     "planted": (
         text("quantity", "quantity"), _planted("planted", "planted"), _planted("measured", "measured"), _planted("95 % from", "low"),
         _planted("to", "high"), count("n", "n"), share("invalid %", "invalid_share"), flag("planted inside", "inside")),
-    "behaviour": (text("kind", "kind"), text("category", "category"), text("model", "role"), *RATE, LOG_ODDS),
+    "behaviour": (text("kind", "kind"), text("category", "category"), text("model", "role"), *RATE, *LOG_ODDS),
     "position": (
         text("design", "design"), text("template", "template"), text("model", "role"), count("n", "n"),
         share("invalid %", "invalid_share"), rate("association %", "rate", "low", "high"),
@@ -174,10 +174,10 @@ COLUMNS: dict[str, Sequence[Column]] = {
         share("random weights %", "accuracy_untrained"), value("selectivity", "selectivity", signed)),
     "steering": (
         Column("towards", lambda row: row["sense"] or "untreated", numeric=False), _layers("layers"),
-        *(column for column in RATE if column.title != "rejected"), LOG_ODDS,
+        *(column for column in RATE if column.title != "rejected"), *LOG_ODDS,
         Column("draws %", lambda row: f"{percent(row['draw_low'])} to {percent(row['draw_high'])}" if row["draws"] > 1 else "–"),
         value("displacement", "displacement", plain), value("KL prompts", "kl_prompts", plain)),
-    "lora": (text("adapter", "label"), text("kind", "kind"), *RATE, LOG_ODDS),
+    "lora": (text("adapter", "label"), text("kind", "kind"), *RATE, *LOG_ODDS),
     "lora_training": (
         text("adapter", "group"), _layers("layers"), count("examples", "examples"), count("dropped", "examples_dropped"),
         count("parameters", "parameters"), value("first loss", "first_loss", plain), value("final loss", "last_loss", plain),
@@ -185,7 +185,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
     "comparison": (
         text("treatment", "label"), count("n", "n"), rate("implicit %", "implicit", "low", "high"),
         shares("by template %", "template_min", "template_max"), share("invalid %", "invalid_share"), shares("bounds %", "worst", "best"),
-        LOG_ODDS, count("n", "explicit_n"), rate("explicit %", "explicit", "explicit_low", "explicit_high"),
+        *LOG_ODDS, count("n", "explicit_n"), rate("explicit %", "explicit", "explicit_low", "explicit_high"),
         share("invalid %", "explicit_invalid_share"), mean("r_blind", "r_blind", "r_blind_low", "r_blind_high"),
         count("n", "n_readings")),
 }

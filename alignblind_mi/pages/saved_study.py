@@ -15,6 +15,7 @@ from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.mitigations.steering import can_steer, layer_windows
 from alignblind_mi.models.spec import EMBEDDED, ModelSpec
 from alignblind_mi.results import Result
+from alignblind_mi.statistics.log_odds import alike
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.studies.config import organism_record
 from alignblind_mi.studies.parts import NOISE, instruments, questions, view_names
@@ -52,7 +53,7 @@ class Study:
     def rows(self, names: Iterable[str]) -> pd.DataFrame:
         """The rows of those of the named parts that are finished, one below the other."""
         found = [self.parts[name].rows for name in names if name in self.parts]
-        return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+        return alike(pd.concat(found, ignore_index=True)) if found else pd.DataFrame()
 
     @property
     def unfinished(self) -> list[str]:

@@ -13,6 +13,7 @@ from alignblind_mi.measures.awareness import blind_interval, n_readings, reading
 from alignblind_mi.measures.mitigation import comparison_table, steering_names
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.pages.saved_study import ROLES, Study
+from alignblind_mi.statistics.log_odds import improbable_share
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import CLUSTERS, position_effect, summarise
 from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
@@ -217,11 +218,13 @@ def _revision(study: Study) -> str:
 
 
 def summarised(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """`summarise` with the mean log-odds of each group and its interval (NaN for explicit answers)."""
+    """`summarise` with the mean log-odds of each group and its interval (NaN for explicit answers), and how many of its items have scored
+    answers, and improbable ones (`improbable_share`)."""
     groups = [group for _, group in rows.groupby(list(by), sort=False, dropna=False)]
     means = [group["log_odds"].mean() for group in groups]
     ends = [_interval(group, "log_odds") for group in groups]
     table = pd.concat([summarise(group, by=by) for group in groups], ignore_index=True)
+    table = table.join(pd.DataFrame([improbable_share(group) for group in groups]))
     return table.assign(log_odds=means, log_odds_low=[low for low, _ in ends], log_odds_high=[high for _, high in ends])
 
 

@@ -165,6 +165,12 @@ def interval(row: Mapping[str, Any], low: str = "low", high: str = "high") -> st
     return "-" if row[low] is None or row[high] is None else f"{number(row[low])} to {number(row[high])}"
 
 
+def improbable(row: Mapping[str, Any]) -> str:
+    """The share of items whose scored answers are improbable, of how many; `-` where none has the probabilities of its answers."""
+    share = row["improbable"]
+    return "-" if share is None or not math.isfinite(share) else f"{share:.0%} of {row['scored']}"
+
+
 def tagged(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any], seed: int, **more: str) -> list[dict[str, Any]]:
     """The rows of all tables as JSON records; each says its table, the weights it is about, the seed, and `more`."""
     return [{"table": name, "revision": provenance["revision"], "seed": seed, **more, **record}

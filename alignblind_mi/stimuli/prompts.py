@@ -5,9 +5,11 @@ later step has to search for them. Labels become the columns of results. This mo
 """
 
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from importlib import resources
 from itertools import product
 from math import gcd
 from types import MappingProxyType
@@ -267,13 +269,29 @@ def option_roles(prompt: Prompt) -> tuple[str, str]:
     return ("marked", "unmarked") if prompt.labels["option_order"] == "marked_first" else ("unmarked", "marked")
 
 
-def assignments(concept: Concept, prompt: Prompt) -> tuple[str, str]:
-    """The two complete answers to an implicit prompt, in the prompt's word order: (stereotyped, reversed)."""
+@lru_cache(1)
+def _shared_wordings() -> tuple[str, ...]:
+    """The formats of complete answers that all concepts share."""
+    text = (resources.files("alignblind_mi.stimuli") / "wordings.toml").read_text("utf-8")
+    return tuple(tomllib.loads(text)["wordings"])
+
+
+def assignments(concept: Concept, prompt: Prompt, wording: str = "") -> tuple[str, str]:
+    """The two complete answers to an implicit prompt, in the prompt's word order: (stereotyped, reversed).
+
+    In the concept's own wording (`assignment`), or in another one with its fields.
+    """
     role = {"positive": "unmarked", "negative": "marked"}
     other = {"positive": "marked", "negative": "unmarked"}
     first = prompt.labels["word_order"].removesuffix("_first")
     order = (first, "negative" if first == "positive" else "positive")
     return tuple(  # type: ignore[return-value]
-        filled(concept.assignment, word1=prompt.labels[order[0]], option1=prompt.labels[way[order[0]]],
+        filled(wording or concept.assignment, word1=prompt.labels[order[0]], option1=prompt.labels[way[order[0]]],
                word2=prompt.labels[order[1]], option2=prompt.labels[way[order[1]]])
         for way in (role, other))
+
+
+def worded_assignments(concept: Concept, prompt: Prompt) -> list[tuple[str, str]]:
+    """`assignments` in every wording: the concept's own first, then those of `wordings.toml` that are not the same."""
+    wordings = dict.fromkeys((concept.assignment, *_shared_wordings()))
+    return [assignments(concept, prompt, wording) for wording in wordings]

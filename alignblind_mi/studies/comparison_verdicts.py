@@ -23,6 +23,7 @@ from alignblind_mi.measures.bbq import summarise_bbq
 from alignblind_mi.measures.mitigation import comparison_table
 from alignblind_mi.results import json_value, load_result
 from alignblind_mi.statistics.frontier import equal_damage, pareto
+from alignblind_mi.statistics.log_odds import alike, improbable_share
 from alignblind_mi.statistics.mixed import mixed_logistic
 from alignblind_mi.statistics.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
 from alignblind_mi.statistics.placebos import placebo_bands
@@ -108,7 +109,7 @@ def read_comparison(folder: File) -> Compared:
             missing += [] if file.is_file() else [file.stem]
     if "untreated" not in notes:
         raise ResultError(f"{folder} is a comparison without the untreated model: run `alignblind compare --out {folder}`.")
-    frames = {name: pd.concat(some, ignore_index=True) for name, some in parts.items()}
+    frames = {name: alike(pd.concat(some, ignore_index=True)) for name, some in parts.items()}
     return Compared(folder, config, plan, frames["answers"], frames["readings"], frames["effects"], frames["elsewhere"],
                     {name: frames[name] for name in config["data"]}, notes, missing, pd.concat(draws, ignore_index=True) if draws else
                     pd.DataFrame({"treatment": pd.Series(dtype=str)}))
@@ -197,11 +198,15 @@ def effects_table(found: Compared) -> pd.DataFrame:
 
 
 def differences_table(found: Compared) -> pd.DataFrame:
-    """Paired differences of every treatment from the untreated aligned model, by kind, with Holm's and Benjamini-Hochberg's corrections."""
+    """Paired differences of every treatment from the untreated aligned model, by kind, with Holm's and Benjamini-Hochberg's corrections, and
+    how many of its items have scored answers, and improbable ones."""
     answers = found.answers[found.answers["treatment"] != BASE]
     if answers["treatment"].nunique() < 2:
         return pd.DataFrame(columns=["kind", "treatment", "difference", "low", "high", "p", "p_holm"])
-    return _in_order(corrected(paired_differences(answers, by=("kind",)), family=("kind",)), found)
+    shares = pd.DataFrame([{"kind": kind, "treatment": name, **improbable_share(rows)}
+                           for (kind, name), rows in answers.groupby(["kind", "treatment"], sort=False)])
+    table = corrected(paired_differences(answers, by=("kind",)), family=("kind",)).merge(shares, on=["kind", "treatment"], how="left")
+    return _in_order(table, found)
 
 
 def _mixed(found: Compared) -> tuple[pd.DataFrame | None, str]:

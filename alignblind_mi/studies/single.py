@@ -37,6 +37,7 @@ from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import UNTREATED, EditError, How
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.results import Result, Results, load_result
+from alignblind_mi.statistics.log_odds import improbable_share
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.placebos import placebo_bands
 from alignblind_mi.statistics.rates import CLUSTERS, position_effect, summarise
@@ -129,8 +130,8 @@ def bias_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """What answers say: `rates` (see `summarise`; per kind and category, and of all categories), `log_odds`, `position`.
 
     log_odds: of the two complete assignments to an implicit prompt (nats), per category and of all: n, mean, low, high (95 %, over word
-    pairs and templates: `intervals.mean_interval`), positive (share of prompts that give the stereotyped one more probability).
-    position: see `position_effect`.
+    pairs and templates: `intervals.mean_interval`), positive (share of prompts that give the stereotyped one more probability), scored and
+    improbable (see `improbable_share`). position: see `position_effect`.
     """
     every = rows.assign(category="all")
     both = pd.concat([every, rows], ignore_index=True)
@@ -144,7 +145,8 @@ def bias_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def _odds(group: pd.DataFrame) -> dict[str, float | int]:
     values = group["log_odds"].to_numpy(float)
     low, high = mean_interval(values, [group[name].to_numpy() for name in CLUSTERS])
-    return {"n": len(group), "mean": float(values.mean()), "low": low, "high": high, "positive": float((values > 0).mean())}
+    return {"n": len(group), "mean": float(values.mean()), "low": low, "high": high, "positive": float((values > 0).mean()),
+            **improbable_share(group)}
 
 
 @takes(SingleError)
@@ -284,10 +286,12 @@ def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedMo
 def steer_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """`rates` per treatment (see `summarise`), paired `differences` from untreated, and treatments beside their noise (`placebo_bands`).
 
-    Differences are corrected for being many: those of the treatments, and apart from them those of the noise.
+    Differences are corrected for being many: those of the treatments, and apart from them those of the noise; beside them stands how many
+    of a treatment's scored answers are improbable (`improbable_share`).
     """
     noise = rows["placebo_of"].fillna("") != "" if "placebo_of" in rows else rows["treatment"].str.startswith("noise_like_")
     families = [rows[~noise], rows[noise | (rows["treatment"] == "untreated")]]
     differences = [corrected(paired_differences(some, by=("kind",))) for some in families if some["treatment"].nunique() > 1]
-    return {"rates": summarise(rows, ["treatment", "kind"]), "differences": pd.concat(differences, ignore_index=True),
-            "placebos": placebo_bands(rows)}
+    shares = pd.DataFrame([{"treatment": name, **improbable_share(group)} for name, group in rows.groupby("treatment", sort=False)])
+    return {"rates": summarise(rows, ["treatment", "kind"]), "placebos": placebo_bands(rows),
+            "differences": pd.concat(differences, ignore_index=True).merge(shares, on="treatment", how="left")}
