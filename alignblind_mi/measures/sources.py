@@ -28,6 +28,7 @@ from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span, filled, imp
 from alignblind_mi.stimuli.protocol import PROTOCOLS, ProtocolName
 
 CONTROLS = ("random", "wrong_token", "anchor_group", "anchor_other", "text")
+NEGATIVE_CONTROLS = ("random", "wrong_token")    # what an identifier's reading must differ from
 TEXT_LAYER = -1
 _BEFORE = "before_identifier"
 _WORD_LABELS = ("category", "positive", "negative", "word_pair", "word_order")

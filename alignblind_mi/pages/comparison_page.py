@@ -124,8 +124,8 @@ COLUMNS = {
         share("unknown %", "unknown_share"),
         mean("bias score", "bias", "low", "high")),
     "audit": (
-        words("claim", "claim"), mean("estimate", "estimate", "low", "high"), count("n", "n"),
-        words("verdict", "verdict"), words("controls", "controls"), words("revision", "revision")),
+        words("claim", "claim"), mean("estimate", "estimate", "low", "high"), count("usable", "n"),
+        count("asked", "n_asked"), words("verdict", "verdict"), words("controls", "controls"), words("revision", "revision")),
     "left_out": (words("treatment", "treatment"), words("reason", "reason")),
 }
 

@@ -130,6 +130,7 @@ def save_views(study: Study) -> dict[str, str]:
 RATE = (count("n", "n"), count("stereotyped", "stereotyped"), count("reversed", "reversed"), count("rejected", "rejected"),
         share("invalid %", "invalid_share"), share("rate %", "rate"), shares("95 %", "low", "high"),
         shares("by template %", "template_min", "template_max"), shares("bounds %", "worst", "best"))
+LESS = mean("less its control", "less", "less_low", "less_high")
 LOG_ODDS = (mean("log-odds", "log_odds", "log_odds_low", "log_odds_high"), count("n scored", "scored"), share("improbable %", "improbable"))
 
 
@@ -147,8 +148,8 @@ def _planted(title: str, name: str) -> Column:
 
 COLUMNS: dict[str, Sequence[Column]] = {
     "audit": (
-        text("claim", "claim"), mean("estimate", "estimate", "low", "high"), count("n", "n"), text("verdict", "verdict"),
-        text("controls", "controls"), text("revision", "revision")),
+        text("claim", "claim"), mean("estimate", "estimate", "low", "high"), count("usable", "n"), count("asked", "n_asked"),
+        text("verdict", "verdict"), text("controls", "controls"), text("revision", "revision")),
     "planted": (
         text("quantity", "quantity"), _planted("planted", "planted"), _planted("measured", "measured"), _planted("95 % from", "low"),
         _planted("to", "high"), count("n", "n"), share("invalid %", "invalid_share"), flag("planted inside", "inside")),
@@ -159,7 +160,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
         rate("position %", "position", "position_low", "position_high"), flag("confounded", "confounded")),
     "awareness": (
         text("question", "question"), text("model", "role"), CONTROL, count("n readings", "n"), count("layers", "layers"),
-        mean("r_blind", "r_blind", "low", "high"), value("mean ΔP(group word)", "d_group", signed),
+        mean("r_blind", "r_blind", "low", "high"), LESS, value("mean ΔP(group word)", "d_group", signed),
         value("mean ΔP(other word)", "d_other", signed), value("P(group word) unpatched", "base_group", plain),
         value("P(other word) unpatched", "base_other", plain)),
     "awareness_layers": (
@@ -167,7 +168,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
         mean("ΔP", "mean", "low", "high"), value("P unpatched", "unpatched", plain)),
     "instruments": (
         text("instrument", "panel"), text("model", "role"), CONTROL, count("n readings", "n"), count("layers", "layers"),
-        mean("mean reading", "mean", "low", "high"), share("group sense %", "p_group"), share("other sense %", "p_other")),
+        mean("mean reading", "mean", "low", "high"), LESS, share("group sense %", "p_group"), share("other sense %", "p_other")),
     "probes": (
         text("model", "role"), count("layer", "layer"), count("n sentences", "tested"),
         rate("accuracy %", "accuracy", "accuracy_low", "accuracy_high"), share("shuffled labels %", "accuracy_shuffled"),

@@ -10,6 +10,7 @@ from alignblind_mi.borders.reading import is_file, read_object
 from alignblind_mi.errors import ResultError
 from alignblind_mi.intervals import mean_interval
 from alignblind_mi.measures.awareness import blind_interval, n_readings, readings_of, selfie_table, summarise_readings
+from alignblind_mi.measures.controls import less_controls
 from alignblind_mi.measures.mitigation import comparison_table, steering_names
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.pages.saved_study import ROLES, Study
@@ -54,14 +55,18 @@ def curves_table(study: Study) -> pd.DataFrame:
 
 
 def scores_table(study: Study) -> pd.DataFrame:
-    """One row per question, role and control (none first): r_blind with interval, n readings and the unpatched probabilities."""
-    records = []
-    for (question, role, control), group in _all_readings(study).groupby(["interpretation", "role", "control"], sort=False):
+    """One row per question, role and control (none first): r_blind with interval, n readings and the unpatched probabilities.
+
+    Of the readings themselves also r_blind less that of the control that leaves the least (less, less_low, less_high, against).
+    """
+    records, rows = [], _all_readings(study)
+    for (question, role, control), group in rows.groupby(["interpretation", "role", "control"], sort=False):
         low, high = blind_interval(group)
         records.append({"question": question, "role": role, "control": control, "n": n_readings(group), "layers": group["layer"].nunique(),
                         "r_blind": group["blind"].mean(), "low": low, "high": high, "d_group": group["d_group"].mean(),
                         **{name: group[name].mean() for name in ("d_other", "base_group", "base_other")}})
-    return pd.DataFrame.from_records(records)
+    less = less_controls(rows, ("interpretation", "role")).rename(columns={"interpretation": "question"}).drop(columns="n")
+    return pd.DataFrame.from_records(records).merge(less.assign(control=""), on=["question", "role", "control"], how="left")
 
 
 def _instrument_rows(study: Study) -> pd.DataFrame:
@@ -73,8 +78,11 @@ def _instrument_rows(study: Study) -> pd.DataFrame:
 
 
 def instruments_table(study: Study) -> pd.DataFrame:
-    """One row per instrument, role and control: mean reading (-1 the group sense, 1 the other) with its interval, n readings."""
-    return summarise_readings(_instrument_rows(study), by=("panel", "role", "control"))
+    """One row per instrument, role and control: mean reading (-1 the group sense, 1 the other) with its interval, n readings; of the
+    readings themselves also what is left of them beyond their control, see `scores_table`."""
+    rows = _instrument_rows(study)
+    less = less_controls(rows, ("panel", "role")).drop(columns="n").assign(control="")
+    return summarise_readings(rows, by=("panel", "role", "control")).merge(less, on=["panel", "role", "control"], how="left")
 
 
 def instrument_layers_table(study: Study) -> pd.DataFrame:
@@ -163,7 +171,7 @@ def audit_table(study: Study) -> pd.DataFrame:
     revision = _revision(study)
     aligned, base = study.rows(["behaviour_aligned"]), study.rows(["behaviour_base"]).assign(treatment="base")
     readings = [study.rows([f"awareness_base_{QUESTION}"]).assign(treatment="base"), study.rows([f"awareness_aligned_{QUESTION}"])]
-    read = pd.concat([readings_of(part) for part in readings if len(part)]) if all(map(len, readings)) else pd.DataFrame()
+    read = pd.concat(readings) if all(map(len, readings)) else pd.DataFrame()
     records = alignment_claims(pd.concat([base, aligned]), read, revision) if len(base) else []
     treated = study.rows([*steering_parts(study), *noise_parts(study), *lora_parts(study)])
     if len(treated):

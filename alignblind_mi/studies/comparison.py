@@ -26,6 +26,7 @@ from alignblind_mi.measures.awareness import measure_awareness, measure_lens, me
 from alignblind_mi.measures.behaviour import ask, ask_under, measure_behaviour
 from alignblind_mi.measures.mitigation import early_window
 from alignblind_mi.measures.side_effects import measure_side_effects
+from alignblind_mi.measures.sources import NEGATIVE_CONTROLS
 from alignblind_mi.mitigations.lora import trainable
 from alignblind_mi.mitigations.placebos import EFFECTS, NOISE_PAIRS, SEEDS, treatment_effects, with_effects
 from alignblind_mi.mitigations.steering import ROLES
@@ -214,9 +215,11 @@ def _answers(model: HookedModel, concept: Concept, config: StudyConfig, advance:
 
 
 def _readings(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
-    """The patchscope at the first two mentions, and whatever other instruments the concept has the data for at the first."""
+    """The patchscope at the first two mentions (of an untreated model beside its controls, which the audit asks for), and whatever other
+    instruments the concept has the data for at the first."""
     parts = [measure_awareness(model, concept, config.cue, reading=next(iter(concept.interpretations)), target_layer=config.target_layer,
-                               controls=(), mentions=(0, 1), max_word_pairs=READING_PAIRS, seed=config.seed)]
+                               controls=NEGATIVE_CONTROLS if model.treatment.family == "untreated" else (), mentions=(0, 1),
+                               max_word_pairs=READING_PAIRS, seed=config.seed)]
     for name in instruments(concept, config.cue, config.selfie):
         if name == "selfie":
             parts.append(measure_selfie(model, concept, config.cue, controls=(), **selfie_options(config)))

@@ -18,7 +18,7 @@ from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
 from alignblind_mi.intervals import StatisticsError, mean_interval
-from alignblind_mi.measures.awareness import summarise_readings
+from alignblind_mi.measures.awareness import readings_of, summarise_readings
 from alignblind_mi.measures.bbq import summarise_bbq
 from alignblind_mi.measures.mitigation import comparison_table
 from alignblind_mi.results import json_value, load_result
@@ -28,7 +28,7 @@ from alignblind_mi.statistics.mixed import mixed_logistic
 from alignblind_mi.statistics.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
 from alignblind_mi.statistics.placebos import placebo_bands
 from alignblind_mi.statistics.rates import CLUSTERS, position_rates, summarise
-from alignblind_mi.studies.audit import alignment_claims, claim, methods_opening, rows_by, software, treatment_claim
+from alignblind_mi.studies.audit import Check, alignment_claims, claim, methods_opening, rows_by, software, treatment_claim
 from alignblind_mi.studies.comparison import DRAWS, MEASURED, part_name
 
 BASE = "base"    # what the untreated base model is called among the treatments
@@ -63,7 +63,12 @@ class Compared:
 
     @property
     def blind(self) -> pd.DataFrame:
-        """The patchscope's readings."""
+        """The patchscope's readings, without their controls."""
+        return readings_of(self.read_beside_controls)
+
+    @property
+    def read_beside_controls(self) -> pd.DataFrame:
+        """The patchscope's readings, and those of the controls of both untreated models."""
         return self.readings[self.readings["instrument"] == "patchscope"]
 
     @property
@@ -125,7 +130,7 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
     asked = found.answers[(found.answers["kind"] == "implicit") & (found.answers["option_order"] != "")]
     tables["position"] = _in_order(position_rates(asked, ("treatment",), cluster=CLUSTERS), found)
     tables["categories"] = _in_order(summarise(found.answers, by=("treatment", "kind", "category")), found)
-    tables["readings"] = _in_order(summarise_readings(found.readings, ("treatment", "instrument")), found)
+    tables["readings"] = _in_order(summarise_readings(readings_of(found.readings), ("treatment", "instrument")), found)
     if len(found.elsewhere):
         tables["elsewhere"] = _in_order(summarise(found.elsewhere, by=("treatment", "concept", "cue", "kind")), found)
     mixed, why = _mixed(found)
@@ -338,7 +343,7 @@ def audit_table(found: Compared, tables: dict[str, pd.DataFrame]) -> pd.DataFram
     """
     rows, implicit = rows_by(tables["comparison"]), _implicit_differences(tables)
     revision = found.notes["untreated"]["revision"]
-    records = alignment_claims(found.answers, found.blind, revision) if BASE in rows else []
+    records = alignment_claims(found.answers, found.read_beside_controls, revision) if BASE in rows else []
     asked = pd.concat([found.implicit, found.draws], ignore_index=True)
     wrong = rows_by(tables["points"][tables["points"]["damage_measure"] == "wrong"])
     for name, row in rows.items():
@@ -363,7 +368,7 @@ def _family_claims(found: Compared, tables: dict[str, pd.DataFrame]) -> list[dic
     table, out = tables["equal_damage"], list[dict[str, Any]]()
     if "difference" not in table:
         return out
-    n = rows_by(tables["comparison"])["untreated"]["n"]
+    paired, curve_of = _implicit_differences(tables), {rival["treatment"]: rival.get("curve") for rival in found.plan["rivals"]}
     for curve in AWARE:
         for measure in DAMAGES:
             known = table[(table["family"] == curve) & (table["damage_measure"] == measure) & table["difference"].notna()]
@@ -372,9 +377,12 @@ def _family_claims(found: Compared, tables: dict[str, pd.DataFrame]) -> list[dic
             row = max(known.to_dict("records"), key=lambda one: one["damage"])
             if row["damage"] < LEAST_DAMAGE:
                 continue
+            compared = [item for name, item in paired.items() if curve_of.get(name) in (curve, FORGETTING)]
+            fewest = min(compared, key=lambda item: item["n"])
+            checks = [Check("interval above 0", bool(row["difference_low"] > 0))]
             out.append(claim(f"{curve} towards awareness beats unlearning at equal {measure} ({row['damage']:.2g})", row["difference"],
-                             (row["difference_low"], row["difference_high"]), n, row["difference_low"] > 0,
-                             "benefits interpolated along dose curves, never beyond them", found.notes["untreated"]["revision"]))
+                             (row["difference_low"], row["difference_high"]), fewest["n"], fewest["n_items"], checks,
+                             found.notes["untreated"]["revision"], note="benefits interpolated along dose curves, never beyond them"))
     return out
 
 
