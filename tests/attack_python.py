@@ -1016,6 +1016,7 @@ def model_cases(to: Attack) -> None:
     asked = [mark("Here are some words. Each word is black or white.", marked="black", unmarked="white")]
     on("noise_like", "seed", DRAWN, lambda m, v, p: noise_like(m, vectors(p).treatment(), asked, seed=v))
     on("noise_placebos", "n", WHOLE, lambda m, v, p: noise_placebos(m, vectors(p).treatment(), asked, n=v))
+    on("noise_placebos", "seed", DRAWN, lambda m, v, p: noise_placebos(m, vectors(p).treatment(), asked, seed=v))
     on("combine", "treatments", ((Treatment("a", adapter="x"), Treatment("b", adapter="y")), ("abc",), ()), lambda m, v, p: combine(*v))
     for label in ("under a file", "NUL", "over-long name", "foreign folder", "lone surrogate"):
         for name in ("save", "export_gguf"):

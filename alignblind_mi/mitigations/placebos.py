@@ -36,10 +36,11 @@ Tokens = list[Float[Tensor, "_ d_model"]]    # one tensor a prompt
 def noise_like(model: HookedModel, treatment: Treatment, prompts: Prompts, *, seed: Seed = 0) -> Treatment:
     """The placebo of any steering: noise at the same places that displaces the residual stream as far, where the treated window ends.
 
-    What is added, or ablated, becomes one random direction for all layers, with the treatment's norms; what is replaced stays, plus noise
-    as long as it is far from what would have replaced it, token by token, in one direction for all layers. One scale for all of it makes
-    the displacement after the last treated layer, averaged over the treated tokens of (at most 16 of) the prompts, the treatment's within
-    half a per cent. Where one vector acts at several marks, one direction does. `details` hold `of`, `seed` and `scale`.
+    What is added, or ablated, becomes one random direction for all layers, with the treatment's norms. What is replaced stays, plus noise
+    as long as it is far from what would have replaced it, token by token: in the first layer the whole of it, and from there on as much
+    more, in the same direction, as the displacement grows (or less of it in the first layer, where it shrinks). One scale makes the
+    displacement after the last treated layer, averaged over the treated tokens of (at most 16 of) the prompts, the treatment's within half
+    a per cent. Where one vector acts at several marks, one direction does. `details` hold `of`, `seed` and `scale`.
 
     Errors: EditError for a treatment without edits, or whose edits act at no token of the prompts.
     """
@@ -159,20 +160,25 @@ def _noise(treatment: Treatment, seed: int, scale: float) -> Treatment:
     """A treatment with a random direction for each vector that it has in a layer, the same in all layers, at a scale."""
     first: dict[tuple[int, int], str] = {}    # one vector at several marks of a layer stays one
     drawn: dict[tuple[int, str, str], Tensor] = {}
-    edits = []
+    edits, start = list[Edit](), min(edit.site.layer for edit in treatment.edits)
     for edit in treatment.edits:
         mark = first.setdefault((edit.site.layer, edit.vector.data_ptr()), f"{edit.site.mark}|{edit.site.occurrence}|{edit.site.units}")
         key = (edit.site.layer, edit.site.stream, mark)
         if key not in drawn:
             length = edit.vector if edit.how == "add" else torch.ones_like(edit.vector) / math.sqrt(edit.vector.numel())
             drawn[key] = random_like(length.float(), f"{seed}|{edit.site.stream}|{mark}")
-        edits.append(_noisy(edit, drawn[key], scale))
+        edits.append(_noisy(edit, drawn[key], scale, start))
     about = {"placebo": "noise", "of": treatment.name, "seed": str(seed), "scale": f"{scale:.6g}"}
     return replace(treatment, name=f"noise_like_{treatment.name}_seed{seed}", edits=tuple(edits), family="placebo",
                    details={**treatment.details, **about})
 
 
-def _noisy(edit: Edit, drawn: Float[Tensor, " size"], scale: float) -> Edit:
-    """What noise does in the place of an edit: it is added, as far as a replacement would have gone."""
-    return replace(edit, vector=drawn, how="add", strength=scale * (1.0 if edit.how == "replace" else edit.strength),
-                   as_far_as=edit.vector if edit.how == "replace" else edit.as_far_as)
+def _noisy(edit: Edit, drawn: Float[Tensor, " size"], scale: float, start: int) -> Edit:
+    """What noise does in the place of an edit: it is added, as far as a replacement would have gone.
+
+    A replacement is made anew in each layer, where noise adds up: a scale up to 1 is of the first layer alone, what is above of the others.
+    """
+    if edit.how != "replace":
+        return replace(edit, vector=drawn, how="add", strength=scale * edit.strength)
+    return replace(edit, vector=drawn, how="add", strength=min(scale, 1.0) if edit.site.layer == start else max(scale - 1.0, 0.0),
+                   as_far_as=edit.vector)

@@ -145,10 +145,20 @@ def test_noise_of_a_replacement_keeps_the_mean_of_the_stream(aligned, prompts, t
     moved = aligned.record(noise.rows(prompts), sites)[:, 0] - clean
     edit = next(edit for edit in noise.edits if edit.site.layer == first and edit.site.mark == "marked")
     v = next(edit.vector for edit in treatment.edits if edit.site.layer == first and edit.site.mark == "marked")
-    lengths = edit.strength * (v - clean).norm(dim=-1)
+    assert edit.strength == 1.0, "the whole of it in the first layer"
+    lengths = (v - clean).norm(dim=-1)
     torch.testing.assert_close(moved, lengths[:, None] * edit.vector / edit.vector.norm(), atol=1e-3, rtol=1e-4)
     mean = clean.mean(0)
-    assert torch.cosine_similarity((clean + moved).mean(0), mean, dim=0) > 0.8
+    assert float((clean + moved).mean(0) @ mean / (mean @ mean)) == pytest.approx(1, abs=0.2)
+
+
+def test_noise_of_a_replacement_follows_its_displacement_through_the_window(aligned, prompts, treatments):
+    sites = [Site(layer, "marked", occurrence=0) for layer in WINDOW]
+    clean = aligned.record([Row(prompt) for prompt in prompts], sites)
+    wanted, found = ((aligned.record(one.rows(prompts), sites) - clean).norm(dim=-1).mean(0)
+                     for one in (treatments["replace"], noise_like(aligned, treatments["replace"], prompts)))
+    assert found[0] == pytest.approx(float(wanted[0]), rel=1e-4)
+    assert torch.allclose(found, wanted, rtol=0.25)
 
 
 def test_what_acts_on_what_follows_is_matched_at_the_last_token(aligned, race, prompts):

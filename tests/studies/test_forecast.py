@@ -6,10 +6,12 @@ import forked
 import pytest
 from transformers import AutoModelForCausalLM
 
+from alignblind_mi.mitigations.placebos import SAMPLE, SEEDS
 from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.forecast import fit, forecast, measured_rate, parameter_count, study_load
+from alignblind_mi.studies.parts import MATCHING
 from alignblind_mi.studies.running import load_study, run_study
 
 
@@ -50,6 +52,8 @@ def test_the_rows_of_the_forecast_are_those_of_the_study(config, tmp_path):
     assert rows["behaviour"] == stages["behaviour"]["rows"]
     assert rows["balanced"] == stages["balanced"]["rows"]
     assert stages["steering"]["rows"] > rows["steering"], "with the readings of the compared windows"
+    matching = 2 * SEEDS * MATCHING * SAMPLE    # two windows
+    assert stages["noise"]["rows"] == rows["noise"] + matching
 
 
 def test_a_rate_is_measured_and_makes_a_time(config):
