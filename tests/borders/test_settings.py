@@ -28,8 +28,8 @@ from alignblind_mi.mitigations.unlearning import UnlearningSettings
 from alignblind_mi.models.chat import Chat
 from alignblind_mi.models.edits import Edit, EditError, Site
 from alignblind_mi.models.spec import ModelSpec
-from alignblind_mi.statistics.power import Plan, items_needed
 from alignblind_mi.statistics.paired import difference_draws
+from alignblind_mi.statistics.power import Plan, items_needed
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept_check import concept_problems
 from alignblind_mi.stimuli.prompts import behaviour_prompts, fill, filled, implicit_prompts
