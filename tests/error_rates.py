@@ -2,7 +2,7 @@
 
 Writes docs/error_rates.json, the numbers that the statistics page of the documentation shows, and docs/error_rates.png, its figure.
 
-    python tests/error_rates.py [--simulations 1000]
+    python tests/error_rates.py [--simulations 1000]    # --redraw: the figure alone, from the numbers that are there
 """
 
 import argparse
@@ -20,6 +20,7 @@ from alignblind_mi.intervals import mean_interval
 from alignblind_mi.pages.figures.style import INK, SERIES_COLOURS, in_style, legend_below, marker_of
 
 DOCS = Path(__file__).parents[1] / "docs"
+NUMBERS = DOCS / "error_rates.json"
 SPREADS = (0.0, 0.5, 1.0, 2.0)
 RATE_WORLDS: dict[str, list[World]] = {    # a panel each; along it the templates' standard deviation grows
     **{f"{k} templates, rate 50 %": [World(templates=k, template_sd=sd) for sd in SPREADS] for k in (2, 3, 4, 6)},
@@ -49,14 +50,12 @@ DIFFERENCES: dict[str, list[World]] = {    # a true difference
 }
 
 
-def main(simulations: int) -> None:
+def simulate(simulations: int) -> None:
     rates = {panel: {name: [rate_coverage(world, procedure, simulations if name != "clustered bootstrap" else simulations // 4)
                             for world in worlds] for name, procedure in RATES.items()} for panel, worlds in RATE_WORLDS.items()}
-    nulls = _changes(NULLS, simulations)
-    found = {"simulations": simulations, "spreads": SPREADS, "effects": EFFECTS, "rates": rates, "nulls": nulls,
+    found = {"simulations": simulations, "spreads": SPREADS, "effects": EFFECTS, "rates": rates, "nulls": _changes(NULLS, simulations),
              "differences": _changes(DIFFERENCES, simulations), "readings": _readings(simulations)}
-    (DOCS / "error_rates.json").write_text(json.dumps(_rounded(found), indent=1) + "\n", "utf-8")
-    _draw(rates, nulls).savefig(DOCS / "error_rates.png", dpi=110)
+    NUMBERS.write_text(json.dumps(_rounded(found), indent=1) + "\n", "utf-8")
 
 
 def _changes(panels: dict[str, list[World]], simulations: int) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
@@ -105,7 +104,7 @@ def _draw(rates: dict[str, Any], nulls: dict[str, Any]) -> Figure:
     legend_below(above, axes[0].get_legend_handles_labels()[0])
     lower = list(below.subplots(2, 6, sharex=True, sharey=True).T.flat)
     for axis, (panel, found) in zip(lower, nulls.items(), strict=True):
-        _lines(axis, panel.replace(", ", ",\n", 1).replace(" (", "\n("), EFFECTS,
+        _lines(axis, panel.replace(", ", "\n").replace(" (", "\n("), EFFECTS,
                {name: [one[1] for one in points] for name, points in found.items()})
         axis.axhline(0.05, color=INK, lw=0.9, ls=(0, (4, 3)))
     below.supylabel("p < .05 where there is no difference", fontsize=9)
@@ -119,10 +118,15 @@ def _lines(axis: Axes, title: str, x: tuple[float, ...], found: dict[str, list[f
         j = [*RATES, "former"].index(name)
         axis.plot(x, values, color=INK if name == "ours" else SERIES_COLOURS[j % len(SERIES_COLOURS)], lw=2.0 if name == "ours" else 1.1,
                   marker=marker_of(j), ms=4.5, label=name)
-    axis.set_title(title, fontsize=8)
+    axis.set_title(title, fontsize=8, loc="left")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=1000, help="worlds drawn of each kind")
-    main(parser.parse_args().simulations)
+    parser.add_argument("--redraw", action="store_true", help="draw the numbers that are there, without simulating")
+    given = parser.parse_args()
+    if not given.redraw:
+        simulate(given.simulations)
+    numbers = json.loads(NUMBERS.read_text("utf-8"))
+    _draw(numbers["rates"], numbers["nulls"]).savefig(DOCS / "error_rates.png", dpi=110)
