@@ -1,8 +1,8 @@
 """What the documentation says that is known elsewhere, put in when it is built: numbers, commands, public names, modules, notebooks.
 
 A hook of MkDocs (see mkdocs.yml). Pages are Jinja templates with the functions in `FUNCTIONS`; what a page asks for and is not there stops
-the build. Nothing here is written down twice: numbers come from docs/calibration.json and docs/error_rates.json, commands from Typer, names from the package,
-floors from the list that tests/test_floors.py keeps, and notebooks are shown as they were run (docs/executed.py).
+the build. Nothing here is written down twice: numbers come from docs/calibration.json and docs/error_rates.json, commands from Typer, names
+from the package, floors from the list that tests/test_floors.py keeps, and notebooks are shown as they were run (docs/executed.py).
 """
 
 import ast
