@@ -82,9 +82,9 @@ def rate_interval(hits: np.ndarray, clusters: Sequence[np.ndarray], *, valid: np
     """The interval of a rate, sum(hits) / sum(valid), of answers that share clusters, such as word pairs and templates.
 
     hits: [n], 1 for a success; clusters: none, one or two arrays of [n] labels; valid: [n], which answers count (default all).
-    The half-width of the module, never less than that of independent answers, is taken on a scale on which rates near 0 and 1 are spread
-    out: quantiles of Student's t with `LINK` degrees of freedom. So the ends lie within 0 and 1, and twelve answers that all agree
-    do not make an interval without width.
+    The half-width of the module is taken on a scale on which rates near 0 and 1 are spread out: quantiles of Student's t with `LINK`
+    degrees of freedom. So the ends lie within 0 and 1. They are never nearer than those of independent answers (of the logit, with half
+    an answer more on either side: Gart 1966), so that twelve answers that all agree do not make an interval without width.
 
     A variable with one label adds nothing: the statement is about that template alone. Where several were asked and one alone has valid
     answers, nothing can be told of the others: (0, 1), "none", as where no answer is valid or nothing clusters. Without cluster
@@ -92,7 +92,7 @@ def rate_interval(hits: np.ndarray, clusters: Sequence[np.ndarray], *, valid: np
 
     Errors: StatisticsError for more than two cluster variables, or labels or `valid` of another length.
     """
-    from scipy.special import ndtri
+    from scipy.special import expit, logit, ndtri
 
     hits = as_numbers(hits, "the values")
     codes, kept = _varying(clusters, len(hits)), _valid(valid, len(hits))
@@ -102,13 +102,13 @@ def rate_interval(hits: np.ndarray, clusters: Sequence[np.ndarray], *, valid: np
     codes = [code[kept] for code in codes]
     if all(len(np.unique(code)) == n > 1 for code in codes):
         return RateInterval(*exact_interval(successes, n, level), "exact")
-    spread, z = Spread.of(hits[kept], codes), float(ndtri((1 + level) / 2))
-    middle = (successes + 0.5) / (n + 1)
-    half = max(spread.half_width(level), z * float(np.sqrt(middle * (1 - middle) / (n + 1))))
+    half, middle = Spread.of(hits[kept], codes).half_width(level), (successes + 0.5) / (n + 1)
     if not np.isfinite(half):
         return RateInterval(0.0, 1.0, "none")
-    low, high = _on_link(middle, half)
-    return RateInterval(min(low, successes / n), max(high, successes / n), "clustered")
+    clustered = _on_link(middle, half)
+    apart = float(ndtri((1 + level) / 2)) / float(np.sqrt((n + 1) * middle * (1 - middle)))
+    independent = [float(expit(logit(middle) + side * apart)) for side in (-1, 1)]
+    return RateInterval(min(clustered[0], independent[0], successes / n), max(clustered[1], independent[1], successes / n), "clustered")
 
 
 def _on_link(middle: float, half: float) -> tuple[float, float]:

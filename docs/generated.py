@@ -1,8 +1,8 @@
 """What the documentation says that is known elsewhere, put in when it is built: numbers, commands, public names, modules, notebooks.
 
 A hook of MkDocs (see mkdocs.yml). Pages are Jinja templates with the functions in `FUNCTIONS`; what a page asks for and is not there stops
-the build. Nothing here is written down twice: numbers come from docs/calibration.json, commands from Typer, names from the package,
-floors from the list that tests/test_floors.py keeps, and notebooks are shown as they were run (docs/executed.py).
+the build. Nothing here is written down twice: numbers come from docs/calibration.json and docs/error_rates.json, commands from Typer, names
+from the package, floors from the list that tests/test_floors.py keeps, and notebooks are shown as they were run (docs/executed.py).
 """
 
 import ast
@@ -53,6 +53,47 @@ def advice(*instruments: str) -> str:
     from alignblind_mi.studies.verdicts import advice
 
     return "\n".join(f"* {line}" for line in advice([record(name) for name in instruments] or records()))
+
+
+def error_rates() -> dict[str, Any]:
+    """What tests/error_rates.py simulated."""
+    return json.loads((ROOT / "docs" / "error_rates.json").read_text("utf-8"))
+
+
+def coverage_table() -> str:
+    """Coverage of rates in every simulated world, by procedure."""
+    found, rows = error_rates(), [["world", "templates differ by", *next(iter(error_rates()["rates"].values()))]]
+    for world, procedures in found["rates"].items():
+        rows += [[world if not i else "", f"{spread:g}", *(f"{points[i][0]:.0%}" for points in procedures.values())]
+                 for i, spread in enumerate(found["spreads"])]
+    return _table(rows)
+
+
+def size_table() -> str:
+    """How often no difference was taken for one, and p and interval disagreed."""
+    found = error_rates()
+    rows = [["world", "effect differs by", "p < .05: former", "p < .05: ours", "disagreed: former", "disagreed: ours"]]
+    for world, by in found["nulls"].items():
+        rows += [[world if not i else "", f"{spread:g}", *(f"{by[name][i][k]:.1%}" for k in (1, 2) for name in ("former", "ours"))]
+                 for i, spread in enumerate(found["effects"])]
+    return _table(rows)
+
+
+def difference_table() -> str:
+    """Coverage of true differences."""
+    found = error_rates()
+    rows = [["world", "effect differs by", "former", "ours"]]
+    for world, by in found["differences"].items():
+        rows += [[world if not i else "", f"{spread:g}", *(f"{by[name][i][0]:.0%}" for name in ("former", "ours"))]
+                 for i, spread in enumerate(found["effects"])]
+    return _table(rows)
+
+
+def readings_table() -> str:
+    """Coverage of means of readings and patches."""
+    found = error_rates()["readings"]
+    return _table([["values", "contexts or word pairs alone", "with templates"],
+                   *([name, f"{by['one unit']:.0%}", f"{by['ours']:.0%}"] for name, by in found.items())])
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -199,15 +240,16 @@ def _folder_page(name: str) -> str:
 
 def _root_page() -> str:
     roots = [module for name in floors() if name not in folders() and not name.startswith("__") for module in modules(name)]
-    return "\n\n".join(["# Results, progress, errors", *(f"::: {module}" for module in roots)]) + "\n"
+    return "\n\n".join(["# Results, progress, intervals, errors", *(f"::: {module}" for module in roots)]) + "\n"
 
 
 # ---- the hook ----------------------------------------------------------------------------------------------------------
 
 FUNCTIONS = {"calibrated": calibrated, "calibration_table": calibration_table, "advice": advice, "record": record, "records": records,
              "commands": commands, "public_names": public_names,
-             "floor_table": floor_table, "protocol_table": protocol_table,
-             "protocol_stays": protocol_stays}
+             "floor_table": floor_table, "protocol_table": protocol_table, "protocol_stays": protocol_stays, "error_rates": error_rates,
+             "coverage_table": coverage_table, "size_table": size_table, "difference_table": difference_table,
+             "readings_table": readings_table}
 
 
 @event_priority(100)    # before the plugins, which take notebooks from the list

@@ -1,6 +1,6 @@
 """Figure 2 of the paper: implicit and explicit bias of the base and the aligned model, by category.
 
-Three outcomes, rates of valid answers with an exact and a clustered interval, bounds over the invalid ones, and the log-odds of the two
+Three outcomes, rates of valid answers with their interval, bounds over the invalid ones, and the log-odds of the two
 complete answers.
 
 Usage: python experiments/figure2_behaviour.py --out DIR [--base M --aligned M] [--quick]

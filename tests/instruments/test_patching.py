@@ -341,7 +341,7 @@ def test_outcomes_are_shares_of_the_difference():
 
 
 def test_summaries_count_what_has_no_effect():
-    rows = pd.DataFrame({"layer": 0, "word_pair": list("aabbcc"), "template": list("tutu") + ["t", "u"], "direction": "denoise",
+    rows = pd.DataFrame({"layer": 0, "word_pair": list("aabbcc"), "template": list("tututu"), "direction": "denoise",
                          "effect": [1.0, 0.5, 0.0, float("nan"), 0.5, 0.5], "clean": [1.0, 2.0, 1.0, 0.01, -2.0, 4.0], "corrupt": 0.0,
                          "moved": [1.0, 1.0, 0.0, 1.0, -1.0, 2.0], "log_odds": 2.0, "p_stereotyped": 0.5,
                          "flipped": [1.0, float("nan"), 0.0, 0.0, float("nan"), 1.0]})

@@ -167,7 +167,7 @@ def test_scores_of_made_up_answers_are_the_paper_s_formulas(choose, dis, amb, ac
 
 
 def test_a_mixture_by_hand():
-    mixture = (6, 10, 3, 4)    # 6 of 10 right; 4 answers other than unknown, 3 of them biased
+    mixture = (6.0, 10, 3.0, 4.0)    # 6 of 10 right; 4 answers other than unknown, 3 of them biased
     assert bias_score(*mixture, "disambig") == pytest.approx(2 * 3 / 4 - 1)
     assert bias_score(*mixture, "ambig") == pytest.approx((1 - 0.6) * (2 * 3 / 4 - 1))
 
@@ -191,7 +191,7 @@ def test_intervals_take_questions_as_the_units(items):
     assert np.allclose(doubled["high"] - doubled["low"], table["high"] - table["low"], rtol=0.1), "the same answers twice say nothing new"
     one = summarise_bbq(rows[rows["question_index"] == "0"]).set_index("condition").loc["disambig"]
     assert (one["low"], one["high"], one["accuracy_low"], one["accuracy_high"]) == (-1, 1, 0, 1)    # one question says nothing of others
-    right = summarise_bbq(answered(items, lambda item: item.correct))
+    right = summarise_bbq(answered(items, lambda item: item.label))
     assert (right["high"] - right["low"] > 0.1).all(), "a few dozen right answers do not make an interval without width"
     with pytest.raises(BBQError, match="no column 'model'"):
         summarise_bbq(rows.drop(columns="model"))

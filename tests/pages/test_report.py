@@ -64,9 +64,10 @@ def readings(role: str, treatment: dict[str, str], question: str) -> pd.DataFram
     places = product(("", "random", "text"), ("a", "b", "c"), ("marked", "unmarked"), range(N_LAYERS))
     for control, context, mark, layer in places:
         d_group, d_other = random.normal(0.1, 0.05), random.normal(0.2 if role == "aligned" else -0.1, 0.05)
-        records.append({"instrument": "patchscope", "interpretation": question, "control": control, "context": context, "mark": mark,
-                        "identifier": mark, "mention": 0, "layer": layer, "p_group": 0.3 + d_group, "p_other": 0.4 + d_other,
-                        "d_group": d_group, "d_other": d_other, "base_group": 0.3, "base_other": 0.4, "blind": d_other - d_group})
+        records.append({"instrument": "patchscope", "interpretation": question, "control": control, "context": context,
+                        "template": f"t{context > chr(97)}", "mark": mark, "identifier": mark, "mention": 0, "layer": layer,
+                        "p_group": 0.3 + d_group, "p_other": 0.4 + d_other, "d_group": d_group, "d_other": d_other,
+                        "base_group": 0.3, "base_other": 0.4, "blind": d_other - d_group})
     return pd.DataFrame(records).assign(model=f"some/{role}", role=role, **treatment)
 
 
@@ -253,7 +254,7 @@ def test_the_numbers_are_those_of_the_statistics(finished, page):
     assert found["n"] == str(expected["n"])
     assert found["rate %"] == f"{100 * expected['rate']:.1f}"
     assert found["invalid %"] == f"{100 * expected['invalid_share']:.1f}"
-    assert found["exact 95 %"] == f"{100 * expected['low']:.1f}–{100 * expected['high']:.1f}"
+    assert found["95 %"] == f"{100 * expected['low']:.1f}–{100 * expected['high']:.1f}"
     assert found["by template %"] == f"{100 * expected['template_min']:.1f}–{100 * expected['template_max']:.1f}"
     assert found["bounds %"] == f"{100 * expected['worst']:.1f}–{100 * expected['best']:.1f}"
     assert f"{100 * expected['rate']:.1f} % of {expected['n'] - expected['invalid']} valid answers" in page.words("summary")
@@ -461,7 +462,7 @@ def test_signed_numbers(value, shown):
 
 
 @pytest.mark.parametrize(("name", "title"), [
-    ("behaviour", "exact 95 %"), ("steering", "exact 95 %"), ("lora", "exact 95 %"), ("position", "association %"),
+    ("behaviour", "95 %"), ("steering", "95 %"), ("lora", "95 %"), ("position", "association %"),
     ("position", "position %"), ("comparison", "implicit %"), ("comparison", "explicit %")])
 def test_every_rate_comes_with_n_interval_and_invalid_share(page, name, title):
     titles, rows = page.cells[name][0], page.cells[name][1:]
