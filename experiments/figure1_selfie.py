@@ -2,7 +2,7 @@
 
 With the controls (unambiguous words, the word before, random vectors, the text alone), and by which share readings of the group sense are
 fewer in the aligned model than in the base model (the paper: -74.4 % for Llama 3 70B). An organism is read by the prompt that its record
-names, and sampled; other models by the paper's prompt, greedily.
+names, and sampled; other models by the paper's prompt and protocol, greedily.
 
 Usage: python experiments/figure1_selfie.py --out DIR [--base M --aligned M] [--quick]
 """

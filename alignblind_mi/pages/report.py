@@ -271,8 +271,8 @@ def _command(study: Study) -> str:
     usual = 1.0 if study.record.get("decoding") == "sample" else 0.0
     temperature = config["decoding"].get("temperature", usual)
     words += [] if temperature == usual else ["--temperature", str(temperature)]
-    usual, protocol = "best" if study.record else "paper", config.get("protocol", "best")
-    words += [] if protocol == usual else ["--protocol", protocol]
+    protocol = config.get("protocol", "best")
+    words += [] if protocol == ("best" if study.record else "paper") else ["--protocol", protocol]
     if config.get("chat"):
         words += ["--chat", *(["--system", config["chat"]["system"]] if config["chat"]["system"] else [])]
     for name, default in (("dtype", None), ("device_map", None), ("quantization", None), ("engine", "auto")):

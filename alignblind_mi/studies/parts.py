@@ -256,7 +256,8 @@ def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
 def selfie_options(config: StudyConfig) -> dict[str, Any]:
     """How a study takes open readings: arguments of `measure_selfie`."""
     how = PROTOCOLS[config.protocol]
-    pairs = 1 if config.quick and how.every_mention else how.word_pairs    # first mentions stand before the words
+    fewer = 1 if config.quick else config.published_pairs or how.word_pairs
+    pairs = min(fewer, how.word_pairs) if how.every_mention else how.word_pairs    # first mentions stand before the words
     return {"prompt": config.selfie, "target_layer": config.target_layer, "temperature": config.decoding.temperature, "seed": config.seed,
             "protocol": config.protocol, "max_word_pairs": pairs}
 

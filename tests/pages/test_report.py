@@ -22,6 +22,7 @@ from alignblind_mi.pages.saved_study import expected_parts, read_study
 from alignblind_mi.results import Result, load_result, save_result
 from alignblind_mi.statistics.rates import summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
+from alignblind_mi.stimuli.protocol import DIFFERENCES, STAYS
 from alignblind_mi.studies import config as studies, parts as study_parts_of
 from alignblind_mi.studies.single import bias_parts, measure_parts
 
@@ -295,7 +296,8 @@ def test_training_facts_are_reported(page):
 
 def test_provenance_names_models_versions_and_commands(page):
     words = page.words("provenance")
-    command = "--base some/base --aligned some/aligned --concept race --cue default --seed 0 --dtype float32 --quick --out study"
+    command = ("--base some/base --aligned some/aligned --concept race --cue default --seed 0 --protocol best --dtype float32 --quick "
+               "--out study")
     for said in ("some/aligned", "sha256:2", "torch 2.6.0", "2025-01-02T03:04:05+00:00", "arXiv 2506.00253", "alignblind report study",
                  f"alignblind study {command}"):
         assert said in words
@@ -307,6 +309,18 @@ def test_the_limits_follow_the_configuration(page, tmp_path):
     sampled = make_study(tmp_path / "study", without=("steering", "lora"), decoding=asdict(Decoding(temperature=0.7)))
     assert "temperature 0.7" in Page(write_report(sampled)).words("limits")
     assert "Calibration device" not in page.words("summary")
+
+
+@pytest.mark.usefixtures("unsaved")
+def test_the_page_says_which_protocol_it_is_and_what_that_means(page, tmp_path):
+    assert "Protocol: best" in page.words("summary"), "of a former version, which wrote none"
+    assert all(one.best in page.words("provenance") and one.paper not in page.words("provenance") for one in DIFFERENCES)
+    paper = Page(write_report(make_study(tmp_path / "study", without=("steering", "lora"), protocol="paper")))
+    assert "Protocol: paper" in paper.words("summary")
+    assert all(one.paper in paper.words("provenance") and one.best not in paper.words("provenance") for one in DIFFERENCES)
+    assert all(line in paper.words("limits") and line not in page.words("limits") for line in STAYS)
+    assert "--protocol" not in paper.words("provenance"), "it is what a study of real models is"
+    assert "protocol 'paper'" in " ".join(paper.text.values())
 
 
 def test_the_same_rows_give_the_same_page(finished):
