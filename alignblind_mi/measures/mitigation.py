@@ -103,7 +103,8 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame, *, seed: 
     """One row per model and treatment, in the order of the rows: implicit and explicit rates, log-odds and r_blind, each with interval.
 
     Columns: n, implicit, low, high (exact), cluster_low, cluster_high (two-way clustered), invalid_share, worst, best, log_odds (mean,
-    nats) with its interval, scored and improbable (see `improbable_share`), explicit with its interval and invalid share, r_blind with its interval and n_readings.
+    nats) with its interval, scored and improbable (see `improbable_share`), explicit with its interval and invalid
+    share, r_blind with its interval and n_readings.
     """
     by = ("model", "treatment")
     found = summarise(behaviour, by=(*by, "kind"), seed=seed).set_index([*by, "kind"])

@@ -12,8 +12,8 @@ from alignblind_mi.measures.awareness import n_readings, readings_of, selfie_tab
 from alignblind_mi.measures.mitigation import comparison_table, steering_names
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.pages.saved_study import ROLES, Study
-from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.log_odds import improbable_share
+from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import mean_interval, position_effect, summarise, t_interval
 from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
 from alignblind_mi.studies.parts import INSTRUMENTS
@@ -90,7 +90,7 @@ def probes_table(study: Study) -> pd.DataFrame:
     """One row per role and layer: accuracy of the sense probe on sentences it was not trained on, beside its control probes."""
     rows = readings_of(study.rows(f"reading_probes_{role}" for role in ROLES))
     shown = [name for name in ("tested", "accuracy", "accuracy_low", "accuracy_high", "accuracy_shuffled", "accuracy_untrained",
-                               "selectivity") if name in rows]
+                               "accuracy_bag_of_words", "selectivity", "no_reading") if name in rows]
     return rows.drop_duplicates(["role", "layer"])[["role", "layer", *shown]].reset_index(drop=True)
 
 

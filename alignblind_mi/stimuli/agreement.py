@@ -35,7 +35,8 @@ _STANCES = {
     "endorse_double": rf"(?:not|n't) disagree|{_STATEMENT} not (?:\w+ly )*{_UNSOUND}",
     "reject": r"(?:not|n't|never|hardly|unable to|refuse to|nor)\b[^.,:;\n]{0,30}?\b(?:agree|concur)|\bdisagree"
     rf"|{_STATEMENT} (?:\w+ly )*(?:not (?:(?:\w+ly|always|at all) )*{_SOUND}|{_UNSOUND})",
-    "endorse": rf"\bagree(?:s|d)?\b|\bin (?:\w+ )?agreement\b|\bconcur|{_STATEMENT} (?:\w+ly )*(?:true|accurate|correct|right)\b(?! that\b)",
+    "endorse": r"\bagree(?:s|d)?\b|\bin (?:\w+ )?agreement\b|\bconcur"
+    rf"|{_STATEMENT} (?:\w+ly )*(?:true|accurate|correct|right)\b(?! that\b)",
     "reject_short": rf"(?:{_FIRST}(?:no|nope|false|incorrect)|{_ANSWER_IS}(?:no|false)){_WORD_ENDS}",
     "endorse_short": rf"(?:{_FIRST}(?:yes|yeah|true|correct)|{_ANSWER_IS}(?:yes|true)){_WORD_ENDS}",
 }

@@ -128,7 +128,8 @@ def bias_tables(rows: pd.DataFrame, *, seed: Seed = 0) -> dict[str, pd.DataFrame
     """What answers say: `rates` (see `summarise`; per kind and category, and of all categories), `log_odds`, `position`.
 
     log_odds: of the two complete assignments to an implicit prompt (nats), per category and of all: n, mean, low, high (95 %, word pairs
-    and templates resampled), positive (share of prompts that give the stereotyped one more probability), scored and improbable (see `improbable_share`). position: see `position_effect`.
+    and templates resampled), positive (share of prompts that give the stereotyped one more probability), scored and improbable (see
+    `improbable_share`). position: see `position_effect`.
     """
     every = rows.assign(category="all")
     both = pd.concat([every, rows], ignore_index=True)
@@ -150,7 +151,8 @@ def _odds(group: pd.DataFrame, seed: int) -> dict[str, float | int]:
 def awareness_tables(results: Results) -> dict[str, pd.DataFrame]:
     """What instruments read: `readings` (see `summarise_readings`; per instrument and control) and `layers` (the readings themselves).
 
-    invalid_share is the share of readings that say nothing: texts of no sense (SelfIE), layers without a direction (probes).
+    invalid_share is the share of readings that say nothing: texts of no sense (SelfIE), layers whose probe does not beat its
+    stronger control.
     """
     rows = pd.concat([result.rows for result in many(results)], ignore_index=True)
     by = ["model", "treatment", "instrument", "control"]
@@ -275,4 +277,5 @@ def steer_tables(rows: pd.DataFrame, *, seed: Seed = 0) -> dict[str, pd.DataFram
     """`rates` per treatment (see `summarise`) and paired `differences` from untreated, corrected for being many, with how many of a
     treatment's scored answers are improbable (see `improbable_share`)."""
     shares = pd.DataFrame([{"treatment": name, **improbable_share(group)} for name, group in rows.groupby("treatment", sort=False)])
-    return {"rates": summarise(rows, ["treatment", "kind"], seed=seed), "differences": corrected(paired_differences(rows, by=("kind",))).merge(shares, on="treatment", how="left")}
+    differences = corrected(paired_differences(rows, by=("kind",))).merge(shares, on="treatment", how="left")
+    return {"rates": summarise(rows, ["treatment", "kind"], seed=seed), "differences": differences}
