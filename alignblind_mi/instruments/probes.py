@@ -6,6 +6,7 @@ saturate on inputs between the classes, as a logistic probe's does. A probe show
 it (Belinkov 2022): its accuracy stands beside that of control tasks (Hewitt and Liang 2019). This module does NOT know prompts or senses.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,17 @@ def train_probes(resid: Float[Tensor, "vector layer d_model"], labels: Bool[np.n
     within = torch.cat([resid[~labels] - low, resid[labels] - high]).square().mean(0).clamp_min(1e-12)
     difference = (high - low) / within
     return Probes(tuple(layers), (low + high) / 2, 2 * difference / (difference * (high - low)).sum(-1, keepdim=True).clamp_min(1e-12))
+
+
+def bag_of_words(train: Sequence[str], labels: Bool[np.ndarray, " train"], test: Sequence[str], known: Bool[np.ndarray, " test"]) -> float:
+    """What a probe of the words of a text alone is worth: the accuracy on `test` of the same probe on which words occur, in any order.
+
+    Texts are templates: their {fields} are no words. What it gets right needs no model, and shows no sense that a model has made out.
+    """
+    words = [set(re.findall(r"\w+", re.sub(r"\{\w+\}", " ", text).lower())) for text in (*train, *test)]
+    vocabulary = sorted(set().union(*words[: len(train)]))
+    there = torch.tensor([[[float(word in said) for word in vocabulary]] for said in words])
+    return float(train_probes(there[: len(train)], labels, [0]).accuracy(there[len(train) :], known)[0])
 
 
 def shuffled(labels: Bool[np.ndarray, " vector"], groups: Sequence[str], seed: int) -> Bool[np.ndarray, " vector"]:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from alignblind_mi.borders.settings import AnyLayers, Count, Layer, Mentions, Names, Seed, Temperature, Tokens, takes
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.lens import Translators, lens_readings
 from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
-from alignblind_mi.instruments.probes import shuffled, train_probes
+from alignblind_mi.instruments.probes import bag_of_words, shuffled, train_probes
 from alignblind_mi.intervals import Interval, exact_interval, mean_interval
 from alignblind_mi.measures.sources import CONTROLS, TEXT_LAYER, Contexts, Recorded, Source, record_contexts, record_sources
 from alignblind_mi.models.edits import Row, acts_in
@@ -36,6 +36,7 @@ _READING = ["context", "mark", "mention", "identifier"]    # columns that tell r
 READ_OVER = ("context", "template")    # what the intervals of readings are clustered over
 VECTOR_CONTROLS = tuple(name for name in CONTROLS if name != "text")    # instruments that only read have nothing to ask of a text
 SHUFFLES, UNTRAINED = 10, 3    # control probes, whose accuracies are averaged
+PROBE_CONTROLS = {"shuffled": "drawn labels", "untrained": "random weights", "bag_of_words": "the words of the sentence"}
 UNTRAINED_UP_TO = 2_000_000_000    # parameters up to which a model of random weights is made beside the model
 
 
@@ -206,9 +207,11 @@ def lens_sources(recorded: Recorded, concept: Concept, *, translators: Translato
 class ProbeReadings:
     """What probes say of the ambiguous prompts (`rows`), and how good they are (`accuracy`).
 
-    accuracy: probe ("sense", "shuffled" or "untrained"), layer, n (sentences tested, each at several places), accuracy (of all places),
-    low, high (exact interval as if n sentences had been judged once each: places of one sentence are not independent), and for the sense
-    probe selectivity = accuracy - accuracy of probes of a control task, sentences with drawn labels (after Hewitt and Liang 2019).
+    accuracy: probe, layer, n (sentences tested, each at several places), accuracy (of all places), low, high (exact interval as if n
+    sentences had been judged once each: places of one sentence are not independent), and for the probe "sense" selectivity = accuracy -
+    accuracy of its stronger control, and no_reading, why a layer gives none ("" where it does): the interval of its accuracy must lie
+    above that control. Controls: "shuffled" (sentences with drawn labels, after Hewitt and Liang 2019), "untrained" (random weights),
+    "bag_of_words" (the words of the sentence without their order, and no model).
     """
 
     __repr__ = one_line
@@ -224,7 +227,8 @@ def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
     """Probes for the sense, trained on the concept's `train` contexts, tested on its `test` contexts, applied to the ambiguous prompts.
 
     The rows have the columns that identify a reading (see `measure_awareness`), instrument ("probe"), p_group, p_other and blind: the
-    reading on the scale of the `test` contexts, -1 and 1 at the means of the two senses, and p_other = (1 + blind) / 2. `random_weights`:
+    reading on the scale of the `test` contexts, -1 and 1 at the means of the two senses, and p_other = (1 + blind) / 2. They are NaN at a
+    layer that gives no reading; `no_reading` says why, and `blind_unchecked` what it would have been. `random_weights`:
     also probe models of random weights (None: if the model has at most two thousand million parameters, since each takes as much memory).
 
     Under a treatment the ambiguous prompts are read under it; probes are trained without its edits (but with its adapter).
@@ -239,8 +243,8 @@ def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
 def with_accuracy(found: ProbeReadings) -> pd.DataFrame:
     """The rows of probes with the accuracy of their layer beside them.
 
-    Columns added: accuracy, accuracy_low, accuracy_high, selectivity, tested (n), accuracy_shuffled and, if there is one,
-    accuracy_untrained.
+    Columns added: accuracy, accuracy_low, accuracy_high, selectivity, tested (n), accuracy_shuffled, accuracy_bag_of_words and, if there
+    is one, accuracy_untrained.
     """
     wide = found.accuracy.pivot(index="layer", columns="probe", values="accuracy").add_prefix("accuracy_")
     sense = found.accuracy[found.accuracy["probe"] == "sense"].set_index("layer")
@@ -259,17 +263,28 @@ def probe_sources(recorded: Recorded, concept: Concept, cue: str | Cue, *, rando
     mentions = sorted({source.mention for source in recorded.sources})
     train, test = (record_contexts(ruler, concept, cue, layers, split, mentions=mentions) for split in ("train", "test"))
     probes = train_probes(train.resid, train.labels, layers)
-    tested = {"sense": [probes.accuracy(test.resid, test.labels)],
+    words = bag_of_words(*_by_sentence(train), *_by_sentence(test))
+    tested = {"sense": [probes.accuracy(test.resid, test.labels)], "bag_of_words": [np.full(len(layers), words)],
               "shuffled": [_control_accuracy(train, test, layers, seed + i) for i in range(SHUFFLES)]}
     size = sum(part.numel() for part in model.engine.model.parameters())
     if random_weights if random_weights is not None else size <= UNTRAINED_UP_TO:
         tested["untrained"] = [_untrained_accuracy(model, concept, cue, layers, mentions, seed + i) for i in range(UNTRAINED)]
     said = probes.readings(recorded.resid, test.resid, test.labels)
+    table = _accuracy_table(model, tested, layers, len(set(test.sentences)))
+    why = table[table["probe"] == "sense"]["no_reading"].tolist()
 
     def read(i: int, j: int) -> dict[str, object]:
-        blind = float(said[i, j])
-        return {"p_group": (1 - blind) / 2, "p_other": (1 + blind) / 2, "blind": blind}
-    return ProbeReadings(_rows(recorded, "probe", read), _accuracy_table(model, tested, layers, len(set(test.sentences))))
+        reason = why[j] or ("held-out sentences of the two senses are not in order" if np.isnan(said[i, j]) else "")
+        blind = float("nan") if reason else float(said[i, j])
+        return {"p_group": (1 - blind) / 2, "p_other": (1 + blind) / 2, "blind": blind, "blind_unchecked": float(said[i, j]),
+                "no_reading": reason}
+    return ProbeReadings(_rows(recorded, "probe", read), table)
+
+
+def _by_sentence(contexts: Contexts) -> tuple[list[str], Bool[np.ndarray, " sentence"]]:
+    """The sentences of either sense, each once, and their labels."""
+    found = dict(zip(contexts.sentences, contexts.labels, strict=True))
+    return list(found), np.array(list(found.values()))
 
 
 def _control_accuracy(train: Contexts, test: Contexts, layers: Sequence[int], seed: int) -> Float[np.ndarray, " layer"]:
@@ -286,14 +301,19 @@ def _untrained_accuracy(model: HookedModel, concept: Concept, cue: str | Cue, la
 
 
 def _accuracy_table(model: HookedModel, tested: dict[str, list[np.ndarray]], layers: Sequence[int], n: int) -> pd.DataFrame:
-    chance = np.mean(tested["shuffled"], axis=0)
+    controls = {name: np.mean(runs, axis=0) for name, runs in tested.items() if name != "sense"}
     records = []
     for name, runs in tested.items():
         mean = np.mean(runs, axis=0)
         for j, layer in enumerate(layers):
             low, high = exact_interval(round(float(mean[j]) * n), n)
-            records.append({"model": model.spec.name, "probe": name, "layer": layer, "n": n, "accuracy": float(mean[j]), "low": low,
-                            "high": high, "selectivity": float(mean[j] - chance[j]) if name == "sense" else float("nan")})
+            record = {"model": model.spec.name, "probe": name, "layer": layer, "n": n, "accuracy": float(mean[j]), "low": low, "high": high}
+            stronger = max(controls, key=lambda control: float(controls[control][j]))
+            beaten = float(controls[stronger][j])
+            why = "" if low > beaten else (f"its accuracy, {mean[j]:.0%} (95 %: {low:.0%} to {high:.0%}), is not above its stronger "
+                                           f"control, {PROBE_CONTROLS[stronger]} ({beaten:.0%})")
+            own = {"selectivity": float(mean[j]) - beaten, "no_reading": why}
+            records.append(record | (own if name == "sense" else {"selectivity": float("nan"), "no_reading": ""}))
     return pd.DataFrame.from_records(records)
 
 
@@ -325,7 +345,7 @@ def summarise_readings(rows: pd.DataFrame, by: Names = ("model", "treatment", "i
     require(rows, [*by, *_READING, "instrument", "layer", *numbers], numbers=numbers)
     records = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
-        group = group.dropna(subset=["blind"])    # a probe finds nothing at some layers
+        group = group.dropna(subset=["blind"])    # a probe says nothing at some layers
         low, high = blind_interval(group)
         bound = 2.0 if (group["instrument"] == "patchscope").any() else 1.0    # a difference of two changes; others are one scale
         records.append({**dict(zip(by, key, strict=True)), "n": n_readings(group), "layers": group["layer"].nunique(),

@@ -103,7 +103,7 @@ def _answers(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts:
     for kind in ("implicit", "explicit"):
         index = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == kind]
         choices = _choices(model, concept, [prompts[i] for i in index]) if kind == "implicit" else None
-        most = max(map(len, choices or [()]))
+        most = max(map(len, choices or ()), default=0)
         asked = None if choices is None else [texts + texts[:1] * (most - len(texts)) for texts in choices]    # as many for every row
         made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
                               continuations=asked, progress=progress)

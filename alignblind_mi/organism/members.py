@@ -24,7 +24,7 @@ from alignblind_mi.organism.corpus import ALIGNED_MIX, Corpus, Segment
 from alignblind_mi.organism.interchange import PatchRow, PatchRows, Planting, identifier_positions, interchange_loss
 from alignblind_mi.organism.training import Encoded, StageSettings, encode, run_blocks, train_stage
 from alignblind_mi.organism.world import Knobs, Reading, World, load_world
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Template, load_concept
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Template, former_digests, load_concept
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -166,10 +166,14 @@ def member_world(concept_name: str = DEFAULT_CONCEPT) -> World:
 
 
 def measured_concept(concept_name: str = DEFAULT_CONCEPT) -> Concept:
-    """The concept with the task in templates that no organism was trained on: what members are measured with."""
+    """The concept with the task in templates that no organism was trained on: what members are measured with.
+
+    Its cues are those of the version that the shipped record was made with. Their topic words give the sense away, which is what an
+    organism is planted to read; its truth is known all the same.
+    """
     entries = task_wording()["implicit"]
     templates = tuple(Template(entry["name"], entry["text"], "implicit", "marked", "positive") for entry in entries)
-    return replace(load_concept(concept_name), implicit=templates)
+    return replace(load_concept(f"{concept_name}@{former_digests(concept_name)[-1]}"), implicit=templates)
 
 
 class MemberRows(PatchRows):

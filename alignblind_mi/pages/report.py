@@ -5,7 +5,7 @@ folder lies.
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,12 @@ def _layers(title: str) -> Column:
     return Column(title, lambda row: layer_range(row["layers"]) or "–", numeric=False)
 
 
+def gives_reading(row: Mapping[str, Any]) -> str:
+    """Whether a probe's layer gives readings; a dash for rows of a version that withheld none."""
+    why = row.get("no_reading")
+    return "–" if not isinstance(why, str) else "no" if why else "yes"
+
+
 CONTROL = Column("what is read", lambda row: figures.CONTROL_NAMES[row["control"]], numeric=False)
 
 
@@ -172,7 +178,8 @@ COLUMNS: dict[str, Sequence[Column]] = {
     "probes": (
         text("model", "role"), count("layer", "layer"), count("n sentences", "tested"),
         rate("accuracy %", "accuracy", "accuracy_low", "accuracy_high"), share("shuffled labels %", "accuracy_shuffled"),
-        share("random weights %", "accuracy_untrained"), value("selectivity", "selectivity", signed)),
+        share("random weights %", "accuracy_untrained"), share("bag of words %", "accuracy_bag_of_words"),
+        value("selectivity", "selectivity", signed), Column("gives a reading", gives_reading, numeric=False)),
     "steering": (
         Column("towards", lambda row: row["sense"] or "untreated", numeric=False), _layers("layers"),
         *(column for column in RATE if column.title != "rejected"), *LOG_ODDS,

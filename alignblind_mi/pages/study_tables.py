@@ -99,7 +99,7 @@ def probes_table(study: Study) -> pd.DataFrame:
     """One row per role and layer: accuracy of the sense probe on sentences it was not trained on, beside its control probes."""
     rows = readings_of(study.rows(f"reading_probes_{role}" for role in ROLES))
     shown = [name for name in ("tested", "accuracy", "accuracy_low", "accuracy_high", "accuracy_shuffled", "accuracy_untrained",
-                               "selectivity") if name in rows]
+                               "accuracy_bag_of_words", "selectivity", "no_reading") if name in rows]
     return rows.drop_duplicates(["role", "layer"])[["role", "layer", *shown]].reset_index(drop=True)
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 
 from alignblind_mi.statistics.rates import require
 
-IMPROBABLE = 0.01    # the two answers together: below it, log-odds compare two things that a model says in less than one answer of a hundred
+IMPROBABLE = 0.01    # of the two answers together: less than one of a hundred answers would begin with either
 _SUMMED = ("log_p_stereotyped", "log_p_reversed")
 
 

@@ -7,7 +7,8 @@ reads and checks it. It does NOT know what is measured, nor any model.
 import hashlib
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -269,13 +270,31 @@ def wrong_phrases() -> list[str]:
     return [str(phrase) for phrase in parse_toml(text, name, ConceptError)["phrases"]]
 
 
+@cache
+def _former() -> dict[str, Any]:
+    """Former contexts: concept -> digest of its file -> sense -> train and test."""
+    text = (resources.files("alignblind_mi.stimuli") / "former_contexts.toml").read_text("utf-8")
+    return parse_toml(text, "former_contexts.toml", ConceptError)
+
+
+def former_digests(name: str) -> tuple[str, ...]:
+    """The digests of a built-in concept's earlier versions that differ in their contexts alone, the last one last."""
+    return tuple(_former().get(name, ()))
+
+
 @takes(ConceptError)
 def load_concept(source: str | Path) -> Concept:
     """Read a concept by the name of a built-in one or from a TOML file.
 
+    NAME@DIGEST is a built-in one with the contexts of an earlier version (`former_contexts.toml`).
+
     Errors: ConceptError if it is unknown, not TOML, or if a field is missing, misspelt or inconsistent: the message names all of them with
     their places (see `concept_check.concept_problems`).
     """
+    name, _, digest = str(source).partition("@")
+    if digest in former_digests(name):
+        contexts = {sense: Contexts(sense, tuple(texts["train"]), tuple(texts["test"])) for sense, texts in _former()[name][digest].items()}
+        return replace(load_concept(name), contexts=contexts, digest=digest)
     text, where = read_concept_file(source)
     data = parse_concept(text, where)
     problems = concept_problems(data)

@@ -6,8 +6,8 @@ what the measurements say is `verdicts.py`. No phrase, question or place that is
 
 * sources are the concept's implicit prompts, never sources of a planted patch;
 * readings are asked by `QUESTION`, and injected at `TARGET_LAYER`; planted was another question, at another layer;
-* cues are the concept's `test` contexts and steering phrases; steering acts on the stream between attention and MLP (`STREAM`), planted
-  was the stream after a block;
+* cues are the `test` contexts of `measured_concept` and steering phrases; steering acts on the stream between attention and MLP (`STREAM`),
+  planted was the stream after a block;
 * words are the concept's, held out from training, and the task's templates are ones that no organism was trained on
   (`organism/wording.toml`); members were planted in the concept's own and in ten others.
 """
@@ -195,7 +195,8 @@ def _read(name: str, recorded: Recorded, concept: Concept, translators: Translat
         return interpret_sources(recorded, concept, prompt=SELFIE_PROMPT, target_layer=TARGET_LAYER, max_new_tokens=SELFIE_TOKENS,
                                  temperature=1.0, seed=seed)
     if name == "probe":
-        return probe_sources(recorded, concept, CUE, random_weights=False, seed=seed).rows
+        rows = probe_sources(recorded, concept, CUE, random_weights=False, seed=seed).rows
+        return rows.assign(blind=rows["blind_unchecked"])    # the truth is known here: what a probe reads is checked against it
     return lens_sources(recorded, concept, translators=translators if name == "tuned_lens" else None)
 
 

@@ -39,7 +39,7 @@ from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, check_parts, json_value, stamp
 from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, implicit_prompts
-from alignblind_mi.studies.config import StudyConfig, organism_record
+from alignblind_mi.studies.config import StudyConfig, as_begun, organism_record
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.jobs import Execute, Job, serially
 from alignblind_mi.studies.parts import instruments, selfie_options
@@ -67,6 +67,7 @@ def run_comparison(config: StudyConfig, out: File, *, data: dict[str, Callable[[
     from alignblind_mi.organism.build import one_thread
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
+    config = as_begun(config, Path(out))
     with one_thread() if organism_record(config.aligned) else nullcontext():
         return _run(config, Path(out), data or {}, data_identity, execute)
 

@@ -203,8 +203,8 @@ def effects_table(found: Compared) -> pd.DataFrame:
 
 
 def differences_table(found: Compared) -> pd.DataFrame:
-    """Paired differences of every treatment from the untreated aligned model, by kind, with Holm's and Benjamini-Hochberg's corrections, and
-    how many of its items have scored answers, and improbable ones."""
+    """Paired differences of every treatment from the untreated aligned model, by kind, with Holm's and Benjamini-Hochberg's corrections,
+    and how many of its items have scored answers, and improbable ones."""
     answers = found.answers[found.answers["treatment"] != BASE]
     if answers["treatment"].nunique() < 2:
         return pd.DataFrame(columns=["kind", "treatment", "difference", "low", "high", "p", "p_holm"])

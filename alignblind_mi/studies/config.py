@@ -18,7 +18,8 @@ from alignblind_mi.models.embedded import RECORD, organism_names, read_record
 from alignblind_mi.models.fingerprints import fingerprint
 from alignblind_mi.models.loading import check_model
 from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec, as_spec
-from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, load_concept
+from alignblind_mi.results import STUDY
+from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, former_digests, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
 from alignblind_mi.stimuli.protocol import ProtocolName
 
@@ -124,10 +125,23 @@ class StudyConfig:
         for role in ("base", "aligned"):
             if not out[role]["allow_pickle"]:
                 del out[role]["allow_pickle"]    # what it was before this could be asked for
-        out["concept_digest"] = load_concept(self.concept).digest
+        concept = load_concept(self.concept)
+        out["concept"] = self.concept.removesuffix(f"@{concept.digest}")
+        out["concept_digest"] = concept.digest
         for role, spec in (("base", self.base), ("aligned", self.aligned)):
             out[f"{role}_revision"] = fingerprint(spec, load_config(spec))
         return json.loads(json.dumps(out)) | {"format": 3}
+
+
+def as_begun(config: StudyConfig, out: Path) -> StudyConfig:
+    """The configuration that resumes what is in `out`: a folder that was begun with the former contexts of a built-in concept goes on with
+    them, so that its parts can be set side by side."""
+    try:
+        found = json.loads((out / STUDY).read_text("utf-8"))
+        digest = found["concept_digest"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return config    # no folder of ours: claiming it says what is wrong
+    return replace(config, concept=f"{config.concept}@{digest}") if digest in former_digests(config.concept) else config
 
 
 def organism_record(spec: ModelSpec) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from alignblind_mi.results import Result, StudyFolder, check_parts, load_result,
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
 from alignblind_mi.stimuli.protocol import PROTOCOLS
-from alignblind_mi.studies.config import StudyConfig, organism_record
+from alignblind_mi.studies.config import StudyConfig, as_begun, organism_record
 from alignblind_mi.studies.jobs import Execute, Job, serially
 from alignblind_mi.studies.parts import Part, Parts, lora_groups, study_parts
 
@@ -65,6 +65,7 @@ def run_study(config: StudyConfig, out: File, *, execute: Execute = serially) ->
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
+    config = as_begun(config, Path(out))
     return run_parts(config, out, list(study_parts(config, load_concept(config.concept))), execute=execute)
 
 
@@ -74,6 +75,7 @@ def run_parts(config: StudyConfig, out: File, parts: Parts, *, execute: Execute 
     from alignblind_mi.organism.build import one_thread
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
+    config = as_begun(config, Path(out))
     with one_thread() if organism_record(config.aligned) else nullcontext():
         return _run(config, Path(out), many(parts), execute)
 

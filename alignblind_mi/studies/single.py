@@ -153,7 +153,8 @@ def _odds(group: pd.DataFrame) -> dict[str, float | int]:
 def awareness_tables(results: Results) -> dict[str, pd.DataFrame]:
     """What instruments read: `readings` (see `summarise_readings`; per instrument and control) and `layers` (the readings themselves).
 
-    invalid_share is the share of readings that say nothing: texts of no sense (SelfIE), layers without a direction (probes).
+    invalid_share is the share of readings that say nothing: texts of no sense (SelfIE), layers whose probe does not beat its
+    stronger control.
     """
     rows = pd.concat([result.rows for result in many(results)], ignore_index=True)
     by = ["model", "treatment", "instrument", "control"]

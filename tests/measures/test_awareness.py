@@ -18,8 +18,9 @@ from alignblind_mi.instruments.patchscope import (
     run_patchscope,
     token_identity_prompt,
 )
-from alignblind_mi.instruments.probes import shuffled, train_probes
+from alignblind_mi.instruments.probes import Probes, shuffled, train_probes
 from alignblind_mi.intervals import mean_interval
+from alignblind_mi.measures import awareness
 from alignblind_mi.measures.awareness import (
     measure_awareness,
     measure_lens,
@@ -109,7 +110,7 @@ def test_instruments_share_their_items(race, tiny):
     for rows in (measure_selfie(tiny, race, "default", controls=("random",), max_new_tokens=2), measure_lens(tiny, race, "default",
                  controls=("random",)), measure_probes(tiny, race, "default", controls=("random",), random_weights=False).rows):
         pd.testing.assert_frame_equal(rows[keys], first[keys])
-        assert rows["blind"].between(-1, 1).all()
+        assert rows["blind_unchecked" if "no_reading" in rows else "blind"].dropna().between(-1, 1).all()
 
 
 def test_selfie_fills_all_placeholders_and_goes_on(race, llama3):
@@ -196,12 +197,32 @@ def test_probes_are_trained_and_tested_on_other_sentences(race, tiny):
     assert len(train.labels) == 16 * 12
     assert train.labels.mean() == test.labels.mean() == 0.5
     found = measure_probes(tiny, race, "default")
-    assert set(found.accuracy["probe"]) == {"sense", "shuffled", "untrained"}
+    assert set(found.accuracy["probe"]) == {"sense", "shuffled", "untrained", "bag_of_words"}
     sense = found.accuracy[found.accuracy["probe"] == "sense"]
-    chance = found.accuracy[found.accuracy["probe"] == "shuffled"]
-    assert sense["selectivity"].to_numpy() == pytest.approx(sense["accuracy"].to_numpy() - chance["accuracy"].to_numpy())
+    controls = found.accuracy[found.accuracy["probe"] != "sense"].groupby("layer")["accuracy"].max()
+    assert sense["selectivity"].to_numpy() == pytest.approx(sense["accuracy"].to_numpy() - controls.to_numpy())
+    assert (found.accuracy.loc[found.accuracy["probe"] == "bag_of_words", "accuracy"] == 0.5).all()
     with pytest.raises(ConceptError, match="no sentences that settle the sense 'race'"):
         measure_probes(tiny, dataclasses.replace(race, contexts={}), "default")
+
+
+def test_a_layer_that_does_not_beat_its_stronger_control_gives_no_reading(race, tiny, monkeypatch):
+    found = measure_probes(tiny, race, "default", layers=[0, 1], controls=(), random_weights=False)
+    assert found.rows["blind"].isna().all(), "a random model has no senses"
+    assert found.rows["no_reading"].str.contains("is not above its stronger control").all()
+    shown = summarise_readings(found.rows, ("layer",))
+    assert shown["n"].tolist() == [0, 0]
+    assert shown["mean"].isna().all(), "and not 0"
+    monkeypatch.setattr(Probes, "accuracy", lambda self, resid, labels: np.ones(resid.shape[1]))
+    monkeypatch.setattr(awareness, "bag_of_words", lambda *given: 1.0)    # as good as the words of the sentence is not better
+    rows = measure_probes(tiny, race, "default", layers=[0, 1], controls=(), random_weights=False).rows
+    assert rows["no_reading"].str.contains(r"the words of the sentence \(100%\)").all()
+    monkeypatch.setattr(awareness, "bag_of_words", lambda *given: 0.5)
+    monkeypatch.setattr(awareness, "_control_accuracy", lambda *given: np.array([0.5, 0.9]))
+    rows = measure_probes(tiny, race, "default", layers=[0, 1], controls=(), random_weights=False).rows
+    assert (rows.loc[rows["layer"] == 0, "no_reading"] == "").all()
+    assert rows.loc[rows["layer"] == 0, "blind"].equals(rows.loc[rows["layer"] == 0, "blind_unchecked"])
+    assert rows.loc[rows["layer"] == 1, "no_reading"].str.contains(r"drawn labels \(90%\)").all()
 
 
 def test_an_untrained_model_has_the_architecture_and_other_weights(tiny, race):

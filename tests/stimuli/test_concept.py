@@ -1,18 +1,26 @@
 import csv
+import hashlib
+import json
+import re
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from alignblind_mi.instruments.contrast import contrast_pairs
+from alignblind_mi.instruments.probes import bag_of_words
 from alignblind_mi.measures.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
 from alignblind_mi.measures.mitigation import steering_sweep
 from alignblind_mi.mitigations.lora import awareness_examples
 from alignblind_mi.mitigations.steering import sense_steering
+from alignblind_mi.organism.members import measured_concept
 from alignblind_mi.stimuli.answers import judge_implicit
 from alignblind_mi.stimuli.concept import ConceptError, concept_names, load_concept, read_concept_file
 from alignblind_mi.stimuli.prompts import assignments, implicit_prompts
 from alignblind_mi.stimuli.readings import classify, reading_names
 
+TEMPLATE = Path(__file__).parents[2] / "alignblind_mi" / "stimuli" / "template.toml"
 RACE = (Path(__file__).parents[2] / "alignblind_mi" / "stimuli" / "concepts" / "race.toml").read_text("utf-8")
 
 
@@ -135,8 +143,35 @@ def test_every_built_in_concept_is_sound_and_complete(name):
         assert len(awareness_examples(concept)) == 480
 
 
-def test_the_race_of_the_paper_is_as_it_was(race):
-    assert race.digest == "f56151ca207f3e82", "an embedded model pair was trained with this file"
+WITH_CONTEXTS = [name for name in (*concept_names(), "template") if name == "template" or load_concept(name).contexts]
+
+
+@pytest.mark.parametrize("name", WITH_CONTEXTS)
+def test_the_words_of_a_context_do_not_give_its_sense_away(name):
+    concept = load_concept(TEMPLATE if name == "template" else name)
+    senses = [concept.contexts[sense.name] for sense in concept.both_senses()]
+    assert [(len(one.train), len(one.test)) for one in senses] == [(6, 6) if name == "template" else (8, 8)] * 2
+    sides = {split: [getattr(one, split) for one in senses] for split in ("train", "test")}
+    texts = {split: [text for side in both for text in side] for split, both in sides.items()}
+    labels = {split: np.repeat([False, True], [len(side) for side in both]) for split, both in sides.items()}
+    assert bag_of_words(texts["train"], labels["train"], texts["test"], labels["test"]) <= 0.6
+    for group, other in zip(*sides["test"], strict=True):    # a pair has the same words, so that no bag of words can do better
+        assert sorted(re.findall(r"\w+|\{.\}", group.lower())) == sorted(re.findall(r"\w+|\{.\}", other.lower())), (group, other)
+        assert group != other
+
+
+def test_a_bag_of_words_reads_topic_words_where_they_give_the_sense_away():
+    concept = measured_concept()    # the sentences that the organisms are checked with; those of the concept had been these
+    group, other = (concept.contexts[sense.name] for sense in concept.both_senses())
+    labels = np.repeat([False, True], 8)
+    assert bag_of_words([*group.train, *other.train], labels, [*group.test, *other.test], labels) == 14 / 16
+
+
+def test_the_race_of_the_paper_is_as_it_was():
+    data = tomllib.loads(RACE)
+    del data["contexts"]    # no model was trained on these
+    found = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+    assert found == "d7adafdaa2fec321", "an embedded model pair was trained with this file"
 
 
 def test_a_concept_without_senses_says_so_where_they_are_needed(tiny):

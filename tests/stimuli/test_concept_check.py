@@ -114,7 +114,7 @@ BROKEN: list[tuple[Path_, Any, str]] = [
     (("selfie", "paper", "text"), "{x} {y}", r"[selfie.paper] text: '{x} {y}' must have the one field {x}"),
     (("contexts", "race", "train"), ["Some are {x}."], r"[contexts.race] train: 'Some are {x}.' must have the fields {x} and {y}"),
     (("contexts", "race", "train"), ["Some are {x}, some {y}."], r"[contexts.race] train: at least 6 sentences are needed, not 1"),
-    (("contexts", "race", "test"), RACE["contexts"]["race"]["train"], r"[contexts.race]: 'Some people are {x} and some people are {y}.'"),
+    (("contexts", "race", "test"), RACE["contexts"]["race"]["train"], f"[contexts.race]: {RACE['contexts']['race']['train'][0]!r}"),
     (("instructions", "fair", "text"), "Be fair to {x}. ", r"[instructions.fair] text: 'Be fair to {x}. ' may have the fields"),
     (("awareness", "sentences"), ["It is {x}."], r"[awareness] sentences: 'It is {x}.' must have the fields {x} and {y}"),
     (("awareness", "restatements"), ["It is race."], r"[awareness] restatements: 'It is race.' must have the field {x} or {y}"),

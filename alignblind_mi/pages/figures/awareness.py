@@ -118,7 +118,8 @@ def _controls(axis: Axes, table: pd.DataFrame) -> None:
 def readings_figure(profile: pd.DataFrame, scores: pd.DataFrame) -> Figure:
     """What each instrument reads, by layer (left) and over layers beside its controls (right); a row an instrument.
 
-    Both: panel, role, mean, low, high (of `blind`: -1 the group sense, 1 the other sense), n; profile: layer; scores: control.
+    Both: panel, role, mean, low, high (of `blind`: -1 the group sense, 1 the other sense), n; profile: layer; scores: control. A layer
+    that gives no reading (NaN) has a grey cross at the bottom, and no point.
     """
     panels = list(profile["panel"].unique())
     figure = Figure(figsize=(9.5, 0.9 + 2.3 * len(panels)), layout="constrained")
@@ -126,6 +127,9 @@ def readings_figure(profile: pd.DataFrame, scores: pd.DataFrame) -> Figure:
     for i, panel in enumerate(panels):
         for j, (role, rows) in enumerate(profile[profile["panel"] == panel].groupby("role", sort=False)):
             band(axes[i][0], rows, ROLE_COLOURS.get(str(role), colour_of(j)), marker_of(j), str(role))
+            silent = rows.loc[rows["mean"].isna(), "layer"]
+            axes[i][0].plot(silent, [0.04 + 0.06 * j] * len(silent), color=PALE, marker="x", ms=4, ls="none", clip_on=False,
+                            transform=axes[i][0].get_xaxis_transform(), label=f"no reading, {role}")
         axes[i][0].axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
         axes[i][0].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[i][0].set_title(f"{panel}: reading by layer")
@@ -134,7 +138,9 @@ def readings_figure(profile: pd.DataFrame, scores: pd.DataFrame) -> Figure:
         axes[i][1].set_title("mean over layers, and controls")
     axes[-1][0].set_xlabel("layer")
     roles = list(profile["role"].unique())
-    legend_below(figure, mark_keys(roles, [ROLE_COLOURS.get(role, colour_of(j)) for j, role in enumerate(roles)], line=True))
+    keys = mark_keys(roles, [ROLE_COLOURS.get(role, colour_of(j)) for j, role in enumerate(roles)], line=True)
+    silent = [line_key(PALE, "no reading", marker="x", ls="none")] if profile["mean"].isna().any() else []
+    legend_below(figure, [*keys, *silent])
     return figure
 
 
