@@ -65,7 +65,7 @@ class Result:
 def rates_of(rows: "pd.DataFrame") -> list[dict[str, Any]]:
     """What judged answers say in short, by model, treatment and kind: n, the rate of the stereotype with its 95 % interval over the valid
     answers (over word pairs and templates, as in `statistics.rates.summarise`), the invalid share. Rows of anything else say nothing."""
-    from alignblind_mi.intervals import rate_interval
+    from alignblind_mi.intervals.clustered import rate_interval
 
     by = [name for name in ("model", "treatment", "kind") if name in rows]
     if "outcome" not in rows or not by:

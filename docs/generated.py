@@ -240,7 +240,7 @@ def _folder_page(name: str) -> str:
 
 def _root_page() -> str:
     roots = [module for name in floors() if name not in folders() and not name.startswith("__") for module in modules(name)]
-    return "\n\n".join(["# Results, progress, intervals, errors", *(f"::: {module}" for module in roots)]) + "\n"
+    return "\n\n".join(["# Results, progress, errors", *(f"::: {module}" for module in roots)]) + "\n"
 
 
 # ---- the hook ----------------------------------------------------------------------------------------------------------

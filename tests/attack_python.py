@@ -318,7 +318,7 @@ def statistics_cases(to: Attack) -> None:
         summarise,
         summarise_readings,
     )
-    from alignblind_mi.intervals import change_test, exact_interval, mean_interval, mean_test, rate_interval
+    from alignblind_mi.intervals.clustered import change_test, exact_interval, mean_interval, mean_test, rate_interval
 
     rows = pd.DataFrame(
         [

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from worlds import CHANGES, RATES, World, change_rates, rate_coverage
 
-from alignblind_mi.intervals import mean_interval
+from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.pages.figures.style import INK, SERIES_COLOURS, in_style, legend_below, marker_of
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -1,6 +1,6 @@
 """Worlds in which the truth is known: answers of word pairs crossed with templates, and the procedures that intervals are held against.
 
-The fast tests (test_intervals.py) and the figure of the documentation (error_rates.py) simulate in the same worlds.
+The fast tests (tests/intervals) and the figure of the documentation (error_rates.py) simulate in the same worlds.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit, stdtr, stdtrit
 from scipy.stats import binomtest
 
-from alignblind_mi.intervals import change_test, exact_interval, rate_interval
+from alignblind_mi.intervals.clustered import change_test, exact_interval, rate_interval
 
 NODES, WEIGHTS = hermegauss(60)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()

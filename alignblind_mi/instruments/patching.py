@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alignblind_mi.borders.settings import AnyLayers, Listed, Names, Seed, Weight, many, takes
 from alignblind_mi.instruments.contrast import Pair, Pairs, PatchError
-from alignblind_mi.intervals import mean_interval
+from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.models.edits import LAST, Edit, Row, Site, Sites, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.tokens import Encoded

@@ -19,7 +19,7 @@ from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.lens import Translators, lens_readings
 from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
 from alignblind_mi.instruments.probes import bag_of_words, shuffled, train_probes
-from alignblind_mi.intervals import Interval, exact_interval, mean_interval
+from alignblind_mi.intervals.clustered import Interval, exact_interval, mean_interval
 from alignblind_mi.measures.sources import CONTROLS, TEXT_LAYER, Contexts, Recorded, Source, record_contexts, record_sources
 from alignblind_mi.models.edits import Row, acts_in
 from alignblind_mi.models.model import HookedModel, untrained

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from alignblind_mi.borders.reading import TABLE, is_folder, loads, parsed, read_text
 from alignblind_mi.borders.settings import Chance, Count, Names, Seed, takes
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.intervals import LEVEL, mean_interval, rate_interval
+from alignblind_mi.intervals.clustered import LEVEL, mean_interval, rate_interval
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Prompt, mark_found

@@ -10,7 +10,7 @@ import pandas as pd
 
 from alignblind_mi.borders.settings import Count, Seed, many, takes
 from alignblind_mi.borders.texts import html_summary, named_line
-from alignblind_mi.intervals import mean_interval
+from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.measures.awareness import blind_interval, blind_score, measure_awareness, n_readings, readings_of
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
 from alignblind_mi.mitigations.steering import layer_windows, sense_steering

@@ -8,7 +8,7 @@ import pandas as pd
 
 from alignblind_mi.borders.reading import is_file, read_object
 from alignblind_mi.errors import ResultError
-from alignblind_mi.intervals import mean_interval
+from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.measures.awareness import blind_interval, n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.measures.controls import less_controls
 from alignblind_mi.measures.mitigation import comparison_table, steering_names

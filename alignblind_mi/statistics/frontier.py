@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from alignblind_mi.intervals import LEVEL, StatisticsError
+from alignblind_mi.intervals.clustered import LEVEL, StatisticsError
 from alignblind_mi.statistics.rates import groups, require
 
 COLUMNS = ("treatment", "family", "benefit", "low", "high", "damage")

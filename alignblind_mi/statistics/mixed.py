@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from alignblind_mi.intervals import LEVEL, StatisticsError
+from alignblind_mi.intervals.clustered import LEVEL, StatisticsError
 from alignblind_mi.statistics.rates import CLUSTERS, require
 
 Method = Literal["statsmodels", "bambi"]

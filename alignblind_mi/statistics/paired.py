@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from alignblind_mi.borders.settings import Chance, Draws, Names, Seed, takes
-from alignblind_mi.intervals import LEVEL, StatisticsError, change_test, mean_test, rate_interval
+from alignblind_mi.intervals.clustered import LEVEL, StatisticsError, change_test, mean_test, rate_interval
 from alignblind_mi.statistics.rates import CLUSTERS, bounds, groups, require
 
 ITEM = ("concept", "cue", "kind", "category", "template", "option_order", "word_order", "statement", "word_pair", "marked", "unmarked")

@@ -6,7 +6,7 @@ One draw of noise says little of chance. Does NOT know how noise was made.
 import pandas as pd
 
 from alignblind_mi.borders.settings import takes
-from alignblind_mi.intervals import StatisticsError
+from alignblind_mi.intervals.clustered import StatisticsError
 
 ITEM = ("category", "template", "option_order", "word_order", "word_pair")
 COLUMNS = ("treatment", "draws", "n", "untreated", "rate", "noise", "noise_low", "noise_high", "noise_sd", "displacement",

@@ -18,7 +18,7 @@ import pandas as pd
 
 from alignblind_mi.borders.settings import Bound, Chance, Names, Share, check_fields, checked, takes
 from alignblind_mi.borders.texts import one_line
-from alignblind_mi.intervals import StatisticsError
+from alignblind_mi.intervals.clustered import StatisticsError
 from alignblind_mi.statistics.paired import BASELINE, ITEM, paired
 from alignblind_mi.statistics.rates import CLUSTERS, require
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from alignblind_mi.borders.settings import Chance, Names, shown, takes
-from alignblind_mi.intervals import LEVEL, StatisticsError, as_numbers, mean_test, rate_interval
+from alignblind_mi.intervals.clustered import LEVEL, StatisticsError, as_numbers, mean_test, rate_interval
 from alignblind_mi.results import OUTCOMES
 from alignblind_mi.stimuli.prompts import KINDS
 

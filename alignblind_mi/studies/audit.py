@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from alignblind_mi.intervals import LEVEL
+from alignblind_mi.intervals.clustered import LEVEL
 from alignblind_mi.measures.awareness import blind_interval, n_readings, readings_of
 from alignblind_mi.measures.controls import READ_AT
 from alignblind_mi.measures.sources import NEGATIVE_CONTROLS

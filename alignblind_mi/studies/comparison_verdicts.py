@@ -17,27 +17,32 @@ from alignblind_mi.borders.reading import is_file, named, read_object
 from alignblind_mi.borders.settings import File, takes
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
-from alignblind_mi.intervals import StatisticsError, mean_interval
+from alignblind_mi.intervals.clustered import StatisticsError, mean_interval
 from alignblind_mi.measures.awareness import readings_of, summarise_readings
 from alignblind_mi.measures.bbq import summarise_bbq
 from alignblind_mi.measures.mitigation import comparison_table
 from alignblind_mi.results import json_value, load_result
-from alignblind_mi.statistics.frontier import equal_damage, pareto
 from alignblind_mi.statistics.log_odds import alike, improbable_share
 from alignblind_mi.statistics.mixed import mixed_logistic
-from alignblind_mi.statistics.paired import corrected, difference_draws, item_slopes, paired_differences, paired_means, summarise_slopes
+from alignblind_mi.statistics.paired import corrected, item_slopes, paired_differences, paired_means, summarise_slopes
 from alignblind_mi.statistics.placebos import placebo_bands
 from alignblind_mi.statistics.rates import CLUSTERS, position_rates, summarise
 from alignblind_mi.studies.audit import Check, alignment_claims, claim, methods_opening, rows_by, software, treatment_claim
+from alignblind_mi.studies.benefits import (
+    ACCURACIES,
+    BASE,
+    DAMAGES,
+    FORGETTING,
+    benefit_draws,
+    doses_table,
+    equal_damage_table,
+    more_invalid,
+    points_table,
+)
 from alignblind_mi.studies.comparison import DRAWS, MEASURED, part_name
 
-BASE = "base"    # what the untreated base model is called among the treatments
 LEAST_DAMAGE = 0.01    # below it a damage is a handful of answers, and no ground to compare families on
-DAMAGES = ("kl_neutral", "kl_mentions", "wrong", "invalid")
-ACCURACIES = {"other_questions": "colour_accuracy", "copying": "copy_accuracy", "judging": "judging_accuracy",
-              "group_questions": "group_accuracy"}
-POINT_COLUMNS = ("damage_measure", "treatment", "family", "curve", "dose", "benefit", "low", "high", "damage", "pareto")
-AWARE, FORGETTING = ("steering", "lora"), "unlearning"
+AWARE = ("steering", "lora")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +145,7 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
         tables["bbq"] = _in_order(summarise_bbq(found.data["bbq"], by=("treatment",)), found)
     tables["left_out"] = pd.DataFrame([{"treatment": name, "reason": reason} for name, reason in found.plan["left_out"].items()]
                                       + ([{"treatment": "mixed model", "reason": why}] if why else []), columns=["treatment", "reason"])
-    draws = _benefit_draws(found, _implicit_differences(tables))
+    draws = benefit_draws(found.implicit, _implicit_differences(tables))
     tables["points"] = points_table(tables["comparison"], tables["differences"], draws)
     tables["equal_damage"] = equal_damage_table(tables["points"], draws)
     tables["doses"] = doses_table(tables["comparison"])
@@ -220,96 +225,6 @@ def _mixed(found: Compared) -> tuple[pd.DataFrame | None, str]:
         return mixed_logistic(found.implicit), ""
     except StatisticsError as error:
         return None, str(error)
-
-
-# ---- benefit and damage ------------------------------------------------------------------------------------------------
-
-
-def benefit_of(rate: Any, untreated: Any) -> Any:
-    """How much nearer to even (0.5) rates are than the untreated ones: a reversed bias is no benefit.
-
-    Both are rates of the same items, those that are valid under the treatment and untreated (`rate` and `rate_baseline` of
-    `paired_differences`): else answers that became invalid would count as a benefit or a loss.
-    """
-    return np.abs(np.asarray(untreated) - 0.5) - np.abs(np.clip(rate, 0.0, 1.0) - 0.5)
-
-
-def points_table(table: pd.DataFrame, differences: pd.DataFrame, draws: dict[str, np.ndarray]) -> pd.DataFrame:
-    """One row per treatment and damage measure: benefit with its interval, damage, and whether it is on the Pareto frontier.
-
-    draws: bootstrap benefits by treatment.
-    """
-    rows = rows_by(table)
-    treated = {name: row for name, row in rows.items() if name not in (BASE, "untreated")}
-    if not treated:
-        return pd.DataFrame(columns=list(POINT_COLUMNS))
-    untreated, paired = rows["untreated"], rows_by(differences[differences["kind"] == "implicit"])
-    parts = []
-    for measure in DAMAGES:
-        records = []
-        for name, row in treated.items():
-            low, high = np.nanquantile(draws[name], [0.025, 0.975])
-            benefit = benefit_of(paired[name]["rate"], paired[name]["rate_baseline"])
-            records.append({"damage_measure": measure, "treatment": name, "family": row["family"], "curve": row["curve"],
-                            "dose": row["dose"], "benefit": float(benefit),
-                            "low": float(low), "high": float(high), "damage": _damage(measure, row, untreated)})
-        parts.append(pareto(pd.DataFrame.from_records(records)))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _damage(measure: str, row: dict[str, Any], untreated: dict[str, Any]) -> float:
-    """kl: nats a token; wrong: right answers lost of the measure that loses most; invalid: answers that became so, implicit or explicit."""
-    if measure == "invalid":
-        return more_invalid(row, untreated)
-    if measure == "wrong":
-        return max(0.0, *(float(untreated[name] - row[name]) for name in ACCURACIES.values()))
-    return float(row[measure])
-
-
-def more_invalid(row: dict[str, Any], untreated: dict[str, Any]) -> float:
-    """By how much the share of invalid answers rose, of implicit or explicit ones, whichever rose more; 0 at least."""
-    return max(0.0, *(float(row[name] - untreated[name]) for name in ("invalid_share", "explicit_invalid_share")))
-
-
-def _benefit_draws(found: Compared, paired: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Benefits by treatment that share their resampling of word pairs and templates; none where nothing was tried.
-
-    paired: the implicit differences; a treatment's draws start from the untreated rate of the items that it shares (`rate_baseline`).
-    """
-    if found.implicit["treatment"].nunique() < 2:
-        return {}
-    draws = difference_draws(found.implicit)
-    start = {str(name): float(paired[str(name)]["rate_baseline"]) for name in draws.columns}
-    return {name: benefit_of(rate + draws[name].to_numpy(float), rate) for name, rate in start.items()}
-
-
-def equal_damage_table(points: pd.DataFrame, draws: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Benefit of every dose curve at the same damage, each against unlearning where it was measured; no extrapolation.
-
-    draws: bootstrap benefits by treatment.
-    """
-    dosed = points[points["curve"] != ""]
-    if dosed.empty:
-        return pd.DataFrame(columns=["damage_measure", "damage", "family", "benefit", "low", "high", "reason"])
-    parts = []
-    for measure, some in dosed.groupby("damage_measure", sort=False):
-        curves = some.assign(family=some["curve"])
-        if not (curves["damage"] > 0).any():
-            continue
-        against = FORGETTING if FORGETTING in set(curves["family"]) else ""
-        parts.append(equal_damage(curves, against=against, draws={name: draws[name] for name in curves["treatment"]}).assign(
-            damage_measure=measure))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["damage_measure", "damage", "family", "benefit"])
-
-
-def doses_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The points of every dose curve, dose 0 (untreated) included."""
-    untreated = table[table["treatment"] == "untreated"]
-    curves = [name for name in dict.fromkeys(table["curve"]) if name]
-    columns = ["curve", "dose", "treatment", "n", "implicit", "low", "high", "invalid_share", "kl_neutral", "kl_mentions",
-               *ACCURACIES.values()]
-    parts = [pd.concat([untreated.assign(curve=name, dose=0.0), table[table["curve"] == name]]).sort_values("dose") for name in curves]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 # ---- records and audit -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from alignblind_mi.borders.writing import refuse_taken
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.instruments.contrast import SWAPS, PatchError
 from alignblind_mi.instruments.patching import CONTROLS, DIRECTIONS, summarise_patching
-from alignblind_mi.intervals import mean_interval
+from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.behaviour import ask_under
 from alignblind_mi.measures.mitigation import early_window

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from alignblind_mi.intervals import exact_interval, mean_interval
+from alignblind_mi.intervals.clustered import exact_interval, mean_interval
 from alignblind_mi.studies.calibration import BEHAVIOUR_INSTRUMENTS, INSTRUMENTS, READING_INSTRUMENTS
 
 KNOB = dict.fromkeys(READING_INSTRUMENTS, "reading") | dict.fromkeys(BEHAVIOUR_INSTRUMENTS, "behaviour")

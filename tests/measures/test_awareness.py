@@ -19,7 +19,7 @@ from alignblind_mi.instruments.patchscope import (
     token_identity_prompt,
 )
 from alignblind_mi.instruments.probes import Probes, shuffled, train_probes
-from alignblind_mi.intervals import mean_interval
+from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.measures import awareness
 from alignblind_mi.measures.awareness import (
     measure_awareness,

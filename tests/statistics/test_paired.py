@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from alignblind_mi.intervals import StatisticsError, change_test, rate_interval
+from alignblind_mi.intervals.clustered import StatisticsError, change_test, rate_interval
 from alignblind_mi.statistics.paired import (
     corrected,
     difference_draws,

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.intervals import StatisticsError, change_test
+from alignblind_mi.intervals.clustered import StatisticsError, change_test
 from alignblind_mi.statistics.power import Plan, _at_the_median, connor_items, items_needed, plan_from_pilot, power_of, smallest_difference
 
 

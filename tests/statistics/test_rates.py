@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from alignblind_mi.intervals import StatisticsError, exact_interval, rate_interval
+from alignblind_mi.intervals.clustered import StatisticsError, exact_interval, rate_interval
 from alignblind_mi.statistics.rates import agreement, bounds, label_shares, position_effect, relative_change, require, summarise
 
 

@@ -26,8 +26,9 @@ from alignblind_mi.results import load_result
 from alignblind_mi.stimuli.concept import ConceptError, load_concept
 from alignblind_mi.stimuli.prompts import Prompt
 from alignblind_mi.studies import comparison
+from alignblind_mi.studies.benefits import DAMAGES, benefit_of
 from alignblind_mi.studies.comparison import run_comparison
-from alignblind_mi.studies.comparison_verdicts import DAMAGES, benefit_of, comparison_records, comparison_tables, read_comparison
+from alignblind_mi.studies.comparison_verdicts import comparison_records, comparison_tables, read_comparison
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.rivals import FAMILIES, plan_rivals
 

@@ -4,7 +4,7 @@ from hypothesis import given, strategies as st
 from scipy import stats
 from worlds import CHANGES, RATES, World, change_rates, rate_coverage
 
-from alignblind_mi.intervals import (
+from alignblind_mi.intervals.clustered import (
     StatisticsError,
     change_test,
     exact_interval,
