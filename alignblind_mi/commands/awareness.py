@@ -37,5 +37,5 @@ def awareness(
          "blind": number(row["mean"]), "95 %": interval(row), "P(group sense)": number(row["p_group"]),
          "P(other sense)": number(row["p_other"]), "no reading": f"{row['invalid_share']:.0%}"} for row in records_of(tables["readings"])],
         note=[about(results[0].provenance, config.seed, out, f"protocol {config.protocol}"),
-              "blind: -1 is the group sense, 1 the other one (of the patchscope a difference of two changes, at most -2 to 2); contexts and "
-              "templates are the units. No reading: texts of no sense, layers whose probe does not beat its stronger control."])
+              "blind: -1 is the group sense, 1 the other one (of the patchscope a difference of two changes, at most -2 to 2); contexts "
+              "and templates are the units. No reading: texts of no sense, layers whose probe does not beat its stronger control."])

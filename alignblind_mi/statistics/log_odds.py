@@ -18,7 +18,8 @@ def log_p_either(rows: pd.DataFrame) -> Float[np.ndarray, " row"]:
     if not set(_SUMMED) <= set(rows.columns):
         return np.full(len(rows), np.nan)
     require(rows, _SUMMED, numbers=_SUMMED)
-    return np.logaddexp(*(rows[name].to_numpy(float) for name in _SUMMED))
+    both = rows[list(_SUMMED)].to_numpy(float)
+    return np.logaddexp(both[:, 0], both[:, 1], out=np.full(len(rows), np.nan), where=~np.isnan(both).any(1))
 
 
 def improbable_share(rows: pd.DataFrame) -> dict[str, float | int]:

@@ -219,8 +219,11 @@ def study_load(config: StudyConfig) -> dict[str, dict[str, float]]:
 
     def add(stage: str, load: Load) -> None:
         entry = stages.setdefault(stage, {"rows": 0.0, "prompt_tokens": 0.0, "new_tokens": 0.0})
-        sample = replace(load, prompts=load.prompts[:: max(1, len(load.prompts) // 40)])
+        step = max(1, len(load.prompts) // 40)
+        sample = replace(load, prompts=load.prompts[::step])
         length = fmean(len(tokenizer(text)["input_ids"]) for text in sample.texts(tokenizer, spec.name))
+        if load.scored:    # each of the answers is read behind its prompt, which has been read
+            length += fmean(sum(map(len, tokenizer(list(texts), add_special_tokens=False)["input_ids"])) for texts in load.scored[::step])
         entry["rows"] += len(load.prompts) * load.times
         entry["prompt_tokens"] += length * len(load.prompts) * load.times
         entry["new_tokens"] += len(load.prompts) * load.times * load.new_tokens

@@ -27,7 +27,16 @@ from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import Advance
 from alignblind_mi.stimuli.concept import Concept, load_concept
-from alignblind_mi.stimuli.prompts import KINDS, Design, Kind, Prompt, behaviour_prompts, implicit_prompts, interpretation_prompt
+from alignblind_mi.stimuli.prompts import (
+    KINDS,
+    Design,
+    Kind,
+    Prompt,
+    behaviour_prompts,
+    implicit_prompts,
+    interpretation_prompt,
+    worded_assignments,
+)
 from alignblind_mi.stimuli.protocol import PROTOCOLS
 from alignblind_mi.studies.config import StudyConfig
 
@@ -43,7 +52,7 @@ Treat = Callable[[HookedModel], Treatment]
 class Load:
     """What a part asks of a model: prompts, each read `times` times and continued by at most `new_tokens`.
 
-    `chat` is what they are asked in (None: raw).
+    `chat` is what they are asked in (None: raw); `scored` are the answers whose probability is read behind each prompt.
     """
 
     __repr__ = one_line
@@ -52,6 +61,7 @@ class Load:
     new_tokens: int = 0
     times: int = 1
     chat: Chat | None = None
+    scored: Sequence[Sequence[str]] = ()
 
     def texts(self, tokenizer: Any, name: str) -> list[str]:
         """What the model reads, by its tokenizer; `name` is the model's."""
@@ -185,9 +195,15 @@ def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], tre
         return _with_treatment(rows, treatment)
 
     def loads() -> list[Load]:
-        return [Load(behaviour_prompts(concept, config.cue, kind, design=design, seed=config.seed, max_word_pairs=pairs),
-                     config.decoding.max_new_tokens, chat=config.chat) for kind in kinds] + (
-                         [] if treat is None else [Load(_asked(config, concept)[:SAMPLE], times=MEASURING, chat=config.chat)])
+        found = []
+        for kind in kinds:
+            prompts = behaviour_prompts(concept, config.cue, kind, design=design, seed=config.seed, max_word_pairs=pairs)
+            scored = [worded_assignments(concept, prompt) for prompt in prompts] if kind == "implicit" else []
+            found.append(Load(prompts, config.decoding.max_new_tokens, chat=config.chat,
+                              scored=[[text for both in each for text in both] for each in scored]))
+        if treat is not None:
+            found.append(Load(_asked(config, concept)[:SAMPLE], times=MEASURING, chat=config.chat))
+        return found
     return compute, loads
 
 

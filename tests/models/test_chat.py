@@ -113,7 +113,7 @@ def test_answers_in_a_chat_keep_the_whole_prompt(chatty, race):
     other = ask(view, race, prompts, Decoding(max_new_tokens=3, temperature=0.9, seed=6))
     assert other["answer"].tolist() != rows["answer"].tolist()
     scored = view.continuation_log_probs(view.rows(prompts[:1]), [["joyful - white, tragic - black", "joyful - black, tragic - white"]])[0]
-    assert rows["log_odds"][0] == pytest.approx(float(scored[0] - scored[1]), abs=1e-5), "an assistant's answer begins without a blank"
+    assert rows["log_odds_first"][0] == pytest.approx(float(scored[0] - scored[1]), abs=1e-5), "an assistant's answer has no blank first"
     assert ask(chatty, race, prompts, Decoding(max_new_tokens=3))["prompt"].tolist() == [prompt.text for prompt in prompts]
     assert view.provenance()["chat"] == {"system": "", "date": "2024-07-26"}
     assert chatty.provenance()["chat"] is None

@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM
 from alignblind_mi.mitigations.placebos import SAMPLE, SEEDS
 from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.spec import ModelError, ModelSpec
+from alignblind_mi.stimuli.concept import load_concept
+from alignblind_mi.stimuli.prompts import worded_assignments
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.forecast import fit, forecast, measured_rate, parameter_count, study_load
-from alignblind_mi.studies.parts import MATCHING
+from alignblind_mi.studies.parts import MATCHING, study_parts
 from alignblind_mi.studies.running import load_study, run_study
 
 
@@ -54,6 +56,13 @@ def test_the_rows_of_the_forecast_are_those_of_the_study(config, tmp_path):
     assert stages["steering"]["rows"] > rows["steering"], "with the readings of the compared windows"
     matching = 2 * SEEDS * MATCHING * SAMPLE    # two windows
     assert stages["noise"]["rows"] == rows["noise"] + matching
+
+
+def test_answers_whose_probability_is_read_are_counted(config, race):
+    (load,) = (load for part in study_parts(config, load_concept(config.concept)) if part.name == "behaviour_base"
+               for load in part.loads() if load.scored)
+    assert len(load.scored) == len(load.prompts)
+    assert load.scored[0] == [text for both in worded_assignments(race, load.prompts[0]) for text in both]
 
 
 def test_a_rate_is_measured_and_makes_a_time(config):

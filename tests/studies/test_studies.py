@@ -3,15 +3,24 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignblind_mi.instruments.patchscope import patchscope_rows
+from alignblind_mi.measures import behaviour
 from alignblind_mi.measures.awareness import blind_score, measure_awareness
-from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
+from alignblind_mi.measures.behaviour import Decoding, ask, measure_behaviour
 from alignblind_mi.measures.mitigation import compare_treatments, early_window, late_window, steering_sweep
 from alignblind_mi.mitigations.steering import sense_steering
 from alignblind_mi.models.edits import UNTREATED, Row, Site, Treatment
 from alignblind_mi.models.spec import ModelError
-from alignblind_mi.stimuli.prompts import assignments, behaviour_prompts, implicit_prompts, interpretation_prompt
+from alignblind_mi.stimuli.prompts import (
+    assignments,
+    behaviour_prompts,
+    implicit_prompts,
+    interpretation_prompt,
+    worded_assignments,
+)
 
 SHORT = Decoding(max_new_tokens=3)
 
@@ -37,7 +46,44 @@ def test_log_odds_compare_the_two_assignments(race, tiny):
     prompts = implicit_prompts(race, "default", max_word_pairs=1)
     rows = measure_behaviour(tiny, race, "default", kinds=("implicit",), decoding=SHORT, max_word_pairs=1)
     each = [tiny.continuation_log_probs([Row(p)], [assignments(race, p)])[0] for p in prompts]
-    assert rows["log_odds"].to_numpy() == pytest.approx([float(a - b) for a, b in each], abs=1e-4)
+    assert rows["log_odds_first"].to_numpy() == pytest.approx([float(a - b) for a, b in each], abs=1e-4)
+    assert (rows["log_odds"] - (rows["log_p_stereotyped"] - rows["log_p_reversed"])).abs().max() < 1e-6
+
+
+def test_wordings_are_summed_as_plain_transformers_reads_them(race, tiny, tiny_folder):
+    (prompt,) = implicit_prompts(race, "default", max_word_pairs=1)[5:6]
+    row = ask(tiny, race, [prompt], SHORT).iloc[0]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+
+    def log_p(text):
+        start, ids = len(tokenizer(prompt.text).input_ids), tokenizer(prompt.text + text).input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids)))
+
+    p, n = prompt.labels["positive"], prompt.labels["negative"]
+    a, b = (p, n) if prompt.labels["word_order"] == "positive_first" else (n, p)
+    for name, of in (("stereotyped", {p: "white", n: "black"}), ("reversed", {p: "black", n: "white"})):
+        ways = [f" {a} - {of[a]}, {b} - {of[b]}", f" {a}: {of[a]}, {b}: {of[b]}", f"\n{a}: {of[a]}\n{b}: {of[b]}",
+                f" {a} is {of[a]} and {b} is {of[b]}"]
+        assert row[f"log_p_{name}"] == pytest.approx(np.logaddexp.reduce([log_p(text) for text in ways]), abs=1e-4)
+    assert row["wordings"] == 4
+
+
+def test_both_assignments_have_the_same_wordings_that_the_tokenizer_knows(race, tiny, monkeypatch):
+    prompts = implicit_prompts(race, "default", max_word_pairs=1)[:3]
+    every = ask(tiny, race, prompts, SHORT)
+    wordings = [worded_assignments(race, prompt) for prompt in prompts]
+    assert all(len(set(both)) == 2 for each in wordings for both in each)
+    monkeypatch.setattr(behaviour, "known_texts", lambda tokenizer, texts: {text for text in texts if text not in wordings[0][1]})
+    fewer = ask(tiny, race, prompts, SHORT)
+    lacking = [each[1] == wordings[0][1] for each in wordings]
+    assert fewer["wordings"].tolist() == [3 if lacks else 4 for lacks in lacking]
+    assert not all(lacking), "known in another prompt"
+    assert (fewer["log_p_stereotyped"][0], fewer["log_p_reversed"][0]) < (every["log_p_stereotyped"][0], every["log_p_reversed"][0])
+    same = ~np.array(lacking)
+    assert fewer.loc[same, "log_odds"].tolist() == pytest.approx(every.loc[same, "log_odds"].tolist(), abs=1e-5)
+    assert fewer["log_odds_first"].tolist() == pytest.approx(every["log_odds_first"].tolist(), abs=1e-5)
 
 
 def test_a_word_the_tokenizer_does_not_know_is_named_before_anything_runs(race, tiny, monkeypatch):
