@@ -244,7 +244,7 @@ def test_noise_has_a_row_a_window_with_its_draws(finished, page):
     assert (steered["draws %"], steered["displacement"]) == ("–", "–")
     claims = {row[0]: row for row in page.cells["audit"]}
     (claim,) = [row for name, row in claims.items() if name.startswith("steering: race, early")]
-    assert "more than its placebos" in claim[4]
+    assert "more than its placebos" in claim[5]
 
 
 def test_the_numbers_are_those_of_the_statistics(finished, page):
