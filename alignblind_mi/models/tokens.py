@@ -157,7 +157,8 @@ def continuation_ids(tokenizer: Any, prompts: Sequence[Prompt], continuations: S
         if ids[:n] == item.ids and len(ids) > n:
             tails.append(_known(tokenizer, list(ids[n:])))
         else:
-            apart.append((item.prompt.text, text))
+            if not text.startswith("\n"):    # behind the blank that a prompt ends with, a new line is written as a token of its own
+                apart.append((item.prompt.text, text))
             tails.append(word_ids(tokenizer, text) if text else [])
     rest = iter(tails)
     return [[next(rest) for _ in choices] for choices in continuations], apart

@@ -181,6 +181,13 @@ def test_the_doctor_finds_nothing_wrong_with_the_spelling(folder):
 # ---- borders -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_new_line_behind_a_blank_is_no_reason_to_warn(llama3, caplog):
+    """Some tokenizers have a token for a blank and a line break; the blank has been read."""
+    (ids,) = llama3.continuation_ids(["It is "], [["\nblack"]])
+    assert llama3.tokenizer.decode(ids[0]) == "\nblack"
+    assert "merges" not in caplog.text
+
+
 def test_a_continuation_that_merges_with_its_prompt_is_said(llama3, caplog):
     together = llama3.tokenizer("black").input_ids
     assert len(together) == 2    # BOS and one token
