@@ -26,7 +26,7 @@ def test_imports_go_down_only(file):
 
 def test_every_floor_is_there_and_the_root_holds_no_other_module():
     assert {room(file) for file in FILES} - {"__init__"} == set(FLOORS)
-    assert {file.stem for file in PACKAGE.glob("*.py")} == {"__init__", "__main__", "errors", "intervals", "progress", "results"}
+    assert {file.stem for file in PACKAGE.glob("*.py")} == {"__init__", "__main__", "errors", "progress", "results"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
