@@ -33,7 +33,7 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> str:
     text = files("alignblind_mi.stimuli.concepts").joinpath("race.toml").read_text("utf-8")
     text = re.sub(r"^((?:marked|unmarked|positive|negative) = \[)(.*)\]", lambda m: f"{m[1]}{', '.join(m[2].split(', ')[:2])}]", text,
                   flags=re.MULTILINE)
-    for key, kept in {"train": 6, "test": 6, "sentences": 3}.items():
+    for key, kept in {"train": 6, "test": 6, "settled": 6, "sentences": 3}.items():
         text = re.sub(rf"^({key} = \[\n)((?:  .*\n)+)\]", lambda m, kept=kept: "".join([m[1], *m[2].splitlines(True)[:kept], "]"]), text,
                       flags=re.MULTILINE)
     path = tmp_path_factory.mktemp("concepts") / "brief.toml"

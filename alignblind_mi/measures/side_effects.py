@@ -107,9 +107,10 @@ def _surprise(log_probs: Float[Tensor, "token vocabulary"], ids: Sequence[int]) 
 
 
 def _settled(concept: Concept, cue: Cue, sense: str) -> list[Prompt]:
-    """The `test` sentences that settle a sense, with both orders of the cue's first identifiers, marked."""
+    """Sentences that settle a sense plainly, with both orders of the cue's first identifiers, marked."""
     names = {"marked": cue.marked[0], "unmarked": cue.unmarked[0]}
-    return [fill(text, {"x": names[x], "y": names[y]}, {"x": x, "y": y}) for text in concept.contexts[sense].test
+    contexts = concept.contexts[sense]
+    return [fill(text, {"x": names[x], "y": names[y]}, {"x": x, "y": y}) for text in contexts.settled or contexts.test
             for x, y in (("marked", "unmarked"), ("unmarked", "marked"))]
 
 

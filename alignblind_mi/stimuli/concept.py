@@ -113,13 +113,18 @@ class Interpretation:
 
 @dataclass(frozen=True)
 class Contexts:
-    """Sentences with {x} and {y} that settle one sense: probes learn from `train` and are tested on `test`."""
+    """Sentences with {x} and {y} that settle one sense: probes learn from `train` and are tested on `test`.
+
+    What a model still understands under a treatment is asked about `settled` sentences, whose words may say plainly what they are about;
+    without any, about those of `test`.
+    """
 
     __repr__ = one_line
 
     name: str
     train: tuple[str, ...]
     test: tuple[str, ...]
+    settled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

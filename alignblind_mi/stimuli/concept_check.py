@@ -275,7 +275,7 @@ def _context_problems(file: _Sound) -> list[str]:
         place = f"[contexts.{name}]"
         if senses and name not in senses:
             found.append(f"{place}: is of no sense; senses: {', '.join(senses)}")
-        for split in SPLITS:
+        for split in (*SPLITS, "settled"):
             texts = contexts.get(split, [])
             found += _repeated(f"{place} {split}", texts)
             found += [said for text in texts for said in _fields_of(f"{place} {split}", text, _exactly({"x", "y"}, text))]

@@ -43,7 +43,7 @@ _FIELDS: dict[str, dict[str, _Field]] = {
     "controls": {"steering": _WANTED},
     "interpretations": _QUESTION,
     "selfie": _QUESTION,
-    "contexts": {"train": _LISTED, "test": _LISTED},
+    "contexts": {"train": _LISTED, "test": _LISTED, "settled": _TEXTS},
     "instructions": {"text": _WANTED, "placebo": _Field("flag")},
     "awareness": {"separator": _WANTED, "sentences": _LISTED, "restatements": _LISTED, "others": _TEXTS},
     "implicit": _TEMPLATE,
