@@ -214,6 +214,7 @@ def test_a_layer_that_does_not_beat_its_stronger_control_gives_no_reading(race, 
     assert shown["n"].tolist() == [0, 0]
     assert shown["mean"].isna().all(), "and not 0"
     monkeypatch.setattr(Probes, "accuracy", lambda self, resid, labels: np.ones(resid.shape[1]))
+    monkeypatch.setattr(Probes, "readings", lambda self, resid, *given: np.full(resid.shape[:2], 0.5))
     monkeypatch.setattr(awareness, "bag_of_words", lambda *given: 1.0)    # as good as the words of the sentence is not better
     rows = measure_probes(tiny, race, "default", layers=[0, 1], controls=(), random_weights=False).rows
     assert rows["no_reading"].str.contains(r"the words of the sentence \(100%\)").all()
