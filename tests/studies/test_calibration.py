@@ -18,7 +18,7 @@ from alignblind_mi.organism.family import calibration_family
 from alignblind_mi.organism.members import FamilyRecipe, MemberRows, measured_concept, member_world
 from alignblind_mi.organism.world import Knobs, load_world
 from alignblind_mi.pages import calibration_page
-from alignblind_mi.stimuli.concept import load_concept
+from alignblind_mi.stimuli.concept import former_digests, load_concept
 from alignblind_mi.studies import calibration
 from alignblind_mi.studies.calibration import CalibrationConfig, measure_instruments, run_calibration
 from alignblind_mi.studies.verdicts import (
@@ -182,7 +182,8 @@ def test_instruments_of_different_knobs_do_not_agree(ideal):
 
 @pytest.fixture(scope="module")
 def pair_rows():
-    concept = load_concept("race")    # the pair was planted in the concept's own templates
+    # The pair was planted in the concept's own templates; of the sentences, those that organisms are measured with (`measured_concept`).
+    concept = load_concept(f"race@{former_digests('race')[-1]}")
     return {role: measure_instruments(load_model(ModelSpec(f"organism:{role}")), concept, word_pairs=1) for role in ("base", "aligned")}
 
 
