@@ -16,8 +16,8 @@ from alignblind_mi.stimuli.concept_check import concept_problems
 
 CONCEPTS = Path(__file__).parents[2] / "alignblind_mi" / "stimuli" / "concepts"
 RACE = tomllib.loads((CONCEPTS / "race.toml").read_text("utf-8"))
-OPTIONAL = {"description", "settled", "prefix", "pairing", "released_as", "words", "lexicon", "scale", "placebo", "others", "selfie", "contexts",
-            "instructions", "awareness", "controls"}
+OPTIONAL = {"description", "settled", "prefix", "pairing", "released_as", "words", "lexicon", "scale", "placebo", "others", "selfie",
+            "contexts", "instructions", "awareness", "controls"}
 Path_ = tuple[str | int, ...]
 
 
