@@ -21,7 +21,7 @@ def main(given: argparse.Namespace) -> None:
     found = []
     for question in load_concept(config.concept).interpretations:
         base, aligned = (rows_of(given.out, [f"awareness_{role}_{question}"]) for role in ("base", "aligned"))
-        found.append({"question": question, **reading_reduction(aligned, base, seed=config.seed)})
+        found.append({"question": question, **reading_reduction(aligned, base)})
     reduction = pd.DataFrame(found)
     save_shown(given.out, {"reduction": reduction}, {})
     show("P(group word), aligned against base: relative change (n contexts)", reduction)

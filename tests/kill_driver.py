@@ -47,7 +47,7 @@ assert alignblind_mi.mitigations.finetuning
 
 
 def config_of(model: str) -> StudyConfig:
-    config = StudyConfig.create(model, model, quick=True)
+    config = StudyConfig.create(model, model, quick=True, protocol="best")
     return replace(config, balanced_pairs=1, published_pairs=1, target_layer=1, decoding=Decoding(max_new_tokens=3, temperature=1.0),
                    lora=LoraSettings(epochs=2, batch_size=64, accumulation=1))
 
