@@ -87,7 +87,7 @@ def test_figure_3_has_r_blind_by_question_with_controls_and_the_reduction(shared
     read = scores[scores["control"].isna() & (scores["role"] == "aligned")]
     assert (read["r_blind"] > 0.8).all(), "planted: 0.9"
     assert (table(shared, "reduction")["high"] < -0.5).all()
-    assert re.search(r"paper +-0\.9\d+ +-0\.9\d+ +-0\.9\d+ +6\n", said)
+    assert re.search(r"paper +-0\.9\d+ +-0\.9\d+ +-0\.8\d+ +6\n", said)
 
 
 @pytest.mark.slow
