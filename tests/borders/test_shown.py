@@ -72,7 +72,7 @@ def test_a_line_identifies_its_value(race, tiny):
 
 
 def test_what_is_made_of_a_line_or_an_equality_stays(race):
-    assert str(Site(1, "marked")) == "Site(layer=1, mark='marked', stream='resid_post', tokens='last', occurrence=None, units=())"
+    assert str(Site(1, "marked")) == "Site(layer=1, mark='marked', stream='resid_post', tokens='last', occurrence=None, units=(), ids=())"
     plan = SteeringPlan("race", "pca", None, ((1, 2),), (1.0,), None)
     words = "SteeringPlan(sense='race', method='pca', how=None, layers=((1, 2),), strengths=(1.0,), positions=None)"    # a part's name
     assert repr(plan) == words
