@@ -163,7 +163,7 @@ def _noise(config: StudyConfig, concept: Concept, window: range) -> Work:
     few = implicit_prompts(concept, config.cue, design="published", seed=config.seed, max_word_pairs=pairs)
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
-        steered = sense_steering(model, concept, config.cue, concept.group_sense, window)
+        steered = sense_steering(model, concept, config.cue, concept.group_sense, window, protocol=config.protocol)
         asked = _asked(config, concept)
         drawn = noise_placebos(model, steered, asked, seed=config.seed)
         rows = with_effects(ask_under(model, concept, few, drawn, config.decoding, advance), treatment_effects(model, drawn, asked))

@@ -10,6 +10,7 @@ from alignblind_mi.mitigations.lora_settings import LoraSettings
 from alignblind_mi.models.spec import ModelError, ModelSpec
 from alignblind_mi.results import ResultError
 from alignblind_mi.stimuli.concept import load_concept
+from alignblind_mi.studies import parts
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.parts import Load, observations, study_parts
 from alignblind_mi.studies.rivals import plan_rivals
@@ -61,6 +62,19 @@ def test_every_steering_part_and_rival_is_of_the_protocol(config, llama3, brief)
     assert all(bool(edit.site.ids) == own for treatment in replaced for edit in treatment.edits)
     added = next(rival for rival in plan.rivals if rival.name.startswith("steer_mean_difference")).make(llama3)
     assert not any(edit.site.ids for edit in added.edits)
+
+
+def test_noise_stands_for_the_steering_of_the_study_s_protocol(config, llama3, brief, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def look(model, treatment, prompts, **options):
+        raise Seen(all(bool(edit.site.ids) == (config.protocol == "paper") for edit in treatment.edits))
+
+    monkeypatch.setattr(parts, "noise_placebos", look)
+    noise = next(part for part in study_parts(config, load_concept(brief)) if part.name.startswith("noise_"))
+    with pytest.raises(Seen, match="True"):
+        noise.compute(llama3, lambda n: None)
 
 
 def test_a_folder_says_its_protocol_and_refuses_the_other(llama3_folder, brief, tmp_path):
