@@ -133,7 +133,7 @@ def patches(case: Case, sites: Sequence[Site]) -> list[Patch]:
         elif site.mark == LAST_TOKEN:
             found.append(Patch(site, (len(case.encoded.ids) - 1,)))
         else:
-            found.append(Patch(site, tuple(sorted(set(case.encoded.positions(site.mark, site.tokens, site.occurrence, site.ids))))))
+            found.append(Patch(site, tuple(sorted(set(case.encoded.at(site))))))
     return found
 
 

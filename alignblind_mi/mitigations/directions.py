@@ -20,7 +20,7 @@ ROLES = ("marked", "unmarked")
 
 
 def direction(method: str, towards: Float[Tensor, "pair layer d_model"], away: Float[Tensor, "pair layer d_model"]
-               ) -> Float[Tensor, "layer d_model"]:
+              ) -> Float[Tensor, "layer d_model"]:
     """One direction a layer, by a method of `steering_vectors`, from paired activations of a sense and of the other one."""
     mean = (towards - away).mean(0)
     if method == "pca":
@@ -28,13 +28,13 @@ def direction(method: str, towards: Float[Tensor, "pair layer d_model"], away: F
         return first * (first * mean).sum(-1, keepdim=True)
     if method == "probe":
         labels = np.repeat([True, False], len(towards))
-        direction = train_probes(torch.cat([towards, away]), labels, range(towards.shape[1])).direction
-        return 2 * direction / direction.square().sum(-1, keepdim=True)
+        found = train_probes(torch.cat([towards, away]), labels, range(towards.shape[1])).direction
+        return 2 * found / found.square().sum(-1, keepdim=True)
     return mean
 
 
 def contrasted(model: HookedModel, concept: Concept, cue: Cue, sense: str, method: str, layers: Sequence[int], stream: Stream
-                ) -> tuple[Float[Tensor, "pair layer d_model"], Float[Tensor, "pair layer d_model"], list[str]]:
+               ) -> tuple[Float[Tensor, "pair layer d_model"], Float[Tensor, "pair layer d_model"], list[str]]:
     """Activations of a sense and of the other one in paired texts, and the texts."""
     senses = (concept.group_sense, concept.other_sense)
     if sense not in senses:

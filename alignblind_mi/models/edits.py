@@ -175,12 +175,11 @@ class Treatment:
 
         Edits at the last token of a prompt (mark `last`) act with those at `generated`, once.
         """
-        moved: dict[tuple[int, str, tuple[int, ...], How, float, int, int | None], Edit] = {}
+        moved: dict[tuple[Site, How, float, int, int | None], Edit] = {}
         for edit in self.edits:
             site = replace(edit.site, mark=PROMPT, tokens="all", occurrence=None) if edit.site.mark in EVERYWHERE else edit.site
-            where = (site.layer, f"{site.mark}|{site.stream}|{site.occurrence}", site.units, edit.how, edit.strength,
-                     edit.vector.data_ptr(), None if edit.as_far_as is None else edit.as_far_as.data_ptr())
-            moved.setdefault(where, replace(edit, site=site))
+            end = None if edit.as_far_as is None else edit.as_far_as.data_ptr()
+            moved.setdefault((site, edit.how, edit.strength, edit.vector.data_ptr(), end), replace(edit, site=site))
         return replace(self, edits=tuple(moved.values())).rows(texts, partial=True)
 
 

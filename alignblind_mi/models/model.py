@@ -98,7 +98,7 @@ class HookedModel(View):
             raise EditError(f"{other.stream} of layer {other.layer} is no residual stream: record it with `record`.")
         whole, encoded = self.token_rows(rows), self.encode([row.prompt for row in rows])
         reads = [tuple(dict.fromkeys(place(site.layer, site.stream, at) for site in sites if acts_in(item.prompt, site.mark)
-                                     for at in item.positions(site.mark, site.tokens, site.occurrence, site.ids))) for item in encoded]
+                                     for at in item.at(site))) for item in encoded]
         some = [i for i, there in enumerate(reads) if there]
         out: list[Tensor] = [torch.empty(0, self.d_model) for _ in rows]
 

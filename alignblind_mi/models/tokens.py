@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from alignblind_mi.borders.texts import one_line
-from alignblind_mi.models.edits import GENERATED, LAST, PROMPT, How, Stream, Tokens, apply
+from alignblind_mi.models.edits import GENERATED, LAST, PROMPT, How, Site, Stream, Tokens, apply
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span
 
 
@@ -67,6 +67,10 @@ class Encoded:
                 raise PromptError(f"the mark {mark!r} occurs {len(spans)} times, occurrence {occurrence} was asked for.") from None
         each = [self.tokens_of(span) for span in spans]
         return [position for found in each for position in (found if tokens == "all" else found[-1:])]
+
+    def at(self, site: Site) -> list[int]:
+        """Token positions of a site."""
+        return self.positions(site.mark, site.tokens, site.occurrence, site.ids)
 
 
 Pieces = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]    # ids, and the characters that each stands for
@@ -266,12 +270,9 @@ class _Touch:
         there = self.columns >= skip
         where = _where(self.rows[there], self.columns[there] - skip, self.features)
         at = value[where]
-        vectors, strengths, ends = (None if part is None else part[there].to(at.device).float()
-                                    for part in (self.vectors, self.strengths, self.as_far_as))
-        assert vectors is not None
-        assert strengths is not None
-        # In bfloat16 an ablation leaves a residue.
-        value[where] = apply(at.float(), vectors, self.how, strengths, ends).to(value.dtype)
+        vectors, strengths = (part[there].to(at.device).float() for part in (self.vectors, self.strengths))
+        ends = None if self.as_far_as is None else self.as_far_as[there].to(at.device).float()
+        value[where] = apply(at.float(), vectors, self.how, strengths, ends).to(value.dtype)    # in bfloat16 an ablation leaves a residue
 
 
 def _where(rows: Tensor | list[int], columns: Tensor | list[int], features: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -251,7 +251,7 @@ class View:
         def positions(i: int, site: Site) -> list[int]:
             key = (id(rows[i].prompt), site.mark, site.tokens, site.occurrence, site.ids)
             if key not in places:
-                places[key] = encoded[i].positions(*key[1:])
+                places[key] = encoded[i].at(site)
             return places[key]
 
         def one(i: int, site: Site) -> int:
