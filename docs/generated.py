@@ -62,7 +62,8 @@ def error_rates() -> dict[str, Any]:
 
 def coverage_table() -> str:
     """Coverage of rates in every simulated world, by procedure."""
-    found, rows = error_rates(), [["world", "templates differ by", *next(iter(error_rates()["rates"].values()))]]
+    found = error_rates()
+    rows = [["world", "templates differ by", *next(iter(found["rates"].values()))]]
     for world, procedures in found["rates"].items():
         rows += [[world if not i else "", f"{spread:g}", *(f"{points[i][0]:.0%}" for points in procedures.values())]
                  for i, spread in enumerate(found["spreads"])]

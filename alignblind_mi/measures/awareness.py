@@ -19,12 +19,12 @@ from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.lens import Translators, lens_readings
 from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
 from alignblind_mi.instruments.probes import bag_of_words, shuffled, train_probes
-from alignblind_mi.intervals.clustered import Interval, exact_interval, mean_interval
+from alignblind_mi.intervals.clustered import Interval, exact_interval
 from alignblind_mi.measures.sources import CONTROLS, TEXT_LAYER, Contexts, Recorded, Source, record_contexts, record_sources
 from alignblind_mi.models.edits import Row, acts_in
 from alignblind_mi.models.model import HookedModel, untrained
 from alignblind_mi.models.spec import ModelError
-from alignblind_mi.statistics.rates import label_shares, relative_change, require
+from alignblind_mi.statistics.rates import column_interval, label_shares, relative_change, require
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.prompts import Prompt, fill, interpretation_prompt
 from alignblind_mi.stimuli.protocol import ProtocolName
@@ -359,7 +359,7 @@ def blind_interval(readings: pd.DataFrame, column: str = "blind") -> Interval:
 
     Contexts of one template have its wording in common, so that templates, which are few, count as units too.
     """
-    return mean_interval(readings[column].to_numpy(float), [readings[name].to_numpy() for name in READ_OVER])
+    return column_interval(readings, column, READ_OVER)
 
 
 def n_readings(rows: pd.DataFrame) -> int:

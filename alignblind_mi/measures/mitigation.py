@@ -3,23 +3,22 @@
 Studies cannot tell steering from LoRA: they are given a model and a list of treatments.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
 
 from alignblind_mi.borders.settings import Count, Seed, many, takes
 from alignblind_mi.borders.texts import html_summary, named_line
-from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.measures.awareness import blind_interval, blind_score, measure_awareness, n_readings, readings_of
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
-from alignblind_mi.mitigations.steering import layer_windows, sense_steering
-from alignblind_mi.models.edits import Treatment, Treatments, check_treatments
+from alignblind_mi.mitigations.steering import ROLES, layer_windows, sense_steering
+from alignblind_mi.models.edits import Site, Treatment, Treatments, check_treatments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import counted
 from alignblind_mi.statistics.log_odds import improbable_share
-from alignblind_mi.statistics.rates import CLUSTERS, summarise
+from alignblind_mi.statistics.rates import column_interval, summarise
 from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.stimuli.protocol import ProtocolName
 
@@ -35,6 +34,11 @@ def early_window(n_layers: int) -> range:
 def late_window(n_layers: int) -> range:
     """The last window of layers."""
     return layer_windows(n_layers)[-1]
+
+
+def identifier_sites(n_layers: int) -> list[Site]:
+    """Where what has no edits (an adapter, a prefix) is looked at: at the identifiers, after the early window."""
+    return [Site(early_window(n_layers)[-1], role) for role in ROLES]
 
 
 def steering_names(concept: Concept) -> list[str]:
@@ -119,7 +123,9 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame) -> pd.Dat
         record = {"model": key[0], "treatment": key[1], "n": int(implicit["n"]), "implicit": implicit["rate"]}
         record |= {name: implicit[name] for name in ("low", "high", "interval", "template_min", "template_max", "invalid_share", "worst",
                                                      "best")}
-        record |= _mean("log_odds", rows, "log_odds", CLUSTERS) | improbable_share(rows)
+        low, high = column_interval(rows, "log_odds")
+        record |= {"log_odds": float(rows["log_odds"].mean(skipna=False)), "log_odds_low": low, "log_odds_high": high}
+        record |= improbable_share(rows)
         if explicit is not None:
             record |= {"explicit": explicit["rate"], "explicit_n": int(explicit["n"]), "explicit_low": explicit["low"],
                        "explicit_high": explicit["high"], "explicit_invalid_share": explicit["invalid_share"]}
@@ -128,9 +134,3 @@ def comparison_table(behaviour: pd.DataFrame, awareness: pd.DataFrame) -> pd.Dat
             record |= {"r_blind": blind_score(readings), "r_blind_low": low, "r_blind_high": high, "n_readings": n_readings(readings)}
         records.append(record)
     return pd.DataFrame.from_records(records)
-
-
-def _mean(name: str, rows: pd.DataFrame, column: str, clusters: Sequence[str]) -> dict[str, float]:
-    values = rows[column].to_numpy(float)
-    low, high = mean_interval(values, [rows[c].to_numpy() for c in clusters])
-    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}

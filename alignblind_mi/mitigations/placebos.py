@@ -65,10 +65,12 @@ def treatment_effects(model: HookedModel, treatments: Treatments, prompts: Promp
     prompt's last one.
     """
     some, plain = _sampled(as_prompts(prompts)), model.under(UNTREATED)
-    before, records = plain.next_log_probs(plain.rows(some)), []
+    before, records, streams = plain.next_log_probs(plain.rows(some)), [], dict[tuple[Site, ...], Tokens]()
     for treatment in many(treatments):
-        shown, where = _readable(treatment), _ends(treatment) or many(sites)
-        (clean,), (treated,) = _streams(model, [UNTREATED], some, where), _streams(model, [shown], some, where)
+        shown, where = _readable(treatment), _ends(treatment) or tuple(many(sites))
+        if where not in streams:
+            (streams[where],) = _streams(model, [UNTREATED], some, where)
+        (treated,) = _streams(model, [shown], some, where)
         view = model.under(shown)
         after = view.next_log_probs(view.rows(some, partial=True))
         about = treatment.details
@@ -76,7 +78,7 @@ def treatment_effects(model: HookedModel, treatments: Treatments, prompts: Promp
             "treatment": treatment.name, "placebo": about.get("placebo", "other" if treatment.family == "placebo" else ""),
             "placebo_of": about.get("of", ""), "placebo_seed": int(about.get("seed", -1)) if "of" in about else -1,
             "layer": max((site.layer for site in where), default=-1), "tokens": sum(map(len, treated)),
-            "displacement": _displacement(treated, clean), "kl_prompts": float((before.exp() * (before - after)).sum(-1).mean())})
+            "displacement": _displacement(treated, streams[where]), "kl_prompts": float((before.exp() * (before - after)).sum(-1).mean())})
     return pd.DataFrame.from_records(records)
 
 

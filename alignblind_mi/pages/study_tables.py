@@ -8,7 +8,6 @@ import pandas as pd
 
 from alignblind_mi.borders.reading import is_file, read_object
 from alignblind_mi.errors import ResultError
-from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.measures.awareness import blind_interval, n_readings, readings_of, selfie_table, summarise_readings
 from alignblind_mi.measures.controls import less_controls
 from alignblind_mi.measures.mitigation import comparison_table, steering_names
@@ -16,7 +15,7 @@ from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.pages.saved_study import ROLES, Study
 from alignblind_mi.statistics.log_odds import improbable_share
 from alignblind_mi.statistics.paired import corrected, paired_differences
-from alignblind_mi.statistics.rates import CLUSTERS, position_effect, summarise
+from alignblind_mi.statistics.rates import column_interval, position_effect, summarise
 from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
 from alignblind_mi.studies.parts import INSTRUMENTS, MATCHED_NOISE, NOISE
 
@@ -230,17 +229,10 @@ def summarised(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     answers, and improbable ones (`improbable_share`)."""
     groups = [group for _, group in rows.groupby(list(by), sort=False, dropna=False)]
     means = [group["log_odds"].mean() for group in groups]
-    ends = [_interval(group, "log_odds") for group in groups]
+    ends = [column_interval(group, "log_odds") if group["log_odds"].notna().all() else (math.nan, math.nan) for group in groups]
     table = pd.concat([summarise(group, by=by) for group in groups], ignore_index=True)
     table = table.join(pd.DataFrame([improbable_share(group) for group in groups]))
     return table.assign(log_odds=means, log_odds_low=[low for low, _ in ends], log_odds_high=[high for _, high in ends])
-
-
-def _interval(rows: pd.DataFrame, column: str) -> tuple[float, float]:
-    if rows[column].isna().any():
-        return math.nan, math.nan
-    low, high = mean_interval(rows[column].to_numpy(float), [rows[name].to_numpy() for name in CLUSTERS])
-    return low, high
 
 
 def _ordered(table: pd.DataFrame, **orders: Sequence[Any]) -> pd.DataFrame:

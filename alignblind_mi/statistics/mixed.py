@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from alignblind_mi.intervals.clustered import LEVEL, StatisticsError
-from alignblind_mi.statistics.rates import CLUSTERS, require
+from alignblind_mi.statistics.rates import CLUSTERS, first_with_first, require
 
 Method = Literal["statsmodels", "bambi"]
 METHODS: tuple[Method, ...] = ("statsmodels", "bambi")
@@ -80,7 +80,7 @@ def _design(valid: pd.DataFrame, baseline: str, treated: list[str], between: str
     columns = [np.ones(len(valid)), *((valid[between] == name).to_numpy(float) for name in treated)]
     names = [f"association[{baseline}]", *(f"change[{name}]" for name in treated)]
     if position:
-        agrees = (valid["option_order"] == "marked_first") == (valid["word_order"] == "negative_first")
+        agrees = first_with_first(valid)
         if agrees.nunique() < 2:
             raise StatisticsError("association and position are one and the same here: the stereotyped answer is always, or never, the one "
                                   "that puts the first word with the first option. Ask the balanced design, or pass position=False.")

@@ -7,8 +7,8 @@ import pandas as pd
 
 from alignblind_mi.borders.settings import takes
 from alignblind_mi.intervals.clustered import StatisticsError
+from alignblind_mi.statistics.paired import ITEM
 
-ITEM = ("category", "template", "option_order", "word_order", "word_pair")
 COLUMNS = ("treatment", "draws", "n", "untreated", "rate", "noise", "noise_low", "noise_high", "noise_sd", "displacement",
            "noise_displacement", "noise_displacement_low", "noise_displacement_high", "kl_prompts", "noise_kl", "noise_kl_low",
            "noise_kl_high")
@@ -27,7 +27,8 @@ def placebo_bands(rows: pd.DataFrame, *, untreated: str = "untreated") -> pd.Dat
     if "placebo_of" not in rows:
         return pd.DataFrame(columns=list(COLUMNS))
     implicit = rows[rows["kind"] == "implicit"]
-    implicit = implicit.assign(item=implicit[list(ITEM)].astype(str).agg("|".join, axis=1))
+    known = [name for name in ITEM if name in implicit]
+    implicit = implicit.assign(item=implicit[known].astype(str).agg("|".join, axis=1))
     names = implicit["placebo_of"].fillna("")
     records = [_band(implicit, str(name), untreated) for name in dict.fromkeys(names) if name]
     return pd.DataFrame.from_records(records, columns=list(COLUMNS))

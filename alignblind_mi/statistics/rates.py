@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from alignblind_mi.borders.settings import Chance, Names, shown, takes
-from alignblind_mi.intervals.clustered import LEVEL, StatisticsError, as_numbers, mean_test, rate_interval
+from alignblind_mi.intervals.clustered import LEVEL, Interval, StatisticsError, as_numbers, mean_interval, mean_test, rate_interval
 from alignblind_mi.results import OUTCOMES
 from alignblind_mi.stimuli.prompts import KINDS
 
@@ -152,6 +152,19 @@ def _by_template(group: pd.DataFrame, hits: np.ndarray, usable: np.ndarray) -> d
     return {"template_min": float(rates.min()), "template_max": float(rates.max())}
 
 
+def first_with_first(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Of implicit rows, whether the stereotyped answer puts the first word with the first option.
+
+    The stereotype ties the marked identifier to the negative word: first option with first word, where the two orders agree.
+    """
+    return (rows["option_order"] == "marked_first") == (rows["word_order"] == "negative_first")
+
+
+def column_interval(rows: pd.DataFrame, column: str, cluster: Sequence[str] = CLUSTERS) -> Interval:
+    """The 95 % interval of the mean of a column, over cluster columns (`intervals.mean_interval`)."""
+    return mean_interval(rows[column].to_numpy(float), [rows[name].to_numpy() for name in cluster])
+
+
 @takes(StatisticsError)
 def position_effect(rows: pd.DataFrame, by: Names = ("model",), *, level: Chance = LEVEL) -> pd.DataFrame:
     """Association beside position, per template: does the model match meanings, or put the first option with the first word?
@@ -176,8 +189,7 @@ def position_rates(asked: pd.DataFrame, by: Names, *, cluster: Names = ("word_pa
 
 
 def _position(group: pd.DataFrame, cluster: Sequence[str], level: float) -> dict[str, object]:
-    # The stereotype ties the marked identifier to the negative word: first option with first word, where the two orders agree.
-    first_is_stereotyped = (group["option_order"] == "marked_first") == (group["word_order"] == "negative_first")
+    first_is_stereotyped = first_with_first(group)
     stereotyped = group["outcome"] == "stereotyped"
     valid = group["outcome"].isin(["stereotyped", "reversed"])
     first, n_valid = valid & (stereotyped == first_is_stereotyped), int(valid.sum())

@@ -15,6 +15,7 @@ from alignblind_mi.measures.awareness import blind_interval, n_readings, reading
 from alignblind_mi.measures.controls import READ_AT
 from alignblind_mi.measures.sources import NEGATIVE_CONTROLS
 from alignblind_mi.statistics.paired import paired_differences
+from alignblind_mi.statistics.rates import first_with_first
 
 LEAST = 0.1    # a change of a rate that counts as one: ten points
 LEAST_READING = 0.1    # a change of r_blind that counts as one: ten points of probability
@@ -102,7 +103,7 @@ def _both_ways(rows: pd.DataFrame, kind: str, sign: int, base: str) -> Check:
     """
     if kind == "implicit":
         what = "the same sign where the stereotype is first with first and where it is not"
-        half = (rows["option_order"] == "marked_first") == (rows["word_order"] == "negative_first")
+        half = first_with_first(rows)
     else:
         what = "the same sign for statements of the stereotype and of its reverse"
         half = rows["statement"] == "stereotype"

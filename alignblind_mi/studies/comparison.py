@@ -24,14 +24,13 @@ from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
 from alignblind_mi.measures.behaviour import ask, ask_under, measure_behaviour
-from alignblind_mi.measures.mitigation import early_window
+from alignblind_mi.measures.mitigation import identifier_sites
 from alignblind_mi.measures.side_effects import measure_side_effects
 from alignblind_mi.measures.sources import NEGATIVE_CONTROLS
 from alignblind_mi.mitigations.lora import trainable
 from alignblind_mi.mitigations.placebos import EFFECTS, NOISE_PAIRS, SEEDS, treatment_effects, with_effects
-from alignblind_mi.mitigations.steering import ROLES
 from alignblind_mi.models.configs import depth_of
-from alignblind_mi.models.edits import UNTREATED, Site, Treatment
+from alignblind_mi.models.edits import UNTREATED, Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.tokens import unknown_words
@@ -180,8 +179,8 @@ def _effect(model: HookedModel, treatment: Treatment, rival: Rival, concept: Con
     """What `treatment_effects` says of a rival; of what has no edits, the stream is read at the identifiers, after the early window."""
     if rival is UNTREATED_RIVAL:
         return {}
-    where = [Site(early_window(model.n_layers)[-1], role) for role in ROLES]
-    found = treatment_effects(model, treatment, noise_prompts(concept, config.cue, config.seed), sites=where)
+    asked = noise_prompts(concept, config.cue, config.seed)
+    found = treatment_effects(model, treatment, asked, sites=identifier_sites(model.n_layers))
     return {name: json_value(found[name].iloc[0]) for name in (*EFFECTS, "layer", "tokens")}    # null: no identifier was there to be read
 
 

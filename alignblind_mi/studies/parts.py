@@ -14,15 +14,15 @@ from alignblind_mi.instruments.attention import attention_rows
 from alignblind_mi.instruments.lens import lens_contrast, logit_lens
 from alignblind_mi.measures.awareness import SELFIE_TOKENS, measure_awareness, measure_lens, measure_probes, measure_selfie, with_accuracy
 from alignblind_mi.measures.behaviour import ask_under, measure_behaviour
-from alignblind_mi.measures.mitigation import early_window, late_window, steering_names
+from alignblind_mi.measures.mitigation import early_window, identifier_sites, late_window, steering_names
 from alignblind_mi.measures.sources import context_prompts, control_sources, possible_controls, reading_sources
 from alignblind_mi.mitigations.lora import trainable
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
 from alignblind_mi.mitigations.placebos import NOISE_PAIRS, SAMPLE, SEEDS, noise_placebos, treatment_effects, with_effects
-from alignblind_mi.mitigations.steering import ROLES, can_steer, layer_windows, sense_steering
+from alignblind_mi.mitigations.steering import can_steer, layer_windows, sense_steering
 from alignblind_mi.models.chat import Chat, in_chat
 from alignblind_mi.models.configs import depth_of
-from alignblind_mi.models.edits import UNTREATED, Site, Treatment
+from alignblind_mi.models.edits import UNTREATED, Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import Advance
@@ -190,8 +190,7 @@ def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], tre
         rows = measure_behaviour(model.under(treatment), concept, config.cue, design=design, kinds=kinds, decoding=config.decoding,
                                  seed=config.seed, max_word_pairs=pairs, progress=advance)
         if treat is not None:
-            where = [Site(early_window(model.n_layers)[-1], role) for role in ROLES]    # of what has no edits
-            rows = with_effects(rows, treatment_effects(model, treatment, _asked(config, concept), sites=where))
+            rows = with_effects(rows, treatment_effects(model, treatment, _asked(config, concept), sites=identifier_sites(model.n_layers)))
         return _with_treatment(rows, treatment)
 
     def loads() -> list[Load]:

@@ -17,7 +17,6 @@ from alignblind_mi.borders.writing import refuse_taken
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.instruments.contrast import SWAPS, PatchError
 from alignblind_mi.instruments.patching import CONTROLS, DIRECTIONS, summarise_patching
-from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.behaviour import ask_under
 from alignblind_mi.measures.mitigation import early_window
@@ -40,7 +39,7 @@ from alignblind_mi.results import Result, Results, load_result
 from alignblind_mi.statistics.log_odds import improbable_share
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.placebos import placebo_bands
-from alignblind_mi.statistics.rates import CLUSTERS, position_effect, summarise
+from alignblind_mi.statistics.rates import column_interval, position_effect, summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig
@@ -144,7 +143,7 @@ def bias_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _odds(group: pd.DataFrame) -> dict[str, float | int]:
     values = group["log_odds"].to_numpy(float)
-    low, high = mean_interval(values, [group[name].to_numpy() for name in CLUSTERS])
+    low, high = column_interval(group, "log_odds")
     return {"n": len(group), "mean": float(values.mean()), "low": low, "high": high, "positive": float((values > 0).mean()),
             **improbable_share(group)}
 
