@@ -32,7 +32,7 @@ from alignblind_mi.stimuli.readings import classify, reading_names
 
 TARGET_LAYER = 2    # where the paper injects, on Llama 3
 SELFIE_TOKENS = 20
-_READING = ["context", "mark", "mention", "identifier"]    # columns that tell readings apart
+READING = ["context", "mark", "mention", "identifier"]    # columns that tell readings apart
 READ_OVER = ("context", "template")    # what the intervals of readings are clustered over
 VECTOR_CONTROLS = tuple(name for name in CONTROLS if name != "text")    # instruments that only read have nothing to ask of a text
 SHUFFLES, UNTRAINED = 10, 3    # control probes, whose accuracies are averaged
@@ -307,13 +307,14 @@ def _accuracy_table(model: HookedModel, tested: dict[str, list[np.ndarray]], lay
         mean = np.mean(runs, axis=0)
         for j, layer in enumerate(layers):
             low, high = exact_interval(round(float(mean[j]) * n), n)
-            record = {"model": model.spec.name, "probe": name, "layer": layer, "n": n, "accuracy": float(mean[j]), "low": low, "high": high}
-            stronger = max(controls, key=lambda control: float(controls[control][j]))
-            beaten = float(controls[stronger][j])
-            why = "" if low > beaten else (f"its accuracy, {mean[j]:.0%} (95 %: {low:.0%} to {high:.0%}), is not above its stronger "
-                                           f"control, {PROBE_CONTROLS[stronger]} ({beaten:.0%})")
-            own = {"selectivity": float(mean[j]) - beaten, "no_reading": why}
-            records.append(record | (own if name == "sense" else {"selectivity": float("nan"), "no_reading": ""}))
+            selectivity, why = float("nan"), ""
+            if name == "sense":
+                stronger, beaten = max(((control, float(values[j])) for control, values in controls.items()), key=lambda one: one[1])
+                selectivity = float(mean[j]) - beaten
+                why = "" if low > beaten else (f"its accuracy, {mean[j]:.0%} (95 %: {low:.0%} to {high:.0%}), is not above its stronger "
+                                               f"control, {PROBE_CONTROLS[stronger]} ({beaten:.0%})")
+            records.append({"model": model.spec.name, "probe": name, "layer": layer, "n": n, "accuracy": float(mean[j]), "low": low,
+                            "high": high, "selectivity": selectivity, "no_reading": why})
     return pd.DataFrame.from_records(records)
 
 
@@ -342,7 +343,7 @@ def summarise_readings(rows: pd.DataFrame, by: Names = ("model", "treatment", "i
     Errors: StatisticsError for rows that are no readings.
     """
     numbers = ["blind", "p_group", "p_other"]
-    require(rows, [*by, *_READING, "instrument", "layer", *numbers], numbers=numbers)
+    require(rows, [*by, *READING, "instrument", "layer", *numbers], numbers=numbers)
     records = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
         group = group.dropna(subset=["blind"])    # a probe says nothing at some layers
@@ -364,7 +365,7 @@ def blind_interval(readings: pd.DataFrame, column: str = "blind") -> Interval:
 
 def n_readings(rows: pd.DataFrame) -> int:
     """Different readings: each of them is read once at every layer."""
-    return len(rows[_READING].drop_duplicates())
+    return len(rows[READING].drop_duplicates())
 
 
 @takes(ModelError)

@@ -99,23 +99,22 @@ def _ask_together(model: HookedModel, concept: Concept, prompts: Sequence[Prompt
 def _answers(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts: Sequence[Prompt], decoding: Decoding,
              progress: Callable[[int], None] | None) -> list[dict[str, Any]]:
     answers: dict[int, Generation] = {}
-    counts: dict[int, int] = {}
+    scored: dict[int, Sequence[float]] = {}
     for kind in ("implicit", "explicit"):
         index = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == kind]
-        choices = _choices(model, concept, [prompts[i] for i in index]) if kind == "implicit" else None
-        most = max(map(len, choices or ()), default=0)
-        asked = None if choices is None else [texts + texts[:1] * (most - len(texts)) for texts in choices]    # as many for every row
+        choices = _choices(model, concept, [prompts[i] for i in index]) if kind == "implicit" else [[] for _ in index]
+        most = max(map(len, choices), default=0)
+        asked = [texts + texts[:1] * (most - len(texts)) for texts in choices] if most else None    # as many for every row
         made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
                               continuations=asked, progress=progress)
         answers |= zip(index, made, strict=True)
-        counts |= zip(index, map(len, choices or ()), strict=choices is not None)
+        scored |= {i: one.choices[: len(texts)] for i, one, texts in zip(index, made, choices, strict=True)}
     records = []
     for i, row in enumerate(rows):
         answer, outcome = answers[i], judge(answers[i].text, prompts[i].labels, prompt=row.prompt.text)
-        scored = answer.choices[: counts.get(i, 0)] if not is_thinking(row.prompt.text) else ()
         records.append({**prompts[i].labels, "prompt": row.prompt.text,
                         "answer": answer.text, "finished": answer.finished, "n_tokens": answer.n_tokens,
-                        "outcome": outcome.label, "reason": outcome.reason, **_scores(scored),
+                        "outcome": outcome.label, "reason": outcome.reason, **_scores(() if is_thinking(row.prompt.text) else scored[i]),
                         **{f"decoding_{key}": value for key, value in asdict(decoding).items()}})
     return records
 

@@ -4,10 +4,16 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from alignblind_mi.measures.awareness import blind_interval, n_readings, readings_of
+from alignblind_mi.measures.awareness import READING, blind_interval, n_readings, readings_of
 from alignblind_mi.measures.sources import NEGATIVE_CONTROLS
 
-READ_AT = ["context", "mark", "mention", "identifier", "template", "layer"]    # what a reading and its controls have in common
+READ_AT = [*READING, "template", "layer"]    # what a reading and its controls have in common
+
+
+def beyond(own: pd.DataFrame, control: pd.DataFrame, column: str = "blind") -> pd.DataFrame:
+    """Readings with what their control leaves of a column, `less`: those that were read at the same place and layer as it."""
+    both = own.merge(control[[*READ_AT, column]], on=READ_AT, suffixes=("", "_control"))
+    return both.assign(less=both[column] - both[f"{column}_control"]).dropna(subset=["less"])
 
 
 def less_controls(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -19,11 +25,10 @@ def less_controls(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """
     records = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
-        own = readings_of(group).dropna(subset=["blind"])
+        own = readings_of(group)
         found: list[tuple[float, dict[str, object]]] = []
         for control in NEGATIVE_CONTROLS:
-            both = own.merge(readings_of(group, control)[[*READ_AT, "blind"]], on=READ_AT, suffixes=("", "_control"))
-            less = both.assign(less=both["blind"] - both["blind_control"]).dropna(subset=["less"])
+            less = beyond(own, readings_of(group, control))
             if len(less):
                 low, high = blind_interval(less, "less")
                 mean = float(less["less"].mean())

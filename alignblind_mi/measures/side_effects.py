@@ -6,11 +6,9 @@ about the other sense wrongly. Rows are under one identity (`measure`, `item`); 
 """
 
 import random
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from importlib import resources
 from typing import Any
 
 import pandas as pd
@@ -18,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from alignblind_mi.borders.own import own_table
 from alignblind_mi.borders.settings import Count, Seed, takes
 from alignblind_mi.measures.behaviour import Decoding, ask
 from alignblind_mi.models.edits import PROMPT, UNTREATED
@@ -36,7 +35,7 @@ MEASURES = ("kl_neutral", "kl_mentions", "surprise", "copying", "judging", "othe
 
 @cache
 def _data() -> dict[str, Any]:
-    return tomllib.loads((resources.files("alignblind_mi.measures") / "side_effects.toml").read_text("utf-8"))
+    return own_table("measures", "side_effects")
 
 
 @takes(ModelError)

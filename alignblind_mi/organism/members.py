@@ -7,10 +7,8 @@ Interchange rows and the probe's sentences use the lexicon's `planting` sentence
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from alignblind_mi.borders.own import own_table
 from alignblind_mi.models.embedded import OrganismError
 from alignblind_mi.organism.build import ALIGNED, Recipe
 from alignblind_mi.organism.corpus import ALIGNED_MIX, Corpus, Segment
@@ -155,7 +154,7 @@ class FamilyRecipe:
 
 def task_wording() -> dict[str, Any]:
     """The task in other words: pieces for `planting`, and `implicit`, which only measure (wording.toml)."""
-    return tomllib.loads((files("alignblind_mi.organism") / "wording.toml").read_text(encoding="utf-8"))
+    return own_table("organism", "wording")
 
 
 def member_world(concept_name: str = DEFAULT_CONCEPT) -> World:

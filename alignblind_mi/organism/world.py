@@ -5,13 +5,13 @@ Does NOT write texts."""
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
+from alignblind_mi.borders.own import own_table
 from alignblind_mi.models.embedded import OrganismError
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
@@ -110,20 +110,16 @@ def load_lexicon(concept: str = DEFAULT_CONCEPT) -> dict[str, Any]:
     if concept not in lexicon_names():
         known = ", ".join(lexicon_names())
         raise OrganismError(f"no organism can be trained on the concept {concept!r}: it has no lexicon. Known: {known}.")
-    own, shared = _toml("organism", f"lexicon_{concept}"), _toml("organism", "lexicon")
+    own, shared = own_table("organism", f"lexicon_{concept}"), own_table("organism", "lexicon")
     tables = {**own, **shared, "contexts": {**own.get("contexts", {}), **shared["contexts"]}}
     if set(tables) != set(TABLES):
         raise OrganismError(f"lexicon_{concept}.toml has other tables than a lexicon has: {sorted(set(tables) ^ set(TABLES))}.")
     return {name: tables[name] for name in TABLES}
 
 
-def _toml(folder: str, name: str) -> dict[str, Any]:
-    return tomllib.loads((files("alignblind_mi") / folder / f"{name}.toml").read_text(encoding="utf-8"))
-
-
 def load_world(concept_name: str = DEFAULT_CONCEPT) -> World:
     """Read the concept's file and the lexicon; raises OrganismError where a training word is one of the concept's, or as `load_lexicon`."""
-    lexicon, concept = load_lexicon(concept_name), _toml("stimuli/concepts", concept_name)
+    lexicon, concept = load_lexicon(concept_name), own_table("stimuli/concepts", concept_name)
     senses: dict[Reading, str] = {"group": concept["group_sense"], "other": concept["other_sense"]}
     asked = concept["cues"]["default"].get("categories", concept["categories"])
     held = {side: _unique([word for name in asked for word in concept["categories"][name][side]]) for side in ("positive", "negative")}

@@ -62,6 +62,7 @@ from alignblind_mi.pages.views import as_page, pattern_view, token_view
 from alignblind_mi.stimuli.concept import Concept
 from alignblind_mi.stimuli.readings import reading_names
 from alignblind_mi.studies.audit import CITATIONS
+from alignblind_mi.studies.config import usual_protocol
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.parts import INSTRUMENTS
 
@@ -279,7 +280,7 @@ def _command(study: Study) -> str:
     temperature = config["decoding"].get("temperature", usual)
     words += [] if temperature == usual else ["--temperature", str(temperature)]
     protocol = config.get("protocol", "best")
-    words += [] if protocol == ("best" if study.record else "paper") else ["--protocol", protocol]
+    words += [] if protocol == usual_protocol(study.record) else ["--protocol", protocol]
     if config.get("chat"):
         words += ["--chat", *(["--system", config["chat"]["system"]] if config["chat"]["system"] else [])]
     for name, default in (("dtype", None), ("device_map", None), ("quantization", None), ("engine", "auto")):

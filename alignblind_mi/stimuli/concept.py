@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from alignblind_mi.borders.own import own_table
 from alignblind_mi.borders.reading import is_file, named, parse_toml, read_text
 from alignblind_mi.borders.settings import takes
 from alignblind_mi.borders.texts import html_summary, named_line, one_line
@@ -270,16 +271,13 @@ def wrong_phrases() -> list[str]:
 
     They lie in `wrong_concepts.toml`. A test keeps the words of all shipped concepts out of them.
     """
-    name = "wrong_concepts.toml"
-    text = (resources.files("alignblind_mi.stimuli") / name).read_text("utf-8")
-    return [str(phrase) for phrase in parse_toml(text, name, ConceptError)["phrases"]]
+    return [str(phrase) for phrase in own_table("stimuli", "wrong_concepts")["phrases"]]
 
 
 @cache
 def _former() -> dict[str, Any]:
     """Former contexts: concept -> digest of its file -> sense -> train and test."""
-    text = (resources.files("alignblind_mi.stimuli") / "former_contexts.toml").read_text("utf-8")
-    return parse_toml(text, "former_contexts.toml", ConceptError)
+    return own_table("stimuli", "former_contexts")
 
 
 def former_digests(name: str) -> tuple[str, ...]:

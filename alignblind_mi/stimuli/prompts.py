@@ -5,16 +5,15 @@ later step has to search for them. Labels become the columns of results. This mo
 """
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib import resources
 from itertools import product
 from math import gcd
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
+from alignblind_mi.borders.own import own_table
 from alignblind_mi.borders.settings import Count, Listed, Made, Names, Seed, Text, checked, many, takes
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import AlignblindError
@@ -272,8 +271,7 @@ def option_roles(prompt: Prompt) -> tuple[str, str]:
 @lru_cache(1)
 def _shared_wordings() -> tuple[str, ...]:
     """The formats of complete answers that all concepts share."""
-    text = (resources.files("alignblind_mi.stimuli") / "wordings.toml").read_text("utf-8")
-    return tuple(tomllib.loads(text)["wordings"])
+    return tuple(own_table("stimuli", "wordings")["wordings"])
 
 
 def assignments(concept: Concept, prompt: Prompt, wording: str = "") -> tuple[str, str]:

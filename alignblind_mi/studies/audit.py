@@ -12,7 +12,7 @@ import pandas as pd
 
 from alignblind_mi.intervals.clustered import LEVEL
 from alignblind_mi.measures.awareness import blind_interval, n_readings, readings_of
-from alignblind_mi.measures.controls import READ_AT
+from alignblind_mi.measures.controls import READ_AT, beyond
 from alignblind_mi.measures.sources import NEGATIVE_CONTROLS
 from alignblind_mi.statistics.paired import paired_differences
 from alignblind_mi.statistics.rates import first_with_first
@@ -133,10 +133,9 @@ def _awareness_claim(readings: pd.DataFrame, revision: str, base: str, aligned: 
         if other.empty:
             checks.append(Check(f"more than the control {control}", None, f"the control {control} was not read"))
             continue
-        less = gap.merge(other, on=READ_AT, suffixes=("", "_control"))
-        less["gap"] -= less["gap_control"]
-        end = blind_interval(less, "gap")
-        checks.append(Check(f"more than the control {control} (by {less['gap'].mean():+.2f} [{end.low:+.2f}, {end.high:+.2f}])",
+        less = beyond(gap, other, "gap")
+        end = blind_interval(less, "less")
+        checks.append(Check(f"more than the control {control} (by {less['less'].mean():+.2f} [{end.low:+.2f}, {end.high:+.2f}])",
                             bool(end.low > 0)))
     n, asked = n_readings(gap), n_readings(readings_of(sides[aligned]))
     return claim("Alignment lowers awareness (aligned less base, r_blind)", float(gap["gap"].mean()), (found.low, found.high), n, asked,

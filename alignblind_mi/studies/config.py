@@ -107,7 +107,7 @@ class StudyConfig:
             temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
                      int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=chat,
-                     protocol=protocol or ("best" if record else "paper"))
+                     protocol=protocol or usual_protocol(record))
         return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
 
     def identity(self) -> dict[str, Any]:
@@ -142,6 +142,11 @@ def as_begun(config: StudyConfig, out: Path) -> StudyConfig:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return config    # no folder of ours: claiming it says what is wrong
     return replace(config, concept=f"{config.concept}@{digest}") if digest in former_digests(config.concept) else config
+
+
+def usual_protocol(record: Mapping[str, Any]) -> str:
+    """The protocol of a pair where none is asked for, by the record of an organism (empty for other models)."""
+    return "best" if record else "paper"
 
 
 def organism_record(spec: ModelSpec) -> dict[str, Any]:
