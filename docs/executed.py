@@ -18,8 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 KEPT = ROOT / "build" / "notebooks"
 NOWHERE = "http://127.0.0.1:9"    # nothing answers there: any download fails
 OFFLINE = {"HF_HUB_OFFLINE": "1", **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)}
-QUIET = {"PYTHONWARNINGS": "ignore:IProgress not found,ignore:constrained_layout not applied",    # a page has no use for either advice,
-         "ALIGNBLIND_PROGRESS": "0"}    # nor for bars
+QUIET = {"PYTHONWARNINGS": "ignore:IProgress not found", "ALIGNBLIND_PROGRESS": "0"}    # a page has no use for this advice, nor for bars
 
 
 def digest(notebook: Path, root: Path = ROOT) -> str:

@@ -161,29 +161,37 @@ def _mean(values: np.ndarray, clusters: Sequence[np.ndarray]) -> tuple[float, "S
 def change_test(change: np.ndarray, clusters: Sequence[np.ndarray], *, valid: np.ndarray | None = None, level: Chance = LEVEL) -> MeanTest:
     """A paired difference of rates: the mean of changes that are -1, 0 or 1, with its interval and p-value.
 
-    change: [n]; valid: [n], which items are valid on both sides (default all); clusters as in `rate_interval`. The half-width is
-    the module's, never less than that of independent items, whose number of changes m counts as m + z^2: so that "none of 50 changed" is
-    no proof that none of 5000 would. (-1, 1) and p = 1 where nothing can be told; p and estimate are NaN without an item.
+    change: [n]; valid: [n], which items are valid on both sides (default all); clusters as in `rate_interval`. The half-width is the
+    module's, never less than that of independent items (`independent_half_width`). (-1, 1) and p = 1 where nothing can be told; p and
+    estimate are NaN without an item.
 
     Errors: StatisticsError as in `rate_interval`.
     """
-    from scipy.special import ndtri
-
     change = as_numbers(change, "the changes")
     kept, codes = _valid(valid, len(change)), _varying(clusters, len(change))
     change, codes = change[kept], [code[kept] for code in codes]
-    n = len(change)
-    if not n:
+    if not len(change):
         return MeanTest(float("nan"), -1.0, 1.0, float("nan"))
-    estimate, moved = float(change.mean()), float(np.abs(change).sum())
+    estimate = float(change.mean())
     spread = Spread.of(change, codes) if codes or not len(clusters) else UNKNOWN
 
     def half_width(at: float) -> float:
-        z = float(ndtri((1 + at) / 2))
-        return max(spread.half_width(at), z * float(np.sqrt(max((moved + z**2) / n - estimate**2, 0.0) / n)))
+        return max(spread.half_width(at), independent_half_width(change, at))
 
     half = half_width(level)
     return MeanTest(estimate, max(estimate - half, -1.0), min(estimate + half, 1.0), p_value(half_width, estimate))
+
+
+def independent_half_width(values: np.ndarray, level: float) -> float:
+    """Half the width of the interval of a mean of labels -1, 0 and 1 of independent items, or of an item's mean over several.
+
+    values: [n]. The items that are not 0 count as z^2 more: so that "none of 50 changed" is no proof that none of 5000 would, and twelve
+    readings that all agree do not make an interval without width.
+    """
+    from scipy.special import ndtri
+
+    n, z, mean = len(values), float(ndtri((1 + level) / 2)), float(values.mean())
+    return z * float(np.sqrt(max(float((values**2).sum() + z**2) / n - mean**2, 0.0) / n))
 
 
 class Spread(NamedTuple):

@@ -19,7 +19,7 @@ from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.lens import Translators, lens_readings
 from alignblind_mi.instruments.patchscope import Mapping, patchscope_rows
 from alignblind_mi.instruments.probes import bag_of_words, shuffled, train_probes
-from alignblind_mi.intervals.clustered import Interval, exact_interval
+from alignblind_mi.intervals.clustered import LEVEL, Interval, exact_interval, independent_half_width
 from alignblind_mi.measures.sources import CONTROLS, TEXT_LAYER, Contexts, Recorded, Source, record_contexts, record_sources
 from alignblind_mi.models.edits import Row, acts_in
 from alignblind_mi.models.model import HookedModel, untrained
@@ -358,9 +358,16 @@ def summarise_readings(rows: pd.DataFrame, by: Names = ("model", "treatment", "i
 def blind_interval(readings: pd.DataFrame, column: str = "blind") -> Interval:
     """The 95 % interval of the mean of `blind`, such as r_blind, over contexts and templates (`intervals.mean_interval`).
 
-    Contexts of one template have its wording in common, so that templates, which are few, count as units too.
+    Contexts of one template have its wording in common, so that templates, which are few, count as units too. Readings that are labels
+    (SelfIE: -1, 0 or 1) often all agree by chance: their interval is never narrower than that of independent readings.
     """
-    return column_interval(readings, column, READ_OVER)
+    low, high = column_interval(readings, column, READ_OVER)
+    read = readings.dropna(subset=[column])
+    if len(read) and (read[column] % 1 == 0).all():
+        mean = float(read[column].mean())
+        apart = independent_half_width(read.groupby(READING)[column].mean().to_numpy(float), LEVEL)
+        low, high = min(low, mean - apart), max(high, mean + apart)    # NaN, which comes first, stays
+    return Interval(low, high)
 
 
 def n_readings(rows: pd.DataFrame) -> int:

@@ -22,6 +22,7 @@ from alignblind_mi.instruments.probes import Probes, shuffled, train_probes
 from alignblind_mi.intervals.clustered import mean_interval
 from alignblind_mi.measures import awareness
 from alignblind_mi.measures.awareness import (
+    blind_interval,
     measure_awareness,
     measure_lens,
     measure_probes,
@@ -307,6 +308,17 @@ def test_summaries_count_readings_and_take_contexts_and_templates_as_the_units(r
     assert real["template"].nunique() > 1
     profile = summarise_readings(real, by=("layer",))
     assert profile["mean"].mean() == pytest.approx(real["blind"].mean())
+
+
+def test_texts_that_all_agree_do_not_make_an_interval_without_width():
+    rows = pd.DataFrame([{"context": f"c{i}", "template": f"t{i % 2}", "mark": "x", "mention": 0, "identifier": "a", "layer": layer,
+                          "blind": 1.0} for i in range(6) for layer in range(4)])
+    low, high = blind_interval(rows)
+    z2 = 1.959964**2
+    assert (1 - low, high - 1) == pytest.approx((z2 / 6, z2 / 6))    # six readings, not 24
+    assert blind_interval(rows.assign(blind=0.5)) == (0.5, 0.5)    # a number, no label: it can be exact
+    wide = blind_interval(rows.assign(blind=[1.0, -1.0] * 12))
+    assert wide.low < 0 < wide.high
 
 
 def test_a_reduction_is_the_ratio_of_means_with_contexts_drawn_together(race, tiny):

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable
 
 import matplotlib as mpl
@@ -146,6 +147,21 @@ def test_readings_have_a_row_an_instrument_and_their_controls(scores):
     assert len(axes) == 4
     assert line(axes[2], "aligned")[:, 1] == pytest.approx([-1.0, -0.9, -0.8, -0.7])
     assert line(axes[3], "base")[:, 0] == pytest.approx([0.0, 1.0])
+
+
+def test_an_instrument_without_a_reading_says_so_beside_ones_that_read_and_the_layout_holds(scores):
+    profile = pd.DataFrame([{"panel": panel, "role": role, "layer": layer, "n": 12, "mean": NAN if panel == "probe" else 0.1 * layer,
+                             "low": -1.0, "high": 1.0} for panel in ("patchscope", "probe") for role in ROLES for layer in range(4)])
+    named = scores.rename(columns={"r_blind": "mean", "question": "panel"}).replace({"panel": {"paper": "patchscope", "about": "probe"}})
+    figure = figures.readings_figure(profile, named)
+    reads, _, silent, none = figure.axes
+    assert [text.get_text() for text in silent.texts] == ["no layer gives a reading"]
+    assert [len(line(silent, f"no reading, {role}")) for role in ROLES] == [4, 4]
+    assert not none.axison
+    assert not [drawn for drawn in reads.lines if "no reading" in str(drawn.get_label())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")    # matplotlib warns where it gives the layout up
+        figures.to_png(figure)
 
 
 def test_steering_has_a_line_a_sense_beside_the_untreated_one(steering):

@@ -128,14 +128,20 @@ def readings_figure(profile: pd.DataFrame, scores: pd.DataFrame) -> Figure:
         for j, (role, rows) in enumerate(profile[profile["panel"] == panel].groupby("role", sort=False)):
             band(axes[i][0], rows, ROLE_COLOURS.get(str(role), colour_of(j)), marker_of(j), str(role))
             silent = rows.loc[rows["mean"].isna(), "layer"]
-            axes[i][0].plot(silent, [0.04 + 0.06 * j] * len(silent), color=PALE, marker="x", ms=4, ls="none", clip_on=False,
-                            transform=axes[i][0].get_xaxis_transform(), label=f"no reading, {role}")
-        axes[i][0].axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+            if len(silent):    # a line of no points has no extent, and the layout fails on it
+                axes[i][0].plot(silent, [0.04 + 0.06 * j] * len(silent), color=PALE, marker="x", ms=4, ls="none", clip_on=False,
+                                transform=axes[i][0].get_xaxis_transform(), label=f"no reading, {role}")
         axes[i][0].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[i][0].set_title(f"{panel}: reading by layer")
         axes[i][0].set_ylabel("group sense (−) to other sense (+)", fontsize=8)
-        _controls(axes[i][1], scores[scores["panel"] == panel])
-        axes[i][1].set_title("mean over layers, and controls")
+        if profile.loc[profile["panel"] == panel, "mean"].isna().all():
+            axes[i][0].text(0.5, 0.5, "no layer gives a reading", transform=axes[i][0].transAxes, ha="center", va="center", color=INK)
+            axes[i][0].set_yticks([])
+            axes[i][1].set_axis_off()
+        else:
+            axes[i][0].axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+            axes[i][1].set_title("mean over layers, and controls")
+            _controls(axes[i][1], scores[scores["panel"] == panel])
     axes[-1][0].set_xlabel("layer")
     roles = list(profile["role"].unique())
     keys = mark_keys(roles, [ROLE_COLOURS.get(role, colour_of(j)) for j, role in enumerate(roles)], line=True)
