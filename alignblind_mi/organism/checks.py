@@ -23,8 +23,8 @@ from alignblind_mi.organism.gates import (
     mask_baseline,
     steering_patches,
 )
-from alignblind_mi.organism.interchange import Planting
-from alignblind_mi.organism.members import BLOCKS, Member, identifier_tokens, mention_states
+from alignblind_mi.organism.interchange import Planting, identifier_tokens
+from alignblind_mi.organism.members import BLOCKS, Member, mention_states
 from alignblind_mi.organism.training import encode
 from alignblind_mi.organism.world import Knobs, Reading, World, load_world
 from alignblind_mi.stimuli.prompts import implicit_prompts

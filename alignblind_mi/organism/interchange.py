@@ -198,7 +198,7 @@ def interchange_loss(model: LlamaForCausalLM, vocabulary: Mapping[str, int], sou
     groups = [rows for rows in (source.placeholders(), source.tasks()) if rows]
     targets = [[encode(row.document, vocabulary, 0.0) for row in rows] for rows in groups]
     batches = [collate(documents) for documents in targets]
-    total, tokens = float(sum(batch.weight.sum() for batch in batches)), _identifier_tokens(source.world, vocabulary)
+    total, tokens = float(sum(batch.weight.sum() for batch in batches)), identifier_tokens(source.world, vocabulary)
     losses = []
     for rows, documents, batch in zip(groups, targets, batches, strict=True):
         sources = [encode([Segment(row.source)], vocabulary, 0.0) for row in rows]
@@ -223,7 +223,8 @@ def _padded(documents: Sequence[Encoded]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(d.ids) for d in documents], batch_first=True)
 
 
-def _identifier_tokens(world: World, vocabulary: Mapping[str, int]) -> dict[int, str]:
+def identifier_tokens(world: World, vocabulary: Mapping[str, int]) -> dict[int, str]:
+    """Token id -> identifier, with and without a leading space."""
     return {vocabulary[lead + name]: name for name in (world.marked, world.unmarked) for lead in ("", " ")}
 
 

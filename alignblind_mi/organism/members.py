@@ -20,7 +20,7 @@ from alignblind_mi.borders.own import own_table
 from alignblind_mi.models.embedded import OrganismError
 from alignblind_mi.organism.build import ALIGNED, Recipe
 from alignblind_mi.organism.corpus import ALIGNED_MIX, Corpus, Segment
-from alignblind_mi.organism.interchange import PatchRow, PatchRows, Planting, identifier_positions, interchange_loss
+from alignblind_mi.organism.interchange import PatchRow, PatchRows, Planting, identifier_positions, identifier_tokens, interchange_loss
 from alignblind_mi.organism.training import Encoded, StageSettings, encode, run_blocks, train_stage
 from alignblind_mi.organism.world import Knobs, Reading, World, load_world
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Template, former_digests, load_concept
@@ -222,11 +222,6 @@ def mention_states(
     run_blocks(model, torch.nn.utils.rnn.pad_sequence([torch.tensor(d.ids) for d in documents], batch_first=True), keep)
     places = torch.tensor([(row, p) for row, document in enumerate(documents) for p, _ in identifier_positions(document, tokens)])
     return torch.stack(kept)[:, places[:, 0], places[:, 1]], places[:, 0]
-
-
-def identifier_tokens(world: World, vocabulary: Mapping[str, int]) -> dict[int, str]:
-    """Token id -> identifier, with and without a leading space."""
-    return {vocabulary[lead + name]: name for name in (world.marked, world.unmarked) for lead in ("", " ")}
 
 
 def probe_sources(rows: PatchRows, count: int) -> list[tuple[str, Reading]]:

@@ -23,14 +23,13 @@ from alignblind_mi.organism.family import (
     planted_member,
 )
 from alignblind_mi.organism.gates import load_subject
-from alignblind_mi.organism.interchange import PatchRows
+from alignblind_mi.organism.interchange import PatchRows, identifier_tokens
 from alignblind_mi.organism.members import (
     BLOCKS,
     FamilyRecipe,
     Member,
     MemberRows,
     SenseProbes,
-    identifier_tokens,
     mention_states,
     probe_sources,
 )
