@@ -26,10 +26,10 @@ check: install
 	$(VENV)/bin/mypy
 
 test: check
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 quick: check
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not slow" $(QUICK)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(QUICK)
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

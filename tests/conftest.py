@@ -19,7 +19,15 @@ from alignblind_mi.stimuli.concept import Concept, load_concept
 
 torch.set_num_threads(1)
 gc.set_threshold(50_000, 20, 50)    # the libraries' hundreds of thousands of objects stay anyway, and are not looked through so often
+# The files that take longest, begun first: a long one begun last would keep one processor alone.
+LONGEST = ("test_docs.py", "test_comparison.py", "test_experiments.py", "test_engine.py", "test_study.py", "test_real_model.py",
+           "test_attack.py", "test_calibration.py", "test_reliability.py", "test_acceptance.py")
 RELEASED = Path(__file__).parents[2] / "shared" / "data" / "released"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others in their order (`--no-loadscope-reorder` keeps it)."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -322,16 +322,39 @@ def _is_text(hint: Any) -> bool:
     return base is str or (get_origin(base) is Literal and all(isinstance(one, str) for one in get_args(base)))
 
 
+_PLAIN = {int, float, str, bool, NoneType}
+_RIGHT: set[Any] = set()    # fields of dataclasses that were found right
+_MOST_RIGHT = 50_000
+
+
 # ---- classes and functions ---------------------------------------------------------------------------------------------
 
 
 def check_fields(settings: Any, kind: type[AlignblindError]) -> None:
-    """Check every field of a frozen dataclass by its type, from `__post_init__`. Errors: `kind` in one sentence that names the field."""
-    for name, hint in _hints(settings.__class__):
-        given = getattr(settings, name)
+    """Check every field of a frozen dataclass by its type, from `__post_init__`. Errors: `kind` in one sentence that names the field.
+
+    What was found right once is not checked again: a grid of patches has the same few sites tens of thousands of times.
+    """
+    hints = _hints(settings.__class__)
+    values = tuple([getattr(settings, name) for name, _ in hints])
+    key = _key(settings.__class__, values)
+    if key is not None and key in _RIGHT:
+        return
+    for (name, hint), given in zip(hints, values, strict=True):
         value = checked(given, hint, name, kind)
         if value is not given:
+            key = None
             object.__setattr__(settings, name, value)
+    if key is not None and len(_RIGHT) < _MOST_RIGHT:
+        _RIGHT.add(key)
+
+
+def _key(cls: type, values: tuple[Any, ...]) -> Any:
+    """What fields that are numbers, texts or tuples of these are known again by: with their types, as 1, 1.0 and True are equal."""
+    types = tuple(map(type, values))
+    inner = tuple([tuple(map(type, value)) for value in values if type(value) is tuple])
+    plain = all(kind in _PLAIN for kind in types if kind is not tuple) and all(kind in _PLAIN for one in inner for kind in one)
+    return (cls, values, types, inner) if plain else None
 
 
 def widened(cls: type[T]) -> type[T]:

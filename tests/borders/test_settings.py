@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ import torch
 from typer.testing import CliRunner
 
 from alignblind_mi.__main__ import app
-from alignblind_mi.borders.settings import AnyLayers, Name, Names, SomeNames, Text, Words, checked
+from alignblind_mi.borders.settings import AnyLayers, Layer, Listed, Name, Names, SomeNames, Text, Words, check_fields, checked
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.measures.behaviour import Decoding, measure_behaviour
 from alignblind_mi.mitigations.lora_settings import LoraSettings, choose_layers
@@ -232,3 +233,20 @@ if __name__ == "__main__":
                       "modules in a list": str(LoraSettings(modules=["q_proj"]).modules),
                       **{f"{name} {value}": outcome(partial(made, name, value)) for name, value in TABLE},
                       **{f"call {number}": outcome(partial(make, load_concept("race"))) for number, make in enumerate(CALLS)}}))
+
+
+@dataclass(frozen=True)
+class Settings:
+    layer: Layer = 1
+    units: Annotated[tuple[int, ...], Listed(once=False)] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, EditError)
+
+
+def test_what_was_right_once_is_not_taken_for_what_only_equals_it():
+    for _ in range(2):    # the second time it is known
+        assert Settings(1, (1, 2)).units == (1, 2)
+        for wrong in ({"layer": True}, {"layer": 1.0}, {"units": (True, 2)}, {"units": (1.0, 2)}):
+            with pytest.raises(EditError, match="must be a whole number"):
+                Settings(**{"layer": 1, "units": (1, 2), **wrong})
