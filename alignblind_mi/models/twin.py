@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from alignblind_mi.borders.texts import one_line
-from alignblind_mi.models.blocks import tolerance
+from alignblind_mi.models.blocks import tolerance, trial_ids
 from alignblind_mi.models.configs import quiet
 from alignblind_mi.models.edits import hook_name
 from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
@@ -72,7 +72,7 @@ class Twin:
 
     def _difference(self, bridge: Any, plain: Any) -> float:
         """The largest difference of next-token log-probabilities between the bridge and the model it was made from."""
-        ids = torch.arange(min(8, plain.config.vocab_size), device=bridge.cfg.device)[None]
+        ids = torch.tensor([trial_ids(plain)], device=bridge.cfg.device)
         with torch.no_grad():
             theirs = self.model(ids, use_cache=False).logits[:, -1].float().log_softmax(-1)
             return float((bridge.forward(ids)[:, -1].float().log_softmax(-1) - theirs.to(ids.device)).abs().max())
