@@ -38,8 +38,10 @@ from .measures.awareness import (
 )
 from .measures.bbq import measure_bbq as measure_bbq, read_bbq as read_bbq, summarise_bbq as summarise_bbq
 from .measures.behaviour import Decoding as Decoding, ask_under as ask_under, measure_behaviour as measure_behaviour
+from .measures.competence import competence_table as competence_table, measure_competence as measure_competence
 from .measures.mitigation import compare_treatments as compare_treatments, early_window as early_window, late_window as late_window
 from .measures.patching import depth_profile as depth_profile, effect_span as effect_span, measure_patching as measure_patching
+from .measures.qualification import instrument_table as instrument_table, measure_instruments as measure_instruments
 from .measures.side_effects import measure_side_effects as measure_side_effects
 from .mitigations.finetuning import trained_treatment as trained_treatment
 from .mitigations.lora import (
@@ -114,6 +116,7 @@ from .studies.comparison_verdicts import comparison_tables as comparison_tables,
 from .studies.config import StudyConfig as StudyConfig, recommended_lora as recommended_lora
 from .studies.doctor import check_up as check_up
 from .studies.parts import Part as Part, study_parts as study_parts
+from .studies.qualify import Qualification as Qualification, qualify as qualify
 from .studies.running import load_study as load_study, run_parts as run_parts, run_study as run_study
 from .studies.single import (
     awareness_parts as awareness_parts,

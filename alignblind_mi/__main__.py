@@ -19,6 +19,7 @@ from alignblind_mi.commands.lora import lora
 from alignblind_mi.commands.organism import organism_app
 from alignblind_mi.commands.patch import patch
 from alignblind_mi.commands.power import power
+from alignblind_mi.commands.qualify import qualify
 from alignblind_mi.commands.report import report
 from alignblind_mi.commands.score import score
 from alignblind_mi.commands.steer import steer
@@ -30,7 +31,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
 app.add_typer(organism_app, name="organism")
 app.add_typer(concept_app, name="concept")
-for verb in (bias, awareness, patch, compare, steer, lora, doctor, power, study, forecast, report, calibrate, score):
+for verb in (bias, awareness, qualify, patch, compare, steer, lora, doctor, power, study, forecast, report, calibrate, score):
     app.command()(verb)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alignblind_mi.borders.settings import Layer, NewTokens, Seed, Temperature, Weight, Words, many, takes
 from alignblind_mi.borders.texts import one_line
-from alignblind_mi.models.edits import Edit, EditError, Row, Site, Sites, Stream
+from alignblind_mi.models.edits import Edit, EditError, Row, Site, Sites, Stream, Tokens
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.prompts import Prompt, Prompts, as_prompts, mark
 
@@ -24,12 +24,13 @@ Mapping = Callable[[Float[Tensor, "source d_model"]], Float[Tensor, "source d_mo
 
 @takes(EditError)
 def patchscope_rows(resid: Float[Tensor, "source d_model"], target: Prompt, layer: Layer, *, mark: str = "placeholder",
-                    mapping: Mapping | None = None, stream: Stream = "resid_post") -> list[Row]:
-    """One row per source vector: it replaces the stream after `layer` at every token of the target's `mark`, mapped if there is a mapping.
+                    mapping: Mapping | None = None, stream: Stream = "resid_post", tokens: Tokens = "all") -> list[Row]:
+    """One row per source vector: it replaces the stream after `layer` at every token of the target's `mark` (or the last one of each
+    mention: `tokens`), mapped if there is a mapping.
 
     Source: Ghandeharioun et al. 2024; "Aligned but Blind" injects at layer 2 with the identity mapping (None).
     """
-    site = Site(layer, mark, stream, tokens="all")
+    site = Site(layer, mark, stream, tokens=tokens)
     return [Row(target, (Edit(site, vector),)) for vector in (resid if mapping is None else mapping(resid))]
 
 

@@ -24,7 +24,7 @@ from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.edits import Site, Stream, random_like
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
-from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span, filled, implicit_prompts, option_roles
+from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span, fill, filled, implicit_prompts, option_roles
 from alignblind_mi.stimuli.protocol import PROTOCOLS, ProtocolName
 
 CONTROLS = ("random", "wrong_token", "anchor_group", "anchor_other", "text")
@@ -231,13 +231,37 @@ def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers
                     mentions: Sequence[int] = (0,)) -> Contexts:
     """The same places as the readings' (mentions in the implicit prompts), with each of the concept's `split` sentences before them.
 
-    `split` is "train" or "test". The prompts are cut off after the identifier. Errors: ConceptError without contexts for both senses.
+    `split` is "train", "test" or "settled" ("test" where there are none). The prompts are cut off after the identifier.
+
+    Errors: ConceptError without contexts for both senses.
     """
     found = _context_sources(concept, cue, split, mentions)
     model.check_known([source.prompt for source, _, _ in found])
     labels = np.array([sense == concept.other_sense for _, sense, _ in found])
     sources = [source for source, _, _ in found]
     return Contexts(Recorded(model, sources, list(layers), _record(model, sources, layers)), labels, [sentence for _, _, sentence in found])
+
+
+def record_sentences(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], split: str, *, seed: int = 0) -> Contexts:
+    """The identifiers inside each of the concept's `split` sentences (see `record_contexts`), which say which sense is meant.
+
+    The k-th sentences of both senses name the same identifiers in the same order. Errors: ConceptError without contexts for both senses.
+    """
+    named, found = concept.cue(cue) if isinstance(cue, str) else cue, list[tuple[Source, bool, str]]()
+    for sense in concept.both_senses(cue):
+        for k, sentence in enumerate(_sentences(concept, sense.name, split)):
+            marked, unmarked = named.identifiers(f"{split}|{k}", seed)
+            order = ("marked", "unmarked") if k % 2 == 0 else ("unmarked", "marked")
+            by_role = {"marked": marked, "unmarked": unmarked}
+            roles = dict(zip("xy", order, strict=True))
+            prompt = fill(sentence, {field: by_role[role] for field, role in roles.items()}, roles)
+            labels = {"concept": concept.name, "cue": named.name, "template": sentence, "option_order": f"{order[0]}_first", **by_role,
+                      **dict.fromkeys(_WORD_LABELS, "")}
+            found += [(Source(replace(prompt, labels=labels), role, 0), sense.name == concept.other_sense, sentence) for role in order]
+    model.check_known([source.prompt for source, _, _ in found])
+    sources = [source for source, _, _ in found]
+    return Contexts(Recorded(model, sources, list(layers), _record(model, sources, layers)), np.array([label for _, label, _ in found]),
+                    [sentence for _, _, sentence in found])
 
 
 def context_prompts(concept: Concept, cue: str | Cue, split: str) -> list[Prompt]:
@@ -253,11 +277,12 @@ def _context_sources(concept: Concept, cue: str | Cue, split: str, mentions: Seq
 
 
 def _sentences(concept: Concept, sense: str, split: str) -> tuple[str, ...]:
-    if split not in ("train", "test"):
-        raise ConceptError(f"unknown split {split!r} of contexts. Known: train, test.")
+    if split not in ("train", "test", "settled"):
+        raise ConceptError(f"unknown split {split!r} of contexts. Known: train, test, settled.")
     if sense not in concept.contexts:
         raise ConceptError(f"the concept {concept.name!r} has no sentences that settle the sense {sense!r}: give [contexts.{sense}].")
-    sentences: tuple[str, ...] = getattr(concept.contexts[sense], split)
+    contexts = concept.contexts[sense]
+    sentences: tuple[str, ...] = getattr(contexts, split) or contexts.test
     return sentences
 
 

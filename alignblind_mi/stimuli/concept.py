@@ -18,7 +18,7 @@ from alignblind_mi.borders.reading import is_file, named, parse_toml, read_text
 from alignblind_mi.borders.settings import takes
 from alignblind_mi.borders.texts import html_summary, named_line, one_line
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.stimuli.concept_check import concept_problems
+from alignblind_mi.stimuli.concept_check import UNTESTED, concept_problems
 
 Role = Literal["marked", "unmarked"]
 Valence = Literal["positive", "negative"]
@@ -75,6 +75,23 @@ class Category:
     def word_pairs(self) -> list[tuple[str, str]]:
         """All (positive, negative) pairs, in the order of the file."""
         return [(positive, negative) for positive in self.positive for negative in self.negative]
+
+
+@dataclass(frozen=True)
+class CompetenceSet:
+    """Two options, and words of which each belongs to one of them beyond doubt; the first words of either side are not tested."""
+
+    __repr__ = one_line
+
+    name: str
+    options: tuple[str, ...]
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+
+    def split(self, tune: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The words of either option that are kept for tuning and worked examples, or those of the test."""
+        part = slice(UNTESTED) if tune else slice(UNTESTED, None)
+        return self.first[part], self.second[part]
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,7 @@ class Concept:
     selfie: Mapping[str, Interpretation] = field(default_factory=dict)
     contexts: Mapping[str, Contexts] = field(default_factory=dict)
     instructions: Mapping[str, Instruction] = field(default_factory=dict)
+    competence: Mapping[str, CompetenceSet] = field(default_factory=dict)
     description: str = ""
     digest: str = field(default="", repr=False)
 
@@ -346,6 +364,7 @@ def _build(data: dict[str, Any], digest: str) -> Concept:
         selfie=_table(Interpretation, data.get("selfie", {})),
         contexts=_table(Contexts, data.get("contexts", {})),
         instructions=_table(Instruction, data.get("instructions", {})),
+        competence=_table(CompetenceSet, data.get("competence", {})),
         digest=digest,
     )
 

@@ -13,6 +13,7 @@ from alignblind_mi.borders.writing import name_problem
 from alignblind_mi.stimuli.concept_fields import _FIELDS, FILE, entries, fits, list_place, shown, size_problems, table_problems
 
 FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+UNTESTED = 3    # words of either side of a competence set that are kept for tuning and worked examples
 LEAST_CONTEXTS = 6    # sentences a sense and split: fewer tell nothing of sentences that a probe has not seen
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 SCALES = ("", "likert", "agree")
@@ -39,7 +40,7 @@ def concept_problems(data: Mapping[str, Any]) -> list[str]:
         for place, entry, fields in entries(name, value):
             found += table_problems(place, entry, fields)
     checks = (_name_problems, _cue_problems, _category_problems, _template_problems, _assignment_problems, _sense_problems,
-              _question_problems, _context_problems, _instruction_problems, _awareness_problems)
+              _question_problems, _context_problems, _instruction_problems, _competence_problems, _awareness_problems)
     for check in checks:
         found += check(_Sound(sound))
     return list(dict.fromkeys(found))
@@ -185,6 +186,21 @@ def _category_problems(file: _Sound) -> list[str]:
         negative = {word.lower() for word in category.get("negative", [])}
         both = [word for word in category.get("positive", []) if word.lower() in negative]
         found += [f"{place}: {word!r} is both positive and negative" for word in both]
+    return found
+
+
+def _competence_problems(file: _Sound) -> list[str]:
+    found: list[str] = []
+    for name, one in file.tables("competence").items():
+        place, sides = f"[competence.{name}]", ("options", "first", "second")
+        for side in sides:
+            found += _blank(f"{place} {side}", one.get(side, [])) + _repeated(f"{place} {side}", one.get(side, []))
+        if len(one.get("options", ["", ""])) != 2:
+            found.append(f"{place} options: must be two, one for the words of `first` and one for those of `second`")
+        found += [f"{place} {side}: needs more than {UNTESTED} words: the first {UNTESTED} are kept for tuning, and not tested"
+                  for side in sides[1:] if 0 < len(one.get(side, [])) <= UNTESTED]
+        counts = Counter(word.lower() for side in sides for word in {*one.get(side, [])})
+        found += [f"{place}: {word!r} stands on two sides" for word, n in counts.items() if n > 1]
     return found
 
 

@@ -31,7 +31,7 @@ FILE = {
     "name": _WANTED, "description": _TEXT, "group_sense": _TEXT, "other_sense": _TEXT, "assignment": _WANTED,
     "cues": _Field("tables", True), "categories": _Field("tables", True), "senses": _Field("tables"), "controls": _Field("tables"),
     "interpretations": _Field("tables"), "selfie": _Field("tables"), "contexts": _Field("tables"), "instructions": _Field("tables"),
-    "awareness": _Field("table"), "implicit": _Field("list", True), "explicit": _Field("list", True),
+    "competence": _Field("tables"), "awareness": _Field("table"), "implicit": _Field("list", True), "explicit": _Field("list", True),
 }
 _QUESTION = {"text": _WANTED, "placeholder": _WANTED}
 _TEMPLATE = {"name": _WANTED, "text": _WANTED, "scale": _TEXT, "published": _Field("table", True)}
@@ -45,12 +45,14 @@ _FIELDS: dict[str, dict[str, _Field]] = {
     "selfie": _QUESTION,
     "contexts": {"train": _LISTED, "test": _LISTED, "settled": _TEXTS},
     "instructions": {"text": _WANTED, "placebo": _Field("flag")},
+    "competence": {"options": _LISTED, "first": _LISTED, "second": _LISTED},
     "awareness": {"separator": _WANTED, "sentences": _LISTED, "restatements": _LISTED, "others": _TEXTS},
     "implicit": _TEMPLATE,
     "explicit": _TEMPLATE,
     "published": {"first": _WANTED, "word1": _WANTED},
 }
-WORDS = {"marked", "unmarked", "positive", "negative", "word", "words", "lexicon", "placeholder", "name"}    # fields that hold words
+# Fields that hold words.
+WORDS = {"marked", "unmarked", "positive", "negative", "word", "words", "lexicon", "placeholder", "name", "options", "first", "second"}
 
 
 def size_problems(place: str, value: Any, depth: int, field: str = "") -> list[str]:

@@ -3,7 +3,7 @@
 Computes nothing but layout, so every drawn number is a number of the table. Does NOT know models, rows or files, nor how tables are made.
 """
 
-from alignblind_mi.pages.figures.awareness import awareness_figure, readings_figure, selfie_figure
+from alignblind_mi.pages.figures.awareness import awareness_figure, qualification_figure, readings_figure, selfie_figure
 from alignblind_mi.pages.figures.behaviour import behaviour_figure, position_figure
 from alignblind_mi.pages.figures.calibration import convergence_figure, planted_depth_figure, recovery_figure, trust_figure
 from alignblind_mi.pages.figures.mitigation import comparison_figure, dose_figure, frontier_figure, lora_figure, steering_figure
@@ -12,4 +12,5 @@ from alignblind_mi.pages.figures.style import CONTROL_NAMES, number, percent, to
 
 __all__ = ["CONTROL_NAMES", "awareness_figure", "behaviour_figure", "comparison_figure", "convergence_figure", "depth_figure",
            "dose_figure", "frontier_figure", "lora_figure", "number", "patch_heatmap", "percent", "planted_depth_figure", "position_figure",
-           "readings_figure", "recovery_figure", "selfie_figure", "steering_figure", "to_png", "to_svg", "trust_figure"]
+           "qualification_figure", "readings_figure", "recovery_figure", "selfie_figure", "steering_figure", "to_png", "to_svg",
+           "trust_figure"]

@@ -150,6 +150,40 @@ def readings_figure(profile: pd.DataFrame, scores: pd.DataFrame) -> Figure:
     return figure
 
 
+@in_style
+def qualification_figure(rows: pd.DataFrame) -> Figure:
+    """What instruments say of sentences that settle the sense, by layer: each sentence (pale), and the mean of each sense (a panel each).
+
+    rows: those of `measure_instruments`; `test` sentences alone are drawn. -1 is the group sense, 1 the other one.
+    """
+    tested = rows[(rows["split"] == "test") & rows["blind"].notna()]
+    panels = list(tested.groupby(["instrument", "setting"], sort=False))
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(9.5, 0.9 + 2.1 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+    senses = {"group": colour_of(0), "other": colour_of(1)}
+    for axis, ((instrument, setting), panel) in zip(axes, panels, strict=False):
+        for j, (sense, colour) in enumerate(senses.items()):
+            here = panel[panel["sense"] == sense]
+            axis.plot(here["layer"], here["blind"], color=colour, marker=".", ms=4, alpha=0.35, ls="none")
+            means = here.groupby("layer")["blind"].mean()
+            axis.plot(means.index, means, color=colour, marker=marker_of(j), ms=5, label=sense)
+        named = setting if setting != "tuned" else f"tuned: “{panel['question'].iloc[0]}”"
+        axis.set_title(f"{str(instrument).replace('_', ' ')} ({named})")
+        axis.axhline(0, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+        axis.set_ylim(-1.08, 1.08)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes[len(panels):]:
+        axis.set_axis_off()
+    for axis in axes[max(0, len(panels) - across):len(panels)]:
+        axis.set_xlabel("layer")
+    for axis in axes[::across][:down]:
+        axis.set_ylabel("group (−) to other sense (+)", fontsize=8)
+    legend_below(figure, mark_keys(["sentences of the group sense", "sentences of the other sense"], list(senses.values()), line=True))
+    return figure
+
+
 def _curves(axis: Axes, table: pd.DataFrame) -> None:
     """Mean change by layer with its band, a line a role; the unpatched probabilities in words.
 
