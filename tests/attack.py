@@ -187,6 +187,7 @@ def sound(verb: str, place: Place, without: str = "") -> list[str]:
         "compare": [*pair, *out],
         "bias": [*one, *out],
         "awareness": [*one, *out],
+        "qualify": [*one, *out],
         "patch": [*one, *out],
         "steer": [*one, *out],
         "lora": ["--model", tiny, *small, *out],
@@ -427,6 +428,7 @@ def _out_cases(verb: str, option: Any) -> Iterator[Case]:
 ASKS = {  # verbs that read a whole model, with their options; `check` reads its tokenizer alone
     "bias": "--model",
     "awareness": "--model",
+    "qualify": "--model",
     "patch": "--model",
     "steer": "--model",
     "lora": "--model",
@@ -671,7 +673,7 @@ def concept_cases() -> Iterator[Case]:
     from attack_inputs import DEEP, TEXT, _bytes
 
     text = (resources.files("alignblind_mi.stimuli") / "concepts" / "race.toml").read_text("utf-8")
-    takes = ("concept check", "bias", "study", "score", "lora", "awareness", "forecast", "doctor", "steer", "patch", "compare")
+    takes = ("concept check", "bias", "study", "score", "lora", "awareness", "qualify", "forecast", "doctor", "steer", "patch", "compare")
     damages = {
         **TEXT,
         "deep arrays": _bytes(lambda data: b"a = " + b"[" * DEEP + b"]" * DEEP),
@@ -1000,8 +1002,8 @@ def result_cases() -> Iterator[Case]:
         yield case("report", "studied", "behaviour_base.json", f"note: {label}", _with_note(change))
     for good in ("biased", "steered", "adapter", "tiny"):
         yield case("report", good, "", f"a folder of another verb: {good}", lambda path: None)
-    for verb in ("awareness", "patch", "steer", "study", "compare", "calibrate", "lora", "organism build"):
-        one = verb in ("awareness", "patch", "steer", "study")  # of the same configuration: they may share a folder
+    for verb in ("awareness", "qualify", "patch", "steer", "study", "compare", "calibrate", "lora", "organism build"):
+        one = verb in ("awareness", "qualify", "patch", "steer", "study")  # of the same configuration: they may share a folder
         yield case(verb, "biased", "", "a folder of another verb", lambda path: None, "either" if one else "refuse")
     for good in ("adapter", "tiny"):
         yield case("score", good, "", f"a folder without answers: {good}", lambda path: None)

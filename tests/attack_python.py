@@ -723,11 +723,14 @@ def model_cases(to: Attack) -> None:
         mark,
         measure_awareness,
         measure_behaviour,
+        measure_competence,
+        measure_instruments,
         measure_lens,
         measure_patching,
         measure_selfie,
         noise_like,
         noise_placebos,
+        qualify,
         run_patchscope,
         sense_steering,
         steering_vectors,
@@ -877,6 +880,29 @@ def model_cases(to: Attack) -> None:
         "treatments",
         ([], [UNTREATED, UNTREATED], ["abc"]),
         lambda m, v, p: compare_treatments(m, race, "default", v, decoding=Decoding(max_new_tokens=1), max_word_pairs=1),
+        stage="full",
+    )
+    on("measure_competence", "pairs", (0, -1, 0.5, "abc", True), lambda m, v, p: measure_competence(m, race, pairs=v))
+    on("qualify", "cue", ("abc", "", 7), lambda m, v, p: qualify(m, race, v))
+    on(
+        "measure_instruments",
+        "instruments",
+        (("abc",), "tarot", 7),
+        lambda m, v, p: measure_instruments(m, race, "default", instruments=v),
+        sound=("probe",),
+    )
+    on(
+        "measure_instruments",
+        "layers",
+        ((99,), (-1,), ("a",)),
+        lambda m, v, p: measure_instruments(m, race, "default", instruments=["probe"], layers=v),
+        stage="full",
+    )
+    on(
+        "measure_instruments",
+        "target_layer",
+        (-1, NAN, "abc", None),
+        lambda m, v, p: measure_instruments(m, race, "default", instruments=["patchscope"], target_layer=v),
         stage="full",
     )
     on("measure_awareness", "reading", ("abc", "", 7), lambda m, v, p: measure_awareness(m, race, "default", reading=v))

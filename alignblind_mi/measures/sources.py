@@ -23,6 +23,8 @@ from alignblind_mi.borders.settings import AnyLayers, Count, Mentions, Names, Se
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.edits import Site, Stream, random_like
 from alignblind_mi.models.model import HookedModel
+from alignblind_mi.models.spec import ModelError
+from alignblind_mi.models.tokens import unknown_words
 from alignblind_mi.stimuli.concept import Concept, ConceptError, Cue
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span, fill, filled, implicit_prompts, option_roles
 from alignblind_mi.stimuli.protocol import PROTOCOLS, ProtocolName
@@ -30,6 +32,7 @@ from alignblind_mi.stimuli.protocol import PROTOCOLS, ProtocolName
 CONTROLS = ("random", "wrong_token", "anchor_group", "anchor_other", "text")
 NEGATIVE_CONTROLS = ("random", "wrong_token")    # what an identifier's reading must differ from
 TEXT_LAYER = -1
+LEAST_SENTENCES = 4    # of each sense that an instrument is tried on
 _BEFORE = "before_identifier"
 _WORD_LABELS = ("category", "positive", "negative", "word_pair", "word_order")
 
@@ -245,7 +248,8 @@ def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers
 def record_sentences(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], split: str, *, seed: int = 0) -> Contexts:
     """The identifiers inside each of the concept's `split` sentences (see `record_contexts`), which say which sense is meant.
 
-    The k-th sentences of both senses name the same identifiers in the same order. Errors: ConceptError without contexts for both senses.
+    The k-th sentences of both senses name the same identifiers in the same order. Sentences whose words the tokenizer does not know are
+    left out. Errors: ConceptError without contexts for both senses; ModelError where fewer than `LEAST_SENTENCES` of a sense are left.
     """
     named, found = concept.cue(cue) if isinstance(cue, str) else cue, list[tuple[Source, bool, str]]()
     for sense in concept.both_senses(cue):
@@ -258,7 +262,13 @@ def record_sentences(model: HookedModel, concept: Concept, cue: str | Cue, layer
             labels = {"concept": concept.name, "cue": named.name, "template": sentence, "option_order": f"{order[0]}_first", **by_role,
                       **dict.fromkeys(_WORD_LABELS, "")}
             found += [(Source(replace(prompt, labels=labels), role, 0), sense.name == concept.other_sense, sentence) for role in order]
-    model.check_known([source.prompt for source, _, _ in found])
+    spelt = [not unknown_words(model.tokenizer, item) for item in model.encode([source.prompt for source, _, _ in found])]
+    found = [one for one, known in zip(found, spelt, strict=True) if known]
+    left = [len({sentence for _, label, sentence in found if label == side}) for side in (False, True)]
+    if min(left) < LEAST_SENTENCES:
+        group, other = concept.both_senses(cue)
+        raise ModelError(f"the tokenizer of {model.spec.name} knows the words of {left[0]} and {left[1]} of the sentences that settle the "
+                         f"senses {group.name} and {other.name}: at least {LEAST_SENTENCES} of each are needed to try an instrument on.")
     sources = [source for source, _, _ in found]
     return Contexts(Recorded(model, sources, list(layers), _record(model, sources, layers)), np.array([label for _, label, _ in found]),
                     [sentence for _, _, sentence in found])
