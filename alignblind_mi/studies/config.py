@@ -7,8 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
+from alignblind_mi.borders.reading import is_file, read_object
 from alignblind_mi.borders.settings import Count, Layer, Made, PathText, Seed, Temperature, check_fields, takes, widened
 from alignblind_mi.borders.texts import one_line
+from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import TARGET_LAYER
 from alignblind_mi.measures.behaviour import Decoding
 from alignblind_mi.mitigations.lora_settings import LoraSettings
@@ -137,9 +139,8 @@ def as_begun(config: StudyConfig, out: Path) -> StudyConfig:
     """The configuration that resumes what is in `out`: a folder that was begun with the former contexts of a built-in concept goes on with
     them, so that its parts can be set side by side."""
     try:
-        found = json.loads((out / STUDY).read_text("utf-8"))
-        digest = found["concept_digest"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        digest = read_object(out / STUDY, "", ResultError).get("concept_digest") if is_file(out / STUDY) else None
+    except ResultError:
         return config    # no folder of ours: claiming it says what is wrong
     return replace(config, concept=f"{config.concept}@{digest}") if digest in former_digests(config.concept) else config
 

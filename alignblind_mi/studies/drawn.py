@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignblind_mi.borders.reading import is_file
+from alignblind_mi.borders.reading import is_file, read_object
 from alignblind_mi.borders.writing import digest, write_bytes, write_text
 from alignblind_mi.errors import ResultError
 from alignblind_mi.results import is_note
@@ -63,12 +63,9 @@ def rows_digest(folder: Path) -> str:
 
 
 def _read_record(folder: Path) -> dict[str, dict[str, Any]]:
-    try:
-        found = json.loads((folder / RECORD).read_text("utf-8")) if (folder / RECORD).exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ResultError(f"{folder / RECORD} is damaged ({error}): move it and what was drawn away, then draw again.") from error
-    if not isinstance(found, dict) or not all(isinstance(entry, dict) and isinstance(entry.get("digests"), list)
-                                              for entry in found.values()):
+    path = folder / RECORD
+    found = read_object(path, "", ResultError, advice="move it and what was drawn away, then draw again") if path.exists() else {}
+    if not all(isinstance(entry, dict) and isinstance(entry.get("digests"), list) for entry in found.values()):
         raise ResultError(f"{folder / RECORD} is no record of what was drawn: move it away, then draw again.")
     return found
 

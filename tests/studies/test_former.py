@@ -1,6 +1,7 @@
 """Results folders that a former version wrote: they load, and a part that is missing from them is computed as it was then."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from alignblind_mi.statistics.log_odds import alike
 from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.studies.comparison import run_comparison
 from alignblind_mi.studies.comparison_verdicts import comparison_tables, read_comparison
-from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.config import StudyConfig, as_begun
 from alignblind_mi.studies.jobs import serially
 from alignblind_mi.studies.parts import study_parts
 from alignblind_mi.studies.running import load_study, run_parts
@@ -104,3 +105,11 @@ def test_a_comparison_resumes_with_the_rows_that_it_had(former):
     norms = {name for name in then_planned if name.startswith("placebo_noise_")}    # noise of the norms of vectors, which is made no more
     assert norms
     assert set(then_planned) - norms <= set(now)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.write_text("[" * 100_000),
+                                  lambda path: path.write_text('{"concept_digest": []}')])
+def test_what_is_no_note_of_a_study_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "study.json")
+    assert as_begun(CONFIG, tmp_path) == CONFIG    # claiming the folder says what is wrong
