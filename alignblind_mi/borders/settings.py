@@ -10,13 +10,14 @@ import inspect
 import math
 import numbers
 import os
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from alignblind_mi.borders.remembered import Remembered
+from alignblind_mi.borders.texts import shown
 from alignblind_mi.errors import AlignblindError
 
 P = ParamSpec("P")
@@ -200,21 +201,6 @@ def _is_class(hint: Any) -> bool:
     return plain and not hint.__module__.startswith("jaxtyping") and not getattr(hint, "_is_protocol", False)
 
 
-def shown(value: Any) -> str:
-    """A value as a sentence shows it: short whatever it is, numbers of a thousand digits among them."""
-    if isinstance(value, float):
-        return repr(float(value)).removesuffix(".0")    # numpy's floats write their type as well
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        whole = int(value)
-        return str(whole) if whole.bit_length() < 128 else f"a number of about {int(whole.bit_length() * 0.30103) + 1} digits"
-    brief = reprlib.Repr()
-    brief.maxstring = brief.maxother = 80
-    try:
-        return brief.repr(value)
-    except ValueError:    # a number of very many digits in a list
-        return f"a {type(value).__name__}"
-
-
 @functools.cache
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """A type without its marks, and the marks."""
@@ -322,9 +308,7 @@ def _is_text(hint: Any) -> bool:
     return base is str or (get_origin(base) is Literal and all(isinstance(one, str) for one in get_args(base)))
 
 
-_PLAIN = {int, float, str, bool, NoneType}
-_RIGHT: set[Any] = set()    # fields of dataclasses that were found right
-_MOST_RIGHT = 50_000
+RIGHT = Remembered(50_000)
 
 
 # ---- classes and functions ---------------------------------------------------------------------------------------------
@@ -337,24 +321,14 @@ def check_fields(settings: Any, kind: type[AlignblindError]) -> None:
     """
     hints = _hints(settings.__class__)
     values = tuple([getattr(settings, name) for name, _ in hints])
-    key = _key(settings.__class__, values)
-    if key is not None and key in _RIGHT:
+    if RIGHT.has(settings.__class__, values):
         return
-    for (name, hint), given in zip(hints, values, strict=True):
-        value = checked(given, hint, name, kind)
+    right = [checked(given, hint, name, kind) for (name, hint), given in zip(hints, values, strict=True)]
+    for (name, _), given, value in zip(hints, values, right, strict=True):
         if value is not given:
-            key = None
             object.__setattr__(settings, name, value)
-    if key is not None and len(_RIGHT) < _MOST_RIGHT:
-        _RIGHT.add(key)
-
-
-def _key(cls: type, values: tuple[Any, ...]) -> Any:
-    """What fields that are numbers, texts or tuples of these are known again by: with their types, as 1, 1.0 and True are equal."""
-    types = tuple(map(type, values))
-    inner = tuple([tuple(map(type, value)) for value in values if type(value) is tuple])
-    plain = all(kind in _PLAIN for kind in types if kind is not tuple) and all(kind in _PLAIN for one in inner for kind in one)
-    return (cls, values, types, inner) if plain else None
+    if all(value is given for value, given in zip(right, values, strict=True)):
+        RIGHT.add(settings.__class__, values)
 
 
 def widened(cls: type[T]) -> type[T]:

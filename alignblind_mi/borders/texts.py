@@ -6,7 +6,9 @@ Every way out of the project has its one function here: `say` (terminals), `csv_
 
 import hashlib
 import json
+import numbers
 import re
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -191,3 +193,18 @@ def script_json(value: Any) -> str:
 def json_text(value: Any, *, indent: int | None = 1) -> str:
     """A value as JSON in visible ASCII characters, which `say` leaves as they are. Errors: as `script_json`."""
     return json.dumps(value, indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: short whatever it is, numbers of a thousand digits among them."""
+    if isinstance(value, float):
+        return repr(float(value)).removesuffix(".0")    # numpy's floats write their type as well
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        whole = int(value)
+        return str(whole) if whole.bit_length() < 128 else f"a number of about {int(whole.bit_length() * 0.30103) + 1} digits"
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 80
+    try:
+        return brief.repr(value)
+    except ValueError:    # a number of very many digits in a list
+        return f"a {type(value).__name__}"

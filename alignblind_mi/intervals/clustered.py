@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignblind_mi.borders.settings import Chance, shown, takes
+from alignblind_mi.borders.settings import Chance, takes
+from alignblind_mi.borders.texts import shown
 from alignblind_mi.errors import AlignblindError
 
 LEVEL = 0.95

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignblind_mi.borders.reading import is_file, named, read_object
-from alignblind_mi.borders.settings import File, shown, takes
+from alignblind_mi.borders.settings import File, takes
+from alignblind_mi.borders.texts import shown
 from alignblind_mi.borders.writing import LEFTOVER, name_problem, one_process, refuse_taken, remove_own, write_text
 from alignblind_mi.mitigations.examples import Item, collate
 from alignblind_mi.mitigations.lora_settings import LoraError, LoraSettings, check_modules, layers_text

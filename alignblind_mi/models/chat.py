@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from alignblind_mi.borders.reading import foreign, has_halves, said
-from alignblind_mi.borders.settings import check_fields, shown
-from alignblind_mi.borders.texts import one_line
+from alignblind_mi.borders.settings import check_fields
+from alignblind_mi.borders.texts import one_line, shown
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.template_process import WORKER, TemplateRefusal
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Span

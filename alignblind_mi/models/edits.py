@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alignblind_mi.borders.settings import Bound, Listed, Made, Name, Strength, Whole, check_fields, checked, shown, widened
-from alignblind_mi.borders.texts import one_line
+from alignblind_mi.borders.settings import Bound, Listed, Made, Name, Strength, Whole, check_fields, checked, widened
+from alignblind_mi.borders.texts import one_line, shown
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.prompts import Prompt, as_prompt
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import torch
 
-from alignblind_mi.borders.settings import Made, PathText, check_fields, path_text, shown, widened
-from alignblind_mi.borders.texts import one_line
+from alignblind_mi.borders.settings import Made, PathText, check_fields, path_text, widened
+from alignblind_mi.borders.texts import one_line, shown
 from alignblind_mi.errors import AlignblindError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

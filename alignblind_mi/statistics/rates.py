@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from alignblind_mi.borders.settings import Chance, Names, shown, takes
+from alignblind_mi.borders.settings import Chance, Names, takes
+from alignblind_mi.borders.texts import shown
 from alignblind_mi.intervals.clustered import LEVEL, Interval, StatisticsError, as_numbers, mean_interval, mean_test, rate_interval
 from alignblind_mi.results import OUTCOMES
 from alignblind_mi.stimuli.prompts import KINDS

@@ -23,8 +23,8 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 
-from alignblind_mi.borders.settings import Count, Jobs, Listed, Seed, check_fields, shown, takes
-from alignblind_mi.borders.texts import one_line
+from alignblind_mi.borders.settings import Count, Jobs, Listed, Seed, check_fields, takes
+from alignblind_mi.borders.texts import one_line, shown
 from alignblind_mi.instruments.attribution import attribution_patching
 from alignblind_mi.instruments.contrast import contrast_pairs
 from alignblind_mi.instruments.lens import Translators, train_translators

@@ -15,7 +15,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from alignblind_mi.borders.reading import SAID as LONGEST, has_halves, read_text, said
-from alignblind_mi.borders.settings import File, checked, shown, takes
+from alignblind_mi.borders.settings import File, checked, takes
+from alignblind_mi.borders.texts import shown
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.studies.config import StudyConfig
