@@ -283,8 +283,7 @@ def probe_sources(recorded: Recorded, concept: Concept, cue: str | Cue, *, rando
 
 def _by_sentence(contexts: Contexts) -> tuple[list[str], Bool[np.ndarray, " sentence"]]:
     """The sentences of either sense, each once, and their labels."""
-    found = dict(zip(contexts.sentences, contexts.labels, strict=True))
-    return list(found), np.array(list(found.values()))
+    return list(contexts.by_sentence), np.array(list(contexts.by_sentence.values()))
 
 
 def _control_accuracy(train: Contexts, test: Contexts, layers: Sequence[int], seed: int) -> Float[np.ndarray, " layer"]:

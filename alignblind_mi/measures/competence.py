@@ -17,6 +17,7 @@ from alignblind_mi.models.tokens import known_texts
 from alignblind_mi.statistics.rates import CLUSTERS, column_interval, first_with_first, groups, require
 from alignblind_mi.stimuli.competence import PAIRS, competence_prompts, competence_words
 from alignblind_mi.stimuli.concept import Concept
+from alignblind_mi.stimuli.prompts import KINDS
 
 LEAST_RIGHT = 0.75    # share of right answers from which a model can do the task: half of the way from chance to all
 LEAST_ITEMS = 24      # word pairs below which nothing is told
@@ -35,7 +36,7 @@ def measure_competence(model: HookedModel, concept: Concept, *, pairs: Count = P
     the tokenizer cannot spell are left out; no row where it can spell none.
     """
     spelt = [text.lstrip() for text in known_texts(model.tokenizer, [f" {word}" for word in competence_words(concept)])]
-    prompts = [prompt for kind in ("implicit", "explicit")
+    prompts = [prompt for kind in KINDS
                for prompt in competence_prompts(concept, kind, known=spelt, pairs=pairs, seed=seed)]
     if not prompts:
         return pd.DataFrame(columns=["model", "treatment", "kind", "outcome", "right", *CLUSTERS])
@@ -65,8 +66,13 @@ def competence_table(rows: pd.DataFrame, by: Names = ("model", "treatment")) -> 
     """
     require(rows, [*by, "kind", "outcome", "right", *CLUSTERS])
     records = [{**key, "kind": kind, **_ability(group[group["kind"] == kind], kind)}
-               for key, group in groups(rows, by) for kind in ("implicit", "explicit")]
+               for key, group in groups(rows, by) for kind in KINDS]
     return pd.DataFrame.from_records(records)
+
+
+def nothing_asked(rows: pd.DataFrame) -> pd.DataFrame:
+    """What can be said where `measure_competence` could ask nothing (`rows` without a row): of either kind that nothing can be told."""
+    return pd.DataFrame.from_records([{"model": "", "treatment": "", "kind": kind, **_ability(rows, kind)} for kind in KINDS])
 
 
 def _ability(rows: pd.DataFrame, kind: str) -> dict[str, object]:

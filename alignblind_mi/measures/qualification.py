@@ -60,15 +60,13 @@ def measure_instruments(model: HookedModel, concept: Concept, cue: str | Cue, *,
     Errors: ConceptError for a concept without senses or contexts; ModelError for an unknown instrument, or words that the tokenizer does
     not know.
     """
-    unknown = [name for name in instruments if name not in INSTRUMENTS]
-    if unknown:
-        raise ModelError(f"unknown instrument {unknown[0]!r}. Known: {', '.join(INSTRUMENTS)}.")
+    check_instruments(many(instruments))
     concept.both_senses(cue)
     read = thinned(range(model.n_layers), MOST_LAYERS) if layers is None else list(many(layers))
     into = min(target_layer, model.n_layers - 1)
     at_all = sorted({*read, *injection_layers(model.n_layers), into})
     train, test = (record_sentences(model, concept, cue, at_all, split, seed=seed) for split in ("train", "settled"))
-    asked = _Asked(model, concept, test, read)
+    asked = _Asked(model, test, read)
     found: list[pd.DataFrame] = []
     if "patchscope" in instruments:
         own = Setting(own_question(concept, QUESTION), into)
@@ -87,17 +85,26 @@ def measure_instruments(model: HookedModel, concept: Concept, cue: str | Cue, *,
         found.append(asked.rows("probe", "paper", Scores(score, np.ones_like(score))))
     if "selfie" in instruments and selfie in concept.selfie:
         found.append(asked.rows("selfie", "paper", _selfie(asked, concept, selfie, into), {"question": selfie}))
+    if not found:
+        concept.selfie_prompt(selfie)    # the one instrument that a concept may lack: its error names what there is
     return pd.concat([one for one in found if len(one)], ignore_index=True)
+
+
+def check_instruments(names: Sequence[str]) -> None:
+    """Errors: ModelError for an instrument that does not exist."""
+    unknown = [name for name in names if name not in INSTRUMENTS]
+    if unknown:
+        raise ModelError(f"unknown instrument {unknown[0]!r}. Known: {', '.join(INSTRUMENTS)}.")
 
 
 class _Asked:
     """The identifiers of the test sentences, which all instruments are tried on."""
 
-    def __init__(self, model: HookedModel, concept: Concept, test: Contexts, layers: Sequence[int]) -> None:
-        self.model, self.concept, self.layers = model, concept, list(layers)
+    def __init__(self, model: HookedModel, test: Contexts, layers: Sequence[int]) -> None:
+        self.model, self.layers = model, list(layers)
         self.resid = test.resid[:, [test.recorded.layers.index(layer) for layer in self.layers]]
         self.sources, self.sentences = test.recorded.sources, test.sentences
-        self.labels = dict(zip(test.sentences, test.labels, strict=True))
+        self.labels = test.by_sentence
 
     def rows(self, instrument: str, setting: str, scores: Scores, labels: dict[str, Any] | None = None) -> pd.DataFrame:
         """A row a sentence and layer: means over the sentence's places."""

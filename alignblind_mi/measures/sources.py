@@ -229,6 +229,11 @@ class Contexts:
         """The residual streams."""
         return self.recorded.resid
 
+    @property
+    def by_sentence(self) -> dict[str, bool]:
+        """Each sentence once, and whether it settles the other sense."""
+        return {sentence: bool(label) for sentence, label in zip(self.sentences, self.labels, strict=True)}
+
 
 def record_contexts(model: HookedModel, concept: Concept, cue: str | Cue, layers: Sequence[int], split: str, *,
                     mentions: Sequence[int] = (0,)) -> Contexts:

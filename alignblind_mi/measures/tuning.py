@@ -88,8 +88,7 @@ def by_sentence(values: Float[np.ndarray, "vector layer"], sentences: Sequence[s
 
 def sentence_labels(contexts: Contexts) -> Bool[np.ndarray, " sentence"]:
     """Of each sentence, in the order of first mention, whether it settles the other sense."""
-    found = dict(zip(contexts.sentences, contexts.labels, strict=True))
-    return np.array([bool(label) for label in found.values()])
+    return np.array(list(contexts.by_sentence.values()))
 
 
 def areas(scores: Float[np.ndarray, "sentence layer"], labels: Bool[np.ndarray, "... sentence"]) -> Float[np.ndarray, "... layer"]:

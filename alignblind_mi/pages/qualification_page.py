@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from alignblind_mi.borders.texts import encodable
 from alignblind_mi.pages import figures
 from alignblind_mi.pages.page import as_uri, count, mean, page_text, plain, rate, save_shown, share, text, value, version_names, words
+from alignblind_mi.pages.study_tables import as_records
 from alignblind_mi.results import Result
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.qualify import INSTRUMENT, Qualification
@@ -58,14 +57,10 @@ def write_qualification(folder: Path, found: Qualification, results: Sequence[Re
     records: dict[str, Any] = {"summary": summary(found), **found.records(), "provenance": notes}
     page = folder / "qualification.html"
     html = page_text(
-        "qualification.html.j2", summary=summary(found), tables={name: _records(table) for name, table in shown.items()}, columns=COLUMNS,
+        "qualification.html.j2", summary=summary(found), tables={name: as_records(table) for name, table in shown.items()}, columns=COLUMNS,
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, name=notes[0]["model"], config=notes[0]["config"],
-        verdicts={one["kind"]: one["verdict"] for one in _records(found.competence)}, versions=version_names(notes),
+        verdicts={one["kind"]: one["verdict"] for one in as_records(found.competence)}, versions=version_names(notes),
         made=max(note["made"] for note in notes), revision=notes[0]["revision"])
     write_drawn(folder, {"qualification.json": (json.dumps(records, indent=1, allow_nan=False) + "\n").encode(),
                          page.name: encodable(html).encode()})
     return page
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): one for key, one in row.items()} for row in table.to_dict("records")]

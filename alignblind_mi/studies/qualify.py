@@ -3,7 +3,6 @@
 Knows parts and their files; does NOT know how anything is measured, nor how it is shown.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ import pandas as pd
 from alignblind_mi.borders.settings import Count, File, Names, Seed, takes
 from alignblind_mi.borders.texts import named_line
 from alignblind_mi.measures.behaviour import Decoding
-from alignblind_mi.measures.competence import PAIRS, competence_table, measure_competence
-from alignblind_mi.measures.qualification import INSTRUMENTS, instrument_table, measure_instruments
+from alignblind_mi.measures.competence import PAIRS, competence_table, measure_competence, nothing_asked
+from alignblind_mi.measures.qualification import INSTRUMENTS, check_instruments, instrument_table, measure_instruments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import Advance
-from alignblind_mi.results import Result, load_result
+from alignblind_mi.results import Result, json_value, load_result
 from alignblind_mi.stimuli.concept import Concept, Cue, load_concept
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.parts import Part
@@ -58,8 +57,7 @@ class Qualification:
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): None if isinstance(value, float) and math.isnan(value) else value for key, value in one.items()}
-            for one in table.to_dict("records")]
+    return [{str(key): json_value(value) for key, value in one.items()} for one in table.to_dict("records")]
 
 
 @takes(ModelError)
@@ -78,15 +76,14 @@ def qualify(model: HookedModel, concept: Concept, cue: str | Cue, *, instruments
 def qualification_of(rows: dict[str, pd.DataFrame], *, seed: int = 0) -> Qualification:
     """The tables of rows that were measured already, by part."""
     instruments = instrument_table(rows[INSTRUMENT], seed=seed) if INSTRUMENT in rows else pd.DataFrame()
-    return Qualification(competence_table(rows[COMPETENCE]), instruments, rows)
+    answers = rows[COMPETENCE]
+    return Qualification(competence_table(answers) if len(answers) else nothing_asked(answers), instruments, rows)
 
 
 def qualification_parts(config: StudyConfig, instruments: Names = ()) -> list[Part]:
     """The parts of one model's qualification; with `quick` fewer word pairs. Errors: ModelError for an unknown instrument."""
     concept, chosen = load_concept(config.concept), tuple(instruments) or INSTRUMENTS
-    unknown = [name for name in chosen if name not in INSTRUMENTS]
-    if unknown:
-        raise ModelError(f"unknown instrument {unknown[0]!r}. Known: {', '.join(INSTRUMENTS)}.")
+    check_instruments(chosen)
     pairs = QUICK_PAIRS if config.quick else PAIRS
 
     def ask(model: HookedModel, advance: Advance) -> pd.DataFrame:

@@ -225,3 +225,19 @@ def test_the_verb_writes_records_and_a_page_and_measures_once(tmp_path):
     assert again.exit_code == 0, again.output
     assert "Can it do the task?" in again.stdout
     assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.parquet")} == before
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_none_of_the_words_gets_a_page_that_says_so(tmp_path):
+    done = CliRunner().invoke(app, ["qualify", "--model", "organism:gender-aligned", "--concept", "gender", "--instruments", "probe",
+                                    "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "qualification.json").read_text("utf-8"))
+    assert [(one["kind"], one["n"], one["share_right"], one["verdict"]) for one in found["competence"]] == [
+        ("implicit", 0, None, "cannot tell"), ("explicit", 0, None, "cannot tell")]
+    assert "0 word pairs could be asked" in (tmp_path / "qualification.html").read_text("utf-8")
+
+
+def test_an_instrument_that_the_concept_lacks_is_one_sentence(aligned, race):
+    with pytest.raises(ConceptError, match=r"unknown SelfIE prompt .*'none'"):
+        measure_instruments(aligned, race, "default", instruments=["selfie"], selfie="none")
