@@ -164,6 +164,16 @@ def json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def as_records(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    """The rows of a table as dictionaries."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def records_of(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    """The rows of a table as JSON values: NaN and infinities become null."""
+    return [{name: json_value(value) for name, value in row.items()} for row in as_records(table)]
+
+
 def folder_kind(folder: Path) -> str:
     """What a results folder holds by its own note: comparison, calibration, or (anything else) study."""
     note = folder / STUDY

@@ -23,7 +23,8 @@ def awareness(
 
     Example: alignblind awareness --model meta-llama/Meta-Llama-3-8B --instruments patchscope,selfie --out awareness
     """
-    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, tagged
+    from alignblind_mi.results import records_of
     from alignblind_mi.studies.single import awareness_parts, awareness_tables, measure_parts
 
     config = configured(asked, asking, loading)

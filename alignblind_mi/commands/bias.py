@@ -23,7 +23,8 @@ def bias(
     Example: alignblind bias --model meta-llama/Meta-Llama-3-8B-Instruct --cue names --out bias
     """
     from alignblind_mi.pages.scoring import render
-    from alignblind_mi.pages.terminal import about, improbable, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.pages.terminal import about, improbable, interval, number, print_json, print_table, tagged
+    from alignblind_mi.results import records_of
     from alignblind_mi.studies.single import bias_parts, bias_tables, measure_parts
 
     config = configured(asked, asking, loading)

@@ -30,7 +30,8 @@ def doctor(
 
     Example: alignblind doctor meta-llama/Meta-Llama-3-8B --cue names
     """
-    from alignblind_mi.pages.terminal import number, print_json, print_table, records_of
+    from alignblind_mi.pages.terminal import number, print_json, print_table
+    from alignblind_mi.results import records_of
     from alignblind_mi.studies.doctor import check_up
 
     spec = loading.spec(model, revision=revision)

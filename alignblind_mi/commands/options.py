@@ -43,6 +43,7 @@ Unpickling = Annotated[bool, typer.Option("--allow-pickle", help="Unpickle weigh
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn, sampled answers among it.")]
 Out = Annotated[Path, typer.Option(help="Results folder; what is in it already is not computed again.")]
 StudyFile = Annotated[Path | None, typer.Argument(help="A YAML file with all settings (instead of options).", show_default=False)]
+Skipped = Annotated[str, typer.Option("--skip", help="Leave out: qualification (whether the models can do the task, and what reads them).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")]
 
 AsOneJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

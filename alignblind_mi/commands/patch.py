@@ -25,7 +25,8 @@ def patch(
     Example: alignblind patch --model meta-llama/Meta-Llama-3-8B-Instruct --parts residual,heads --out patch
     """
     from alignblind_mi.measures.patching import effect_span
-    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, tagged
+    from alignblind_mi.results import records_of
     from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables, strongest_places
 
     config = configured(asked, asking, loading)

@@ -30,7 +30,8 @@ def qualify(
     Example: alignblind qualify --model meta-llama/Meta-Llama-3-8B-Instruct --out qualified
     """
     from alignblind_mi.pages.qualification_page import summary, write_qualification
-    from alignblind_mi.pages.terminal import about, interval, number, print_table, records_of
+    from alignblind_mi.pages.terminal import about, interval, number, print_table
+    from alignblind_mi.results import records_of
     from alignblind_mi.studies.qualify import run_qualification
 
     config = configured(asked, asking, loading)

@@ -30,7 +30,8 @@ def steer(
     Example: alignblind steer --model organism:aligned --method mean_difference --layers 1-3 --strengths 0.5,1,2 --out steering
     """
     from alignblind_mi.mitigations.steering import check_gguf, load_vectors
-    from alignblind_mi.pages.terminal import about, improbable, interval, number, print_json, print_table, records_of, tagged
+    from alignblind_mi.pages.terminal import about, improbable, interval, number, print_json, print_table, tagged
+    from alignblind_mi.results import records_of
     from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, vectors_file
 
     config = configured(asked, asking, loading)

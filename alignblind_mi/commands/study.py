@@ -6,7 +6,7 @@ from typing import Annotated, no_type_check
 import typer
 
 from alignblind_mi.borders.texts import say
-from alignblind_mi.commands.options import Asking, Loading, Pair, StudyFile, configured, from_file, with_options
+from alignblind_mi.commands.options import Asking, Loading, Pair, Skipped, StudyFile, configured, from_file, listed, with_options
 
 
 @with_options
@@ -17,6 +17,7 @@ def study(
     file: StudyFile = None,
     pair: Pair,
     out: Annotated[Path, typer.Option(help="Results folder; a study that is in it already is resumed.")] = Path("study"),
+    skip: Skipped = "",
     asking: Asking,
     loading: Loading,
 ) -> None:
@@ -28,8 +29,8 @@ def study(
     from alignblind_mi.studies.drawn import is_drawn
     from alignblind_mi.studies.running import run_study
 
-    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out",))
-    page = run_study(config, out) / "report.html"
+    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "skip"))
+    page = run_study(config, out, skip=listed(skip)) / "report.html"
     if not is_drawn(out, page.name):
         write_report(out)
     say(f"The report is {page.resolve()}")

@@ -1,7 +1,8 @@
 """Does an instrument read this model? Each is tried on sentences that settle the sense of the identifiers, which it must tell apart.
 
 The identifiers stand in sentences that say plainly which sense is meant (a concept's `settled` contexts). An instrument
-that does not tell the two apart says nothing of the ambiguous prompts either, whatever its numbers. This module does NOT know the bias.
+that does not tell the two apart says nothing of the ambiguous prompts either, whatever its numbers. Beside these sentences it reads the
+ambiguous prompts themselves, so that their reading can be placed between the two senses. This module does NOT know the bias.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 
 from alignblind_mi.borders.settings import AnyLayers, Layer, Names, Seed, many, takes
@@ -16,7 +18,7 @@ from alignblind_mi.instruments.lens import lens_readings
 from alignblind_mi.instruments.probes import train_probes
 from alignblind_mi.intervals.clustered import LEVEL, Interval
 from alignblind_mi.measures.awareness import TARGET_LAYER, interpret_sources
-from alignblind_mi.measures.sources import Contexts, Recorded, record_sentences
+from alignblind_mi.measures.sources import Contexts, Recorded, record_sentences, record_sources
 from alignblind_mi.measures.tuning import (
     LEAST_MASS,
     Scores,
@@ -51,11 +53,12 @@ def measure_instruments(model: HookedModel, concept: Concept, cue: str | Cue, *,
                         progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """What each instrument says of the concept's contexts, whose sense is known, at each of some layers (default: eight, evenly spaced).
 
-    One row a sentence and layer. Columns: model, treatment, instrument, setting ("paper"; of the patchscope also "tuned", the best on
-    `train` of `tuning.tune`), question, text, target_layer, mapping, tokens, split, sense ("group" or "other"), sentence, layer, score
-    (the larger, the more the other sense: log-odds in nats; of SelfIE -1, 0 or 1; of probes a projection), blind (the score from -1 to 1)
-    and mass (probability of both answers; of SelfIE the share of texts that name a sense; 1 of probes). Settings that were tried on `train`
-    stand there by their means (sentence "", layer -1, score the AUC).
+    One row a sentence and layer (split "test"), and one an ambiguous context and layer (split "ambiguous"). Columns: model, treatment,
+    instrument, setting ("paper"; of the patchscope also "tuned", the best on `train` of `tuning.tune`), question, text, target_layer,
+    mapping, tokens, split, sense ("group" or "other"; "" of ambiguous prompts), sentence, context, template (of ambiguous prompts, whose
+    identifiers are read at their first mention), layer, score (the larger, the more the other sense: log-odds in nats; of SelfIE -1, 0 or
+    1; of probes a projection), blind (the score from -1 to 1) and mass (probability of both answers; of SelfIE the share of texts that
+    name a sense; 1 of probes). Settings that were tried on `train` stand there by their means (sentence "", layer -1, score the AUC).
 
     Errors: ConceptError for a concept without senses or contexts; ModelError for an unknown instrument, or words that the tokenizer does
     not know.
@@ -66,7 +69,7 @@ def measure_instruments(model: HookedModel, concept: Concept, cue: str | Cue, *,
     into = min(target_layer, model.n_layers - 1)
     at_all = sorted({*read, *injection_layers(model.n_layers), into})
     train, test = (record_sentences(model, concept, cue, at_all, split, seed=seed) for split in ("train", "settled"))
-    asked = _Asked(model, test, read)
+    asked = _Asked(model, test, record_sources(model, concept, cue, mentions=(0,), layers=read, seed=seed), read)
     found: list[pd.DataFrame] = []
     if "patchscope" in instruments:
         own = Setting(own_question(concept, QUESTION), into)
@@ -98,31 +101,36 @@ def check_instruments(names: Sequence[str]) -> None:
 
 
 class _Asked:
-    """The identifiers of the test sentences, which all instruments are tried on."""
+    """What all instruments are tried on: the identifiers of the test sentences, and after them those of the ambiguous prompts."""
 
-    def __init__(self, model: HookedModel, test: Contexts, layers: Sequence[int]) -> None:
+    def __init__(self, model: HookedModel, test: Contexts, ambiguous: Recorded, layers: Sequence[int]) -> None:
         self.model, self.layers = model, list(layers)
-        self.resid = test.resid[:, [test.recorded.layers.index(layer) for layer in self.layers]]
-        self.sources, self.sentences = test.recorded.sources, test.sentences
-        self.labels = test.by_sentence
+        settled = test.resid[:, [test.recorded.layers.index(layer) for layer in self.layers]]
+        self.resid = torch.cat([settled, ambiguous.resid])
+        self.sources, self.sentences = [*test.recorded.sources, *ambiguous.sources], test.sentences
+        self.labels, self.ambiguous = test.by_sentence, [source.labels() for source in ambiguous.sources]
 
     def rows(self, instrument: str, setting: str, scores: Scores, labels: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A row a sentence and layer: means over the sentence's places."""
-        score, mass = (by_sentence(values, self.sentences) for values in (scores.score, scores.mass))
+        """A row a sentence and layer, of the means over the sentence's places; then a row an ambiguous context and layer."""
+        n = len(self.sentences)
+        score, mass = (np.concatenate([by_sentence(values[:n], self.sentences), values[n:]]) for values in (scores.score, scores.mass))
         half = score if instrument != "patchscope" and instrument != "logit_lens" else np.tanh(score / 2)
         named = {"question": "", "text": "", "target_layer": -1, "mapping": "", "tokens": "", **(labels or {})}
+        units: list[dict[str, Any]] = [{"split": "test", "sense": "other" if label else "group", "sentence": sentence, "context": "",
+                                        "template": ""} for sentence, label in self.labels.items()]
+        units += [{"split": "ambiguous", "sense": "", "sentence": "", "context": f"{one['context']}|{one['mark']}",
+                   "template": one["template"]} for one in self.ambiguous]
         return pd.DataFrame.from_records([
             {"model": self.model.spec.name, "treatment": self.model.treatment.name, "instrument": instrument, "setting": setting, **named,
-             "split": "test", "sense": "other" if self.labels[sentence] else "group", "sentence": sentence, "layer": layer,
-             "score": score[i, j], "blind": float(np.clip(half[i, j], -1, 1)), "mass": mass[i, j]}
-            for i, sentence in enumerate(dict.fromkeys(self.sentences)) for j, layer in enumerate(self.layers)])
+             **unit, "layer": layer, "score": score[i, j], "blind": float(np.clip(half[i, j], -1, 1)), "mass": mass[i, j]}
+            for i, unit in enumerate(units) for j, layer in enumerate(self.layers)])
 
 
 def _tried(model: HookedModel, tried: Sequence[Tried]) -> pd.DataFrame:
     return pd.DataFrame.from_records([
         {"model": model.spec.name, "treatment": model.treatment.name, "instrument": "patchscope", "setting": "tried",
-         **one.setting.labels(), "split": "train", "sense": "", "sentence": "", "layer": -1, "score": one.auc, "blind": float("nan"),
-         "mass": one.mass} for one in tried])
+         **one.setting.labels(), "split": "train", "sense": "", "sentence": "", "context": "", "template": "", "layer": -1,
+         "score": one.auc, "blind": float("nan"), "mass": one.mass} for one in tried])
 
 
 def _selfie(asked: _Asked, concept: Concept, prompt: str, target_layer: int) -> Scores:

@@ -256,6 +256,20 @@ def record_sentences(model: HookedModel, concept: Concept, cue: str | Cue, layer
     The k-th sentences of both senses name the same identifiers in the same order. Sentences whose words the tokenizer does not know are
     left out. Errors: ConceptError without contexts for both senses; ModelError where fewer than `LEAST_SENTENCES` of a sense are left.
     """
+    found = _sentence_sources(concept, cue, split, seed)
+    spelt = [not unknown_words(model.tokenizer, item) for item in model.encode([source.prompt for source, _, _ in found])]
+    found = [one for one, known in zip(found, spelt, strict=True) if known]
+    left = [len({sentence for _, label, sentence in found if label == side}) for side in (False, True)]
+    if min(left) < LEAST_SENTENCES:
+        group, other = concept.both_senses(cue)
+        raise ModelError(f"the tokenizer of {model.spec.name} knows the words of {left[0]} and {left[1]} of the sentences that settle the "
+                         f"senses {group.name} and {other.name}: at least {LEAST_SENTENCES} of each are needed to try an instrument on.")
+    sources = [source for source, _, _ in found]
+    return Contexts(Recorded(model, sources, list(layers), _record(model, sources, layers)), np.array([label for _, label, _ in found]),
+                    [sentence for _, _, sentence in found])
+
+
+def _sentence_sources(concept: Concept, cue: str | Cue, split: str, seed: int) -> list[tuple[Source, bool, str]]:
     named, found = concept.cue(cue) if isinstance(cue, str) else cue, list[tuple[Source, bool, str]]()
     for sense in concept.both_senses(cue):
         for k, sentence in enumerate(_sentences(concept, sense.name, split)):
@@ -267,16 +281,12 @@ def record_sentences(model: HookedModel, concept: Concept, cue: str | Cue, layer
             labels = {"concept": concept.name, "cue": named.name, "template": sentence, "option_order": f"{order[0]}_first", **by_role,
                       **dict.fromkeys(_WORD_LABELS, "")}
             found += [(Source(replace(prompt, labels=labels), role, 0), sense.name == concept.other_sense, sentence) for role in order]
-    spelt = [not unknown_words(model.tokenizer, item) for item in model.encode([source.prompt for source, _, _ in found])]
-    found = [one for one, known in zip(found, spelt, strict=True) if known]
-    left = [len({sentence for _, label, sentence in found if label == side}) for side in (False, True)]
-    if min(left) < LEAST_SENTENCES:
-        group, other = concept.both_senses(cue)
-        raise ModelError(f"the tokenizer of {model.spec.name} knows the words of {left[0]} and {left[1]} of the sentences that settle the "
-                         f"senses {group.name} and {other.name}: at least {LEAST_SENTENCES} of each are needed to try an instrument on.")
-    sources = [source for source, _, _ in found]
-    return Contexts(Recorded(model, sources, list(layers), _record(model, sources, layers)), np.array([label for _, label, _ in found]),
-                    [sentence for _, _, sentence in found])
+    return found
+
+
+def sentence_prompts(concept: Concept, cue: str | Cue, split: str, *, seed: int = 0) -> list[Prompt]:
+    """The sentences that `record_sentences` reads, once for each identifier."""
+    return [source.prompt for source, _, _ in _sentence_sources(concept, cue, split, seed)]
 
 
 def context_prompts(concept: Concept, cue: str | Cue, split: str) -> list[Prompt]:

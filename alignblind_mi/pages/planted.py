@@ -8,7 +8,8 @@ import pandas as pd
 
 from alignblind_mi.intervals.clustered import rate_interval
 from alignblind_mi.pages.saved_study import ROLES, Study
-from alignblind_mi.pages.study_tables import as_records, layer_range, readings_in, scores_table, steering_table, summarised
+from alignblind_mi.pages.study_tables import layer_range, readings_in, scores_table, steering_table, summarised
+from alignblind_mi.results import as_records
 from alignblind_mi.statistics.rates import CLUSTERS
 
 

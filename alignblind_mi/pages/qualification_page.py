@@ -4,6 +4,7 @@ Reads what `studies/qualify.py` gives. Writes qualification.json, qualification.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ from typing import Any
 from alignblind_mi.borders.texts import encodable
 from alignblind_mi.pages import figures
 from alignblind_mi.pages.page import as_uri, count, mean, page_text, plain, rate, save_shown, share, text, value, version_names, words
-from alignblind_mi.pages.study_tables import as_records
-from alignblind_mi.results import Result
+from alignblind_mi.results import Result, as_records
 from alignblind_mi.studies.drawn import write_drawn
-from alignblind_mi.studies.qualify import INSTRUMENT, Qualification
+from alignblind_mi.studies.qualified import Qualification
+from alignblind_mi.studies.qualifying import QUALIFIED
+
+
+def place(number: Any) -> str:
+    """A place between the anchors, which may have no bound."""
+    return "–" if number is None or math.isnan(number) else f"{number:.2f}".replace("inf", "∞").replace("-", "−")
+
 
 COLUMNS = {
     "competence": (
@@ -26,7 +33,9 @@ COLUMNS = {
         words("instrument", "instrument"), text("setting", "setting"), text("verdict", "verdict"), count("n", "n"),
         mean("AUC", "auc", "low", "high", plain), value("AUC on train", "train_auc", plain), share("mass %", "mass"),
         share("shuffled %", "false_alarm"), value("group sense", "mean_group", lambda number: f"{number:+.2f}"),
-        value("other sense", "mean_other", lambda number: f"{number:+.2f}"), text("question", "text")),
+        value("other sense", "mean_other", lambda number: f"{number:+.2f}"),
+        mean("ambiguous prompts", "scale", "scale_low", "scale_high", place), count("n ambiguous", "n_ambiguous"),
+        text("question", "text")),
 }
 
 
@@ -51,7 +60,7 @@ def write_qualification(folder: Path, found: Qualification, results: Sequence[Re
     """Write records, tables, figures and the page of a qualification into its folder. Returns the page."""
     tables = {"competence": found.competence, "instruments": found.instruments}
     shown = {name: table for name, table in tables.items() if len(table)}
-    drawn = {"instruments": figures.qualification_figure(found.rows[INSTRUMENT])} if INSTRUMENT in found.rows else {}
+    drawn = {"instruments": figures.qualification_figure(found.rows[QUALIFIED])} if QUALIFIED in found.rows else {}
     vectors = save_shown(folder, shown | found.rows, drawn)
     notes = [result.provenance for result in results]
     records: dict[str, Any] = {"summary": summary(found), **found.records(), "provenance": notes}

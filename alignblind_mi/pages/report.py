@@ -34,13 +34,15 @@ from alignblind_mi.pages.page import (
     version_names,
 )
 from alignblind_mi.pages.planted import planted_table
+from alignblind_mi.pages.qualification_page import COLUMNS as QUALIFICATION, summary
 from alignblind_mi.pages.saved_study import ROLES, Study, read_study
+from alignblind_mi.pages.statements import UNQUALIFIED, headline, mute_figures, muted_rows, readers
 from alignblind_mi.pages.study_tables import (
     POOLED,
     QUESTION,
-    as_records,
     audit_table,
     behaviour_table,
+    competence_table,
     curves_table,
     instrument_layers_table,
     instruments_table,
@@ -51,6 +53,7 @@ from alignblind_mi.pages.study_tables import (
     open_readings_table,
     position_table,
     probes_table,
+    qualified_table,
     readings_in,
     scores_table,
     steering_parts,
@@ -59,6 +62,7 @@ from alignblind_mi.pages.study_tables import (
     treatments_table,
 )
 from alignblind_mi.pages.views import as_page, pattern_view, token_view
+from alignblind_mi.results import as_records
 from alignblind_mi.stimuli.concept import Concept
 from alignblind_mi.stimuli.readings import reading_names
 from alignblind_mi.studies.audit import CITATIONS
@@ -79,6 +83,7 @@ def write_report(folder: Path) -> Path:
     study = read_study(Path(folder))
     tables = summary_tables(study)
     drawn = draw(tables)
+    mute_figures(drawn, study.qualified)
     vectors = save_shown(study.folder, tables, drawn)
     page = study.folder / "report.html"
     write_drawn(study.folder, {page.name: encodable(render(study, tables, vectors, save_views(study))).encode()})
@@ -90,6 +95,8 @@ def summary_tables(study: Study) -> dict[str, pd.DataFrame]:
     treated, read = study.has("behaviour_aligned"), study.either(*(f"reading_{name}" for name in INSTRUMENTS))
     wanted: list[tuple[str, bool, Callable[[Study], pd.DataFrame]]] = [
         ("planted", bool(study.record), planted_table),
+        ("competence", bool(study.qualified), competence_table),
+        ("qualified", bool(study.qualified), qualified_table),
         ("behaviour", study.either("behaviour"), behaviour_table),
         ("position", study.either("balanced"), position_table),
         ("awareness", len(readings_in(study)) > 0, scores_table),
@@ -154,6 +161,8 @@ def _planted(title: str, name: str) -> Column:
 
 
 COLUMNS: dict[str, Sequence[Column]] = {
+    "competence": (text("model", "role"), text("treatment", "label"), *QUALIFICATION["competence"]),
+    "qualified": (text("model", "role"), *QUALIFICATION["instruments"]),
     "audit": (
         text("claim", "claim"), mean("estimate", "estimate", "low", "high"), count("usable", "n"), count("asked", "n_asked"),
         text("verdict", "verdict"), text("controls", "controls"), text("revision", "revision")),
@@ -232,8 +241,11 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
 
     Its words are in the template.
     """
+    names = {role: str(study.config[role]["name"]) for role in ROLES}
     return page_text(
-        "report.html.j2", study=study, config=study.config, concept=study.concept,
+        "report.html.j2", study=study, headline=headline(study.qualified, names), readers=readers(study.qualified, names),
+        unqualified="" if study.qualified else UNQUALIFIED, muted=muted_rows(study.qualified),
+        abilities={names[role]: summary(one) for role, one in study.qualified.items()}, config=study.config, concept=study.concept,
         cue=study.concept.cue(study.config["cue"]), record=study.record,
         tables={name: as_records(table) for name, table in tables.items()}, columns=COLUMNS | _sense_columns(study.concept),
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),

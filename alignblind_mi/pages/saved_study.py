@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,23 @@ from alignblind_mi.results import Result
 from alignblind_mi.statistics.log_odds import alike
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.studies.config import organism_record
-from alignblind_mi.studies.parts import NOISE, instruments, questions, view_names
+from alignblind_mi.studies.parts import NOISE, QUALIFICATION, instruments, questions, view_names
+from alignblind_mi.studies.qualified import Qualification, qualification_of, read_qualification
+from alignblind_mi.studies.qualifying import COMPETENCE, QUALIFIED
 from alignblind_mi.studies.running import load_study
 
 ROLES = ("base", "aligned")
-PARTS = ("behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "noise_", "lora_")    # how names of parts begin
+PARTS = ("competence_", "qualified_", "behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "noise_",
+         "lora_")    # how names of parts begin
 QUICK_GROUPS = ("early", "late")
 BOTH_COLUMNS = frozenset({"model", "treatment", "role"})
 ANSWER_COLUMNS = BOTH_COLUMNS | {"kind", "category", "template", "word_pair", "option_order", "word_order", "outcome", "log_odds"}
 INSTRUMENT_COLUMNS = BOTH_COLUMNS | {"instrument", "identifier", "context", "control", "mark", "mention", "layer", "blind"}
 READING_COLUMNS = BOTH_COLUMNS | {"interpretation", "context", "control", "mark", "mention", "layer", "d_group", "d_other", "base_group",
                                   "base_other", "blind"}
+
+COMPETENCE_COLUMNS = BOTH_COLUMNS | {"kind", "outcome", "right", "word_pair", "template"}
+QUALIFIED_COLUMNS = BOTH_COLUMNS | {"instrument", "setting", "split", "sense", "sentence", "layer", "score", "blind", "mass"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +66,23 @@ class Study:
     def unfinished(self) -> list[str]:
         """What is missing, in words: parts by name, and steering as a whole where the depth of the model is not known yet."""
         return [*self.missing, *(["all steering parts"] if self.n_layers is None and self.steered else [])]
+
+    @cached_property
+    def qualified(self) -> dict[str, Qualification]:
+        """What can be said of each model that was qualified, by role; empty where the study was run without, or by a former version."""
+        rows = {name: part.rows for name, part in self.parts.items() if name.startswith((f"{COMPETENCE}_", f"{QUALIFIED}_"))}
+        found = {role: read_qualification(rows, role, seed=int(self.config["seed"])) for role in ROLES}
+        return {role: one for role, one in found.items() if one is not None}
+
+    def competence_of(self, part: str) -> Qualification | None:
+        """What the model can do under the treatment of a part; None where it was not asked."""
+        asked = self.parts.get(f"{part}_{COMPETENCE}")
+        return None if asked is None else qualification_of({COMPETENCE: asked.rows})
+
+    def unfit(self, kind: str) -> str:
+        """Why the study says nothing about a kind of bias: which model cannot do the task; empty where both can, or were not asked."""
+        why = {role: one.why_not(kind) for role, one in self.qualified.items()}
+        return "; ".join(f"{self.config[role]['name']} ({role}): {said}" for role, said in why.items() if said)
 
     @property
     def steered(self) -> bool:
@@ -114,7 +138,8 @@ def read_study(folder: Path) -> Study:
     for name, part in known.items():
         _check_columns(folder / f"{name}.parquet", part)
     n_layers = _n_layers(part for name, part in known.items() if not name.startswith("view_"))    # a view is of one layer
-    missing = [name for name in expected_parts(config, concept, n_layers) if name not in known]
+    skip = () if any(name.startswith(f"{COMPETENCE}_") for name in known) else (QUALIFICATION,)
+    missing = [name for name in expected_parts(config, concept, n_layers, skip=skip) if name not in known]
     return Study(folder, config, concept, known, n_layers, missing)
 
 
@@ -138,10 +163,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_columns(file: Path, part: Result) -> None:
-    reading = file.stem.startswith("awareness") or file.stem.endswith("_awareness")
     if file.stem.startswith("view"):
         return    # `views` says what it cannot show
-    wanted = INSTRUMENT_COLUMNS if file.stem.startswith("reading") else READING_COLUMNS if reading else ANSWER_COLUMNS
+    parts = {"awareness": READING_COLUMNS, "reading": INSTRUMENT_COLUMNS, QUALIFIED: QUALIFIED_COLUMNS, COMPETENCE: COMPETENCE_COLUMNS}
+    wanted = next((columns for name, columns in parts.items() if file.stem.startswith(name) or file.stem.endswith(f"_{name}")),
+                  ANSWER_COLUMNS)
     lacking = sorted(wanted - set(part.rows.columns))
     if lacking:
         raise ResultError(f"{file} lacks the columns {', '.join(lacking)}: another version made it. Delete it and its .json to compute "
@@ -154,10 +180,13 @@ def _n_layers(parts: Iterable[Result]) -> int | None:
     return max(found, default=None)
 
 
-def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | None) -> list[str]:
-    """Names of all parts of a study, in the order in which they are computed; without steering where the depth is not known yet."""
-    names, cue = [], config["cue"]
+def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | None, *, skip: Sequence[str] = ()) -> list[str]:
+    """Names of all parts of a study, in the order in which they are computed (see `study_parts`); without steering where the depth is not
+    known yet."""
+    names, cue = list[str](), config["cue"]
     for role in ROLES:
+        tried = [f"{QUALIFIED}_{role}"] if concept.has_senses(cue) and concept.contexts else []
+        names += [] if skip else [f"{COMPETENCE}_{role}", *tried]
         names += [f"behaviour_{role}", f"balanced_{role}", *(f"awareness_{role}_{question}" for question in questions(concept, cue)),
                   *(f"reading_{name}_{role}" for name in instruments(concept, cue, config.get("selfie", "paper"))),
                   *(f"view_{name}_{role}" for name in view_names(concept, cue))]
@@ -169,5 +198,5 @@ def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | Non
                 names += [label, f"{label}_awareness"] if window in compared else [label]
         names += [f"{NOISE}_{window[0]:02d}-{window[-1]:02d}" for window in (compared if config["quick"] else layer_windows(n_layers))]
     for group in (QUICK_GROUPS if config["quick"] else LAYER_GROUPS) if trainable(concept, cue) else ():
-        names += [f"lora_{group}", f"lora_{group}_awareness"]
+        names += [f"lora_{group}", f"lora_{group}_awareness", *([] if skip else [f"lora_{group}_{COMPETENCE}"])]
     return list(dict.fromkeys(names))

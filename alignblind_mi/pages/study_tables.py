@@ -23,6 +23,20 @@ QUESTION = "paper"    # the interpretation question that treatments are compared
 POOLED = "pooled"
 
 
+def competence_table(study: Study) -> pd.DataFrame:
+    """What each model can do, untreated and under every treatment that was asked: see `measures.competence.competence_table`."""
+    asked = [(role, "untreated", one) for role, one in study.qualified.items()]
+    asked += [("aligned", name, one) for name in lora_parts(study) if (one := study.competence_of(name)) is not None]
+    return pd.concat([one.competence.assign(role=role, label=name.replace("lora_", "LoRA ")) for role, name, one in asked],
+                     ignore_index=True) if asked else pd.DataFrame()
+
+
+def qualified_table(study: Study) -> pd.DataFrame:
+    """Which instruments read each model, and where they place the ambiguous prompts: see `studies.qualified.Qualification`."""
+    tried = [one.instruments.assign(role=role) for role, one in study.qualified.items() if len(one.instruments)]
+    return pd.concat(tried, ignore_index=True) if tried else pd.DataFrame()
+
+
 def behaviour_table(study: Study) -> pd.DataFrame:
     """One row per role, kind and category (and pooled), published design: counts, rate, intervals, bounds, mean log-odds."""
     rows = study.rows(f"behaviour_{role}" for role in ROLES)
@@ -171,7 +185,7 @@ def audit_table(study: Study) -> pd.DataFrame:
     aligned, base = study.rows(["behaviour_aligned"]), study.rows(["behaviour_base"]).assign(treatment="base")
     readings = [study.rows([f"awareness_base_{QUESTION}"]).assign(treatment="base"), study.rows([f"awareness_aligned_{QUESTION}"])]
     read = pd.concat(readings) if all(map(len, readings)) else pd.DataFrame()
-    records = alignment_claims(pd.concat([base, aligned]), read, revision) if len(base) else []
+    records = alignment_claims(pd.concat([base, aligned]), read, revision, qualified=study.qualified) if len(base) else []
     treated = study.rows([*steering_parts(study), *noise_parts(study), *lora_parts(study)])
     if len(treated):
         records += _treatment_claims(study, pd.concat([aligned, treated]), revision)
@@ -193,7 +207,8 @@ def _treatment_claims(study: Study, answers: pd.DataFrame, revision: str) -> lis
         row = differences[name]
         more = max(_invalid(answers, name, kind) - _invalid(answers, "untreated", kind) for kind in ("implicit", "explicit"))
         out.append(treatment_claim(implicit, name, row, placebos if about[name]["family"] == "steering" else [], more, revision,
-                                   label=_label(study, "aligned", name, about[name])))
+                                   label=_label(study, "aligned", name, about[name]), qualified=study.qualified,
+                                   competence=study.competence_of(name)))
     return out
 
 
@@ -281,8 +296,3 @@ def _label(study: Study, role: str, treatment: str, about: pd.Series) -> str:
 def layer_range(layers: str) -> str:
     """Layers as a page writes them: 1–3."""
     return layers.replace("-", "–")
-
-
-def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table as dictionaries, for a template."""
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from alignblind_mi.borders.texts import json_text, say, visible
-from alignblind_mi.results import json_value
+from alignblind_mi.results import records_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 WIDTH = 160    # of a file or a pipe, which has no width to fit unless COLUMNS gives it one
 SENTENCE = 24    # the least width of a column of sentences
 Line = str | tuple[str, ...]    # a sentence, or parts that stay whole
-
-
-def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table's rows as JSON values: NaN and infinities become null."""
-    return [{key: json_value(value) for key, value in row.items()} for row in frame.to_dict("records")]    # type: ignore[misc]
 
 
 def print_json(records: Sequence[Mapping[str, Any]]) -> None:

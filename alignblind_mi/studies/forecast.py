@@ -25,7 +25,8 @@ from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
 from alignblind_mi.models.tokens import TokenRow
 from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.studies.config import StudyConfig
-from alignblind_mi.studies.parts import Load, lora_groups, study_parts
+from alignblind_mi.studies.part import Load
+from alignblind_mi.studies.parts import lora_groups, study_parts
 from alignblind_mi.studies.running import check_fits
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.55}    # of a block's weight; 4bit with its scales

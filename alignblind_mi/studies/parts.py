@@ -1,15 +1,12 @@
 """The parts of a study: which there are, which model each needs, how its rows are computed. Does NOT hold models or folders."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 
-from alignblind_mi.borders.settings import Listed
-from alignblind_mi.borders.texts import one_line
 from alignblind_mi.instruments.attention import attention_rows
 from alignblind_mi.instruments.lens import lens_contrast, logit_lens
 from alignblind_mi.measures.awareness import SELFIE_TOKENS, measure_awareness, measure_lens, measure_probes, measure_selfie, with_accuracy
@@ -20,7 +17,6 @@ from alignblind_mi.mitigations.lora import trainable
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
 from alignblind_mi.mitigations.placebos import NOISE_PAIRS, SAMPLE, SEEDS, noise_placebos, treatment_effects, with_effects
 from alignblind_mi.mitigations.steering import can_steer, layer_windows, sense_steering
-from alignblind_mi.models.chat import Chat, in_chat
 from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import UNTREATED, Treatment
 from alignblind_mi.models.model import HookedModel
@@ -39,55 +35,15 @@ from alignblind_mi.stimuli.prompts import (
 )
 from alignblind_mi.stimuli.protocol import PROTOCOLS
 from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.part import Load, Part, Treat, Work
+from alignblind_mi.studies.qualifying import competence_work, qualifying_parts
 
 log = logging.getLogger(__name__)
 VIEWS = ("attention", "tokens")
 NOISE, MATCHED_NOISE = "noise", "matched noise"    # how the parts of noise begin; what their rows are steered towards (no control's name)
 INSTRUMENTS = ("selfie", "lens", "probes")    # beside the patchscope
+QUALIFICATION = "qualification"    # what a study can be run without, by name
 MEASURING, MATCHING = 4, 8    # runs of some prompts to measure what a treatment does; to match a draw of noise and to measure it
-Treat = Callable[[HookedModel], Treatment]
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a part asks of a model: prompts, each read `times` times and continued by at most `new_tokens`.
-
-    `chat` is what they are asked in (None: raw); `scored` are the answers whose probability is read behind each prompt.
-    """
-
-    __repr__ = one_line
-
-    prompts: Sequence[Prompt]
-    new_tokens: int = 0
-    times: int = 1
-    chat: Chat | None = None
-    scored: Sequence[Sequence[str]] = ()
-
-    def texts(self, tokenizer: Any, name: str) -> list[str]:
-        """What the model reads, by its tokenizer; `name` is the model's."""
-        asked = self.prompts if self.chat is None else in_chat(self.prompts, tokenizer, self.chat, name)
-        return [prompt.text for prompt in asked]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of the study: its file name, the model it needs (with adapters or not), how its rows are computed, and what that asks.
-
-    A part of one's own (see `run_parts`) need not say what it asks: `loads` is read by the forecast of a whole study.
-    """
-
-    __repr__ = one_line
-
-    name: str
-    role: str
-    adapters: bool
-    compute: Callable[[HookedModel, Advance], pd.DataFrame]
-    loads: Callable[[], list[Load]] = list
-    injects_at: int | None = None    # the layer of its model that it writes into: refused before anything runs if there is none
-
-
-Parts = Annotated[Part | Sequence[Part], Listed(once=False, alone=True)]    # one or many
-Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]
 
 
 def lora_groups(config: StudyConfig) -> list[str]:
@@ -97,13 +53,19 @@ def lora_groups(config: StudyConfig) -> list[str]:
     return ["early", "late"] if config.quick else list(LAYER_GROUPS)
 
 
-def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
-    """All parts in the order in which they are computed: one model after the other, adapters last.
+def study_parts(config: StudyConfig, concept: Concept, *, skip: Sequence[str] = ()) -> Iterator[Part]:
+    """All parts in the order in which they are computed: one model after the other, first what qualifies it; adapters last.
 
-    A concept or cue without senses has behaviour (and the view of attention) alone.
+    A concept or cue without senses has behaviour (and the view of attention) alone. skip: "qualification" leaves out what qualifies.
+    Errors: ModelError for anything else that is to be skipped.
     """
+    unknown = [name for name in skip if name != QUALIFICATION]
+    if unknown:
+        raise ModelError(f"{unknown[0]!r} cannot be skipped. Known: {QUALIFICATION}.")
     n_layers = depth_of(config.aligned)
     for role in ("base", "aligned"):
+        if not skip:
+            yield from qualifying_parts(config, concept, role)
         yield from observations(config, concept, role)
     if can_steer(concept, config.cue):
         yield from _steering(config, concept, n_layers)
@@ -112,6 +74,8 @@ def study_parts(config: StudyConfig, concept: Concept) -> Iterator[Part]:
         yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, KINDS, partial(_same, treatment)))
         yield Part(f"lora_{group}_awareness", "aligned", True, *_awareness(config, concept, "paper", partial(_same, treatment)),
                    config.target_layer)
+        if not skip:
+            yield Part(f"lora_{group}_competence", "aligned", True, *competence_work(config, concept, treatment))
 
 
 def _same(treatment: Treatment, model: HookedModel) -> Treatment:

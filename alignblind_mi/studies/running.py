@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from alignblind_mi.borders.reading import is_file, is_folder, named
-from alignblind_mi.borders.settings import File, many, takes
+from alignblind_mi.borders.settings import File, Names, many, takes
 from alignblind_mi.errors import ResultError
 from alignblind_mi.mitigations.lora import awareness_examples, train_lora
 from alignblind_mi.mitigations.lora_settings import check_modules, choose_layers, layer_group
@@ -28,7 +28,8 @@ from alignblind_mi.stimuli.prompts import implicit_prompts
 from alignblind_mi.stimuli.protocol import PROTOCOLS
 from alignblind_mi.studies.config import StudyConfig, as_begun, organism_record
 from alignblind_mi.studies.jobs import Execute, Job, serially
-from alignblind_mi.studies.parts import Part, Parts, lora_groups, study_parts
+from alignblind_mi.studies.part import Part, Parts
+from alignblind_mi.studies.parts import lora_groups, study_parts
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +61,14 @@ def adapter_folders(config: StudyConfig, folder: Path) -> list[Path]:
 
 
 @takes(ModelError)
-def run_study(config: StudyConfig, out: File, *, execute: Execute = serially) -> Path:
-    """Run or resume a study in `out`. Returns `out`. `execute` runs the jobs (see `studies/jobs.py`).
+def run_study(config: StudyConfig, out: File, *, skip: Names = (), execute: Execute = serially) -> Path:
+    """Run or resume a study in `out`. Returns `out`. `skip`: what is left out by name ("qualification", see `study_parts`); `execute` runs
+    the jobs (see `studies/jobs.py`).
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
     config = as_begun(config, Path(out))
-    return run_parts(config, out, list(study_parts(config, load_concept(config.concept))), execute=execute)
+    return run_parts(config, out, list(study_parts(config, load_concept(config.concept), skip=skip)), execute=execute)
 
 
 @takes(ModelError)

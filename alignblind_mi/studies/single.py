@@ -43,7 +43,8 @@ from alignblind_mi.statistics.rates import column_interval, position_effect, sum
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig
-from alignblind_mi.studies.parts import Part, Parts, instruments, observations
+from alignblind_mi.studies.part import Part, Parts
+from alignblind_mi.studies.parts import instruments, observations
 from alignblind_mi.studies.running import run_parts
 
 ROLE = "model"    # what the one model is called in the rows and in the names of the parts

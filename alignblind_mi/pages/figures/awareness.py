@@ -125,6 +125,8 @@ def readings_figure(profile: pd.DataFrame, scores: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(9.5, 0.9 + 2.3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 2, width_ratios=(1.3, 1), squeeze=False)
     for i, panel in enumerate(panels):
+        for axis in axes[i]:
+            axis.panel = panel    # which instrument it is of, for whoever mutes it
         for j, (role, rows) in enumerate(profile[profile["panel"] == panel].groupby("role", sort=False)):
             band(axes[i][0], rows, ROLE_COLOURS.get(str(role), colour_of(j)), marker_of(j), str(role))
             silent = rows.loc[rows["mean"].isna(), "layer"]

@@ -77,6 +77,15 @@ def _saved(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
     return out.getvalue()
 
 
+def mute(axes: Sequence[Axes], said: str = "no statement") -> None:
+    """Grey out what some panels show, and say so across them: the numbers stay, and are no statement."""
+    for axis in axes:
+        for artist in (*axis.lines, *axis.collections, *axis.patches, *axis.texts):
+            artist.set_alpha(0.25)
+        axis.text(0.5, 0.5, said, transform=axis.transAxes, ha="center", va="center", color="#777777", fontsize=10, fontweight="bold",
+                  bbox={"facecolor": "#FFFFFF", "edgecolor": "#BBBBBB", "boxstyle": "round,pad=0.35"}, zorder=10)
+
+
 def rate_bars(axis: Axes, strip: Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:
     """Grouped bars of `rate` with both intervals, and the invalid share hatched in the strip. Columns: group, series and a summary's."""
     groups, series = list(table["group"].unique()), [name for name in colours if name in set(table["series"])]

@@ -1,0 +1,85 @@
+"""What a page may say and what not: its first sentences, and which rows and figures are no statement and shown greyed.
+
+Where a model cannot do the task its answers say nothing about bias, and where an instrument does not read it its readings say nothing about
+awareness. Does NOT decide either: `studies/qualified.py` does.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from alignblind_mi.pages import figures
+from alignblind_mi.stimuli.prompts import KINDS
+from alignblind_mi.studies.audit import LOST, UNTOLD
+from alignblind_mi.studies.qualified import Qualification
+
+INSTRUMENT_NAMES = {"patchscope": "patchscope", "selfie": "selfie", "logit lens": "logit_lens", "probe": "probe"}    # by a table's panel
+UNQUALIFIED = ("Not qualified: whether these models can do the task, and which instruments read them, was not asked (it was skipped by "
+               "name, or an earlier version began this folder). Numbers near “no effect” may mean that nothing was measured.")
+Muted = Callable[[str, Mapping[str, Any]], bool]
+
+
+def headline(qualified: Mapping[str, Qualification], names: Mapping[str, str]) -> list[str]:
+    """What the study gives no statement about, in sentences; empty where all is well, or nothing was asked. names: of the models."""
+    said = []
+    for kind in KINDS:
+        unfit = [f"{names[role]} ({role}) {one.why_not(kind)}" if not one.why_not(kind).startswith("whether") else
+                 f"of {names[role]} ({role}), {one.why_not(kind)}" for role, one in qualified.items() if one.why_not(kind)]
+        if unfit:
+            said.append(f"No statement about {kind} bias: {'; '.join(unfit)}.")
+    for instrument in INSTRUMENT_NAMES.values():
+        unread = [f"{names[role]} ({role})" for role, one in qualified.items() if one.unread(instrument)]
+        if unread:
+            said.append(f"No statement by the {instrument.replace('_', ' ')} in its own setting: it does not surely read "
+                        f"{', '.join(unread)}.")
+    return said
+
+
+def readers(qualified: Mapping[str, Qualification], names: Mapping[str, str]) -> list[str]:
+    """What reads each model, in sentences."""
+    return [f"{names[role]} ({role}) is read by: {', '.join(one.reading()) or 'nothing'}." for role, one in qualified.items()
+            if len(one.instruments)]
+
+
+def muted_rows(qualified: Mapping[str, Qualification], *, aligned: str = "aligned") -> Muted:
+    """Which rows of which tables are no statement: (table, row) -> bool. Rows of treatments are of the model `aligned`."""
+    def cannot(role: str, kind: str) -> bool:
+        return role in qualified and bool(qualified[role].why_not(kind))
+
+    def unread(role: str, instrument: str) -> bool:
+        return role in qualified and bool(qualified[role].unread(instrument))
+
+    def muted(table: str, row: Mapping[str, Any]) -> bool:
+        role = str(row.get("role", aligned))
+        if table in ("behaviour", "position", "steering", "lora", "comparison", "differences"):
+            named = "base" if row.get("treatment") == "base" or str(row.get("label")) == "base" else role
+            return cannot(named, str(row.get("kind", "implicit")))
+        if table in ("awareness", "awareness_layers"):
+            return unread(role, "patchscope")
+        if table in ("instruments", "selfie", "probes"):
+            fixed = {"selfie": "selfie", "probes": "probe"}
+            return unread(role, fixed.get(table) or INSTRUMENT_NAMES.get(str(row.get("panel")), ""))
+        return table == "audit" and str(row["verdict"]).startswith((UNTOLD, LOST))
+    return muted
+
+
+def mute_figures(drawn: Mapping[str, Figure], qualified: Mapping[str, Qualification]) -> None:
+    """Grey out the figures, or those of their panels, that are no statement."""
+    kinds = {kind: any(one.why_not(kind) for one in qualified.values()) for kind in KINDS}
+    treated = "aligned" in qualified and bool(qualified["aligned"].why_not("implicit"))
+    dead = {name for name, is_dead in (("position", kinds["implicit"]), ("steering", treated), ("lora", treated), ("comparison", treated),
+                                       ("awareness", _unread(qualified, "patchscope"))) if is_dead}
+    for name, figure in drawn.items():
+        if name in dead:
+            figures.mute(figure.axes)
+        elif name == "behaviour":    # panels by kind, their invalid shares, and the log-odds of implicit answers
+            panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+            figures.mute([axis for title, axis in panels.items() for kind in KINDS if kinds[kind] and title.lower().startswith(kind)])
+        elif name == "instruments":
+            figures.mute([axis for axis in figure.axes if (panel := getattr(axis, "panel", None))
+                          and _unread(qualified, INSTRUMENT_NAMES.get(panel, ""))])
+
+
+def _unread(qualified: Mapping[str, Qualification], instrument: str) -> bool:
+    return any(one.unread(instrument) for one in qualified.values())

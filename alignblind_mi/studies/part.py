@@ -1,0 +1,59 @@
+"""What a part of a study is: its name, the model it needs, how its rows are computed, and what that asks. Does NOT know which there are."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pandas as pd
+
+from alignblind_mi.borders.settings import Listed
+from alignblind_mi.borders.texts import one_line
+from alignblind_mi.models.chat import Chat, in_chat
+from alignblind_mi.models.edits import Treatment
+from alignblind_mi.models.model import HookedModel
+from alignblind_mi.progress import Advance
+from alignblind_mi.stimuli.prompts import Prompt
+
+Treat = Callable[[HookedModel], Treatment]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a part asks of a model: prompts, each read `times` times and continued by at most `new_tokens`.
+
+    `chat` is what they are asked in (None: raw); `scored` are the answers whose probability is read behind each prompt.
+    """
+
+    __repr__ = one_line
+
+    prompts: Sequence[Prompt]
+    new_tokens: int = 0
+    times: int = 1
+    chat: Chat | None = None
+    scored: Sequence[Sequence[str]] = ()
+
+    def texts(self, tokenizer: Any, name: str) -> list[str]:
+        """What the model reads, by its tokenizer; `name` is the model's."""
+        asked = self.prompts if self.chat is None else in_chat(self.prompts, tokenizer, self.chat, name)
+        return [prompt.text for prompt in asked]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the study: its file name, the model it needs (with adapters or not), how its rows are computed, and what that asks.
+
+    A part of one's own (see `run_parts`) need not say what it asks: `loads` is read by the forecast of a whole study.
+    """
+
+    __repr__ = one_line
+
+    name: str
+    role: str
+    adapters: bool
+    compute: Callable[[HookedModel, Advance], pd.DataFrame]
+    loads: Callable[[], list[Load]] = list
+    injects_at: int | None = None    # the layer of its model that it writes into: refused before anything runs if there is none
+
+
+Parts = Annotated[Part | Sequence[Part], Listed(once=False, alone=True)]    # one or many
+Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]

@@ -1,0 +1,86 @@
+"""The parts that qualify a model: can it do the task, and which instruments read it? Does NOT know verdicts, nor what follows from them."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from alignblind_mi.measures.awareness import SELFIE_TOKENS
+from alignblind_mi.measures.competence import PAIRS, measure_competence
+from alignblind_mi.measures.qualification import INSTRUMENTS, MOST_LAYERS, MOST_TUNED, check_instruments, measure_instruments
+from alignblind_mi.measures.sources import reading_sources, sentence_prompts
+from alignblind_mi.measures.tuning import KEPT, injection_layers
+from alignblind_mi.models.configs import depth_of
+from alignblind_mi.models.edits import UNTREATED, Treatment
+from alignblind_mi.models.model import HookedModel
+from alignblind_mi.progress import Advance
+from alignblind_mi.stimuli.competence import competence_prompts
+from alignblind_mi.stimuli.concept import Concept
+from alignblind_mi.stimuli.prompts import KINDS, interpretation_prompt, worded_assignments
+from alignblind_mi.stimuli.questions import questions
+from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.part import Load, Part, Work
+
+COMPETENCE, QUALIFIED = "competence", "qualified"    # how the names of the parts begin
+QUICK_PAIRS = 24    # as few as anything is told from
+
+
+def asked_pairs(config: StudyConfig) -> int:
+    """How many word pairs of competence are asked: fewer of a quick study."""
+    return QUICK_PAIRS if config.quick else PAIRS
+
+
+def has_instruments(config: StudyConfig, concept: Concept) -> bool:
+    """Whether there is anything to try instruments on: senses, and contexts that settle them."""
+    return concept.has_senses(config.cue) and bool(concept.contexts)
+
+
+def qualifying_parts(config: StudyConfig, concept: Concept, role: str) -> list[Part]:
+    """The qualification of one untreated model of a study, of all instruments."""
+    parts = [Part(f"{COMPETENCE}_{role}", role, False, *competence_work(config, concept))]
+    if has_instruments(config, concept):
+        parts.append(Part(f"{QUALIFIED}_{role}", role, False, *instruments_work(config, concept)))
+    return parts
+
+
+def competence_work(config: StudyConfig, concept: Concept, treatment: Treatment = UNTREATED) -> Work:
+    """Competence items, under a treatment. Its edits at identifiers act nowhere: there are none in these items."""
+    pairs = asked_pairs(config)
+
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        rows = measure_competence(model.under(treatment), concept, pairs=pairs, decoding=config.decoding, seed=config.seed,
+                                  progress=advance)
+        return rows.assign(family=treatment.family, sense="", layers=treatment.details.get("layers", ""))
+
+    def loads() -> list[Load]:
+        found = []
+        for kind in KINDS:
+            prompts = competence_prompts(concept, kind, pairs=pairs, seed=config.seed)
+            scored = [[text for both in worded_assignments(concept, one) for text in both] for one in prompts] if kind == "implicit" else ()
+            found.append(Load(prompts, config.decoding.max_new_tokens, chat=config.chat, scored=scored))
+        return [load for load in found if load.prompts]
+    return compute, loads
+
+
+def instruments_work(config: StudyConfig, concept: Concept, instruments: Sequence[str] = INSTRUMENTS) -> Work:
+    """Instruments on sentences that settle the sense, and on the ambiguous prompts. Errors: ModelError for an unknown instrument."""
+    check_instruments(instruments)
+
+    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        return measure_instruments(model, concept, config.cue, instruments=instruments, target_layer=config.target_layer,
+                                   selfie=config.selfie, seed=config.seed, progress=advance)
+
+    def loads() -> list[Load]:
+        train, test = (sentence_prompts(concept, config.cue, split, seed=config.seed) for split in ("train", "settled"))
+        read = [source.prompt for source in reading_sources(concept, config.cue, mentions=(0,), seed=config.seed)]
+        found, depth = [Load([*train, *test, *read], chat=config.chat)], depth_of(config.aligned)
+        units = len(test) + len(read)
+        if "patchscope" in instruments:
+            asked = questions(concept)
+            tried = len(asked) + KEPT * len(injection_layers(depth)) + KEPT
+            places = tried * len(train) * min(MOST_TUNED, depth) + 2 * units * min(MOST_LAYERS, depth)
+            found.append(Load([one.prompt for one in asked], times=-(-places // len(asked))))
+        if "selfie" in instruments and config.selfie in concept.selfie:
+            target = interpretation_prompt(concept.selfie_prompt(config.selfie))
+            found.append(Load([target], SELFIE_TOKENS, units * min(MOST_TUNED, depth)))
+        return found
+    return compute, loads
