@@ -93,6 +93,15 @@ def measure_instruments(model: HookedModel, concept: Concept, cue: str | Cue, *,
     return pd.concat([one for one in found if len(one)], ignore_index=True)
 
 
+def untried(model: HookedModel, instruments: Sequence[str], reason: str) -> pd.DataFrame:
+    """Rows that say of instruments why they could not be tried (split "untried", the reason in `text`): a verdict like any other."""
+    return pd.DataFrame.from_records([
+        {"model": model.spec.name, "treatment": model.treatment.name, "instrument": name, "setting": "paper", "question": "",
+         "text": reason, "target_layer": -1, "mapping": "", "tokens": "", "split": "untried", "sense": "", "sentence": "", "context": "",
+         "template": "",
+         "layer": -1, "score": float("nan"), "blind": float("nan"), "mass": float("nan")} for name in instruments])
+
+
 def check_instruments(names: Sequence[str]) -> None:
     """Errors: ModelError for an instrument that does not exist."""
     unknown = [name for name in names if name not in INSTRUMENTS]
@@ -165,13 +174,18 @@ def instrument_table(rows: pd.DataFrame, by: Names = ("model", "treatment"), *, 
     here), verdict ("reads", "doubtful", "does not read") and reason.
 
     The rule: `reads` where the AUC is at least .75 and its interval above .5, the answers hold at least a twentieth of the probability, and
-    at most 5 % of shuffles read as well; `does not read` where the AUC is neither, or the answers hold under a hundredth; else `doubtful`.
+    at most 5 % of shuffles read as well; `does not read` where the AUC is neither, or the answers hold under a hundredth; else `doubtful`,
+    and so is what could not be tried (`untried`).
     """
     require(rows, [*by, "instrument", "setting", "split", "sense", "sentence", "layer", "score", "mass"])
     records = []
     for key, group in groups(rows[rows["split"] == "test"], (*by, "instrument", "setting")):
         same = rows[(rows["split"] == "train") & (rows[list(by)] == pd.Series({name: key[name] for name in by})).all(axis=1)]
         records.append({**key, **_judged(group, same, seed)})
+    nothing = dict.fromkeys(("auc", "low", "high", "train_auc", "mass", "false_alarm", "mean_group", "mean_other"), float("nan"))
+    for one in rows[rows["split"] == "untried"].to_dict("records"):
+        records.append({**{name: one[name] for name in (*by, "instrument", "setting", *LABELS)}, "text": "", "n": 0, "layers": 0, **nothing,
+                        "verdict": DOUBTFUL, "reason": f"could not be tried: {one['text']}"})
     return pd.DataFrame.from_records(records)
 
 

@@ -37,6 +37,10 @@ _BEFORE = "before_identifier"
 _WORD_LABELS = ("category", "positive", "negative", "word_pair", "word_order")
 
 
+class UntriedError(ModelError):
+    """Too few sentences whose words the tokenizer knows: instruments cannot be tried on this model."""
+
+
 @dataclass(frozen=True)
 class Source:
     """An identifier token of a bias prompt (or a control in its place): `mention` counts its occurrences from 0."""
@@ -254,7 +258,8 @@ def record_sentences(model: HookedModel, concept: Concept, cue: str | Cue, layer
     """The identifiers inside each of the concept's `split` sentences (see `record_contexts`), which say which sense is meant.
 
     The k-th sentences of both senses name the same identifiers in the same order. Sentences whose words the tokenizer does not know are
-    left out. Errors: ConceptError without contexts for both senses; ModelError where fewer than `LEAST_SENTENCES` of a sense are left.
+    left out. Errors: ConceptError without contexts for both senses; UntriedError where fewer than `LEAST_SENTENCES` of a sense are
+    left.
     """
     found = _sentence_sources(concept, cue, split, seed)
     spelt = [not unknown_words(model.tokenizer, item) for item in model.encode([source.prompt for source, _, _ in found])]
@@ -262,8 +267,9 @@ def record_sentences(model: HookedModel, concept: Concept, cue: str | Cue, layer
     left = [len({sentence for _, label, sentence in found if label == side}) for side in (False, True)]
     if min(left) < LEAST_SENTENCES:
         group, other = concept.both_senses(cue)
-        raise ModelError(f"the tokenizer of {model.spec.name} knows the words of {left[0]} and {left[1]} of the sentences that settle the "
-                         f"senses {group.name} and {other.name}: at least {LEAST_SENTENCES} of each are needed to try an instrument on.")
+        raise UntriedError(f"the tokenizer of {model.spec.name} knows the words of {left[0]} and {left[1]} of the sentences that settle "
+                           f"the senses {group.name} and {other.name}: at least {LEAST_SENTENCES} of each are needed to try an "
+                           "instrument on.")
     sources = [source for source, _, _ in found]
     return Contexts(Recorded(model, sources, list(layers), _record(model, sources, layers)), np.array([label for _, label, _ in found]),
                     [sentence for _, _, sentence in found])

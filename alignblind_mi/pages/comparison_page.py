@@ -4,6 +4,7 @@ Reads saved parts and computes nothing but `comparison_verdicts.py`. Writes comp
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from alignblind_mi.pages.page import (
     version_names,
     words,
 )
+from alignblind_mi.pages.qualification_page import COLUMNS as QUALIFICATION
+from alignblind_mi.pages.statements import UNQUALIFIED, headline, mute_figures, muted_rows, readers
 from alignblind_mi.studies.audit import CITATIONS, LEAST, MOST_INVALID, MOST_WRONG
 from alignblind_mi.studies.comparison_verdicts import (
     Compared,
@@ -49,7 +52,9 @@ def write_comparison(folder: Path) -> Path:
     found = read_comparison(folder)
     tables = comparison_tables(found)
     records = comparison_records(found, tables)
-    vectors = save_shown(folder, tables, _draw(tables))
+    drawn = _draw(tables)
+    mute_figures(drawn, found.qualified)
+    vectors = save_shown(folder, tables, drawn)
     page = folder / "comparison.html"
     text = json.dumps(records, indent=1, allow_nan=False) + "\n"
     write_drawn(folder, {"comparison.json": text.encode(), page.name: encodable(_render(found, tables, vectors)).encode()})
@@ -71,7 +76,9 @@ def spread(row: dict[str, Any], name: str) -> str:
     return f"{plain(row[name])} [{plain(row[name + '_low'])} to {plain(row[name + '_high'])}]"
 
 
-COLUMNS = {
+COLUMNS: dict[str, Sequence[Column]] = {
+    "competence": (words("treatment", "treatment"), *QUALIFICATION["competence"]),
+    "qualified": (words("model", "role"), *QUALIFICATION["instruments"]),
     "comparison": (
         words("treatment", "treatment"), words("family", "family"), count("n", "n"),
         rate("implicit %", "implicit", "low", "high"), shares("by template %", "template_min", "template_max"),
@@ -136,7 +143,8 @@ def _render(found: Compared, tables: dict[str, pd.DataFrame], vectors: dict[str,
     spec = ModelSpec(**config["aligned"])
     made = sorted(note["made"] for note in notes)
     return page_text(
-        "comparison.html.j2", config=config, names=names,
+        "comparison.html.j2", config=config, names=names, headline=headline(found.qualified, names),
+        readers=readers(found.qualified, names), unqualified="" if found.qualified else UNQUALIFIED, muted=muted_rows(found.qualified),
         organism=any(name.startswith(EMBEDDED) for name in names.values()) or bool(organism_record(spec)),
         tables={name: table.to_dict("records") for name, table in tables.items()}, columns=COLUMNS,
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, unfinished=unfinished(found), methods=methods_paragraph(found),

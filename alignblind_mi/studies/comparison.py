@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from alignblind_mi.borders.reading import read_object
-from alignblind_mi.borders.settings import File, takes
+from alignblind_mi.borders.settings import File, Names, takes
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import measure_awareness, measure_lens, measure_probes, measure_selfie
@@ -27,6 +27,7 @@ from alignblind_mi.measures.behaviour import ask, ask_under, measure_behaviour
 from alignblind_mi.measures.mitigation import identifier_sites
 from alignblind_mi.measures.side_effects import measure_side_effects
 from alignblind_mi.measures.sources import NEGATIVE_CONTROLS
+from alignblind_mi.mitigations.directions import ROLES
 from alignblind_mi.mitigations.lora import trainable
 from alignblind_mi.mitigations.placebos import EFFECTS, NOISE_PAIRS, SEEDS, treatment_effects, with_effects
 from alignblind_mi.models.configs import depth_of
@@ -36,17 +37,20 @@ from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.tokens import unknown_words
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, check_parts, json_value, stamp
+from alignblind_mi.statistics.rates import CLUSTERS
 from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig, as_begun, organism_record
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.jobs import Execute, Job, serially
-from alignblind_mi.studies.parts import instruments, selfie_options
+from alignblind_mi.studies.parts import instruments, selfie_options, skipped
+from alignblind_mi.studies.qualifying import COMPETENCE, QUALIFIED, competence_work, has_instruments, instruments_work
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, noise_prompts, plan_rivals
 from alignblind_mi.studies.running import Models, check_fits, check_vocabulary
 
 MEASURED = ("answers", "readings", "effects", "elsewhere")
 DRAWS = "draws"    # the part of the further draws of noise
+QUALIFYING = (COMPETENCE, QUALIFIED)    # parts of both untreated models; of every treatment the first
 PAIRS, QUICK_PAIRS = 10, 2    # word pairs a category
 READING_PAIRS = 4
 ROUNDS, TIMED = 3, 16
@@ -55,11 +59,12 @@ FORMAT = 1
 
 @takes(ModelError)
 def run_comparison(config: StudyConfig, out: File, *, data: dict[str, Callable[[HookedModel], pd.DataFrame]] | None = None,
-                   data_identity: str = "", execute: Execute = serially) -> Path:
+                   data_identity: str = "", skip: Names = (), execute: Execute = serially) -> Path:
     """Run or resume a comparison in `out`: the base model untreated, the aligned one under every rival. Returns `out`.
 
     `data`: further measures by name (such as a BBQ file's), each a function of a model under its treatment; `data_identity` says what they
-    are of, so that a folder of other data is refused. `execute` runs the jobs (see `studies/jobs.py`).
+    are of, so that a folder of other data is refused. `skip`: what is left out by name ("qualification"). `execute` runs the
+    jobs (see `studies/jobs.py`).
 
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
@@ -68,11 +73,11 @@ def run_comparison(config: StudyConfig, out: File, *, data: dict[str, Callable[[
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     config = as_begun(config, Path(out))
     with one_thread() if organism_record(config.aligned) else nullcontext():
-        return _run(config, Path(out), data or {}, data_identity, execute)
+        return _run(config, Path(out), data or {}, data_identity, [] if skipped(skip) else list(QUALIFYING), execute)
 
 
 def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel], pd.DataFrame]], data_identity: str,
-         execute: Execute) -> Path:
+         qualifying: Sequence[str], execute: Execute) -> Path:
     concept = load_concept(config.concept)
     check_fits(config, ("base", "aligned"), lora=trainable(concept, config.cue))
     split = check_vocabulary(config, concept, openly="selfie" in instruments(concept, config.cue, config.selfie))
@@ -80,7 +85,7 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed,
                        protocol=config.protocol)
     names = [part_name("aligned", rival.name, name) for rival in plan.rivals
-             for name in (*MEASURED, *data, *([DRAWS] if rival.more is not None else []))]
+             for name in (*qualifying[:1], *MEASURED, *data, *([DRAWS] if rival.more is not None else []))]
     check_parts(names)
     identity = config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}
     with interruptible(out), StudyFolder.claim(out, identity) as folder:
@@ -89,7 +94,8 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
         wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
         trainings = [_training(training, out / "adapters") for training in plan.trainings]
         progress = Progress(len(trainings) + len(wanted))
-        measures = {**{name: _measures()[name] for name in MEASURED}, **{name: _of_data(measure) for name, measure in data.items()}}
+        measures = {**{name: _measures()[name] for name in (*qualifying, *MEASURED)},
+                    **{name: _of_data(measure) for name, measure in data.items()}}
         of = Measured(config, concept, Models(config, progress.note), measures, split, tuple(job.name for job in trainings),
                       [out / "adapters" / training.name for training in plan.trainings])
         execute([*trainings, *(_job(of, role, rival) for role, rival in wanted)], folder, progress)
@@ -113,7 +119,8 @@ class Measured:
 
 def _job(of: Measured, role: str, rival: Rival) -> Job:
     """Every measure of one rival: they share the treatment, and what it costs to make. Then the further draws of noise."""
-    measured = [*of.measures, *([DRAWS] if rival.more is not None else [])]
+    measured = [name for name in of.measures if name != QUALIFIED or (rival is UNTREATED_RIVAL and has_instruments(of.config, of.concept))]
+    measured += [DRAWS] if rival.more is not None else []
 
     def missing(folder: StudyFolder) -> list[str]:
         return [name for name in measured if not folder.has(part_name(role, rival.name, name))]
@@ -197,7 +204,20 @@ Measure = Callable[[HookedModel, Concept, StudyConfig, Advance], pd.DataFrame]
 
 
 def _measures() -> dict[str, Measure]:
-    return {"answers": _answers, "readings": _readings, "effects": _effects, "elsewhere": _elsewhere}
+    return {COMPETENCE: _competence, QUALIFIED: _qualified, "answers": _answers, "readings": _readings, "effects": _effects,
+            "elsewhere": _elsewhere}
+
+
+def _competence(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
+    """No row of what acts at identifiers alone: competence items have none, so that they are answered as they are untreated."""
+    treatment = model.treatment
+    if treatment.edits and treatment.adapter is None and not treatment.prefix and {edit.site.mark for edit in treatment.edits} <= {*ROLES}:
+        return pd.DataFrame({name: pd.Series(dtype=str) for name in (*CLUSTERS, "model", "kind", "outcome", "right")})
+    return competence_work(config, concept, treatment)[0](model, advance)
+
+
+def _qualified(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
+    return instruments_work(config, concept)[0](model, advance)
 
 
 def _of_data(measure: Callable[[HookedModel], pd.DataFrame]) -> Measure:

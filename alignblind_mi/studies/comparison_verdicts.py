@@ -39,7 +39,9 @@ from alignblind_mi.studies.benefits import (
     more_invalid,
     points_table,
 )
-from alignblind_mi.studies.comparison import DRAWS, MEASURED, part_name
+from alignblind_mi.studies.comparison import DRAWS, MEASURED, QUALIFYING, part_name
+from alignblind_mi.studies.qualified import Qualification, qualification_of
+from alignblind_mi.studies.qualifying import COMPETENCE
 
 LEAST_DAMAGE = 0.01    # below it a damage is a handful of answers, and no ground to compare families on
 AWARE = ("steering", "lora")
@@ -49,7 +51,8 @@ AWARE = ("steering", "lora")
 class Compared:
     """The finished parts of a comparison folder: rows with the base model as the treatment `base`, notes by treatment, and the plan.
 
-    `draws`: implicit answers under the further draws of noise.
+    `draws`: implicit answers under the further draws of noise. `qualified`: what can be said of the untreated models, by role;
+    `competence`: of the treated model, by treatment (none of what acts at identifiers alone). Both are empty where nothing was qualified.
     """
 
     __repr__ = one_line
@@ -65,6 +68,8 @@ class Compared:
     notes: dict[str, dict[str, Any]]
     missing: Sequence[str]
     draws: pd.DataFrame
+    qualified: dict[str, Qualification]
+    competence: dict[str, Qualification]
 
     @property
     def blind(self) -> pd.DataFrame:
@@ -117,12 +122,30 @@ def read_comparison(folder: File) -> Compared:
             file = folder / f"{part_name(role, rival, DRAWS)}.parquet"
             draws += [load_result(file).rows] if file.is_file() else []
             missing += [] if file.is_file() else [file.stem]
+    able, missing_too = _qualifications(folder, wanted, int(config["seed"]))
+    missing += missing_too
     if "untreated" not in notes:
         raise ResultError(f"{folder} is a comparison without the untreated model: run `alignblind compare --out {folder}`.")
     frames = {name: alike(pd.concat(some, ignore_index=True)) for name, some in parts.items()}
     return Compared(folder, config, plan, frames["answers"], frames["readings"], frames["effects"], frames["elsewhere"],
                     {name: frames[name] for name in config["data"]}, notes, missing, pd.concat(draws, ignore_index=True) if draws else
-                    pd.DataFrame({"treatment": pd.Series(dtype=str)}))
+                    pd.DataFrame({"treatment": pd.Series(dtype=str)}),
+                    {role: able[name] for role, name in (("base", BASE), ("aligned", "untreated")) if name in able},
+                    {name: one for name, one in able.items() if name not in (BASE, "untreated")})
+
+
+def _qualifications(folder: Path, wanted: Sequence[tuple[str, str, str]], seed: int) -> tuple[dict[str, Qualification], list[str]]:
+    """What the model can do under each treatment, and untreated what reads it as well, by treatment; and the parts that are missing. None
+    of a comparison that was run without qualification, or by a former version."""
+    files = {treatment: {name: folder / f"{part_name(role, rival, name)}.parquet" for name in QUALIFYING}
+             for treatment, role, rival in wanted}
+    if not any(file[COMPETENCE].is_file() for file in files.values()):
+        return {}, []
+    found = {treatment: {name: load_result(file).rows for name, file in some.items() if file.is_file()}
+             for treatment, some in files.items()}
+    able = {treatment: qualification_of(rows, seed=seed) for treatment, rows in found.items()
+            if COMPETENCE in rows and (len(rows[COMPETENCE]) or treatment in (BASE, "untreated"))}
+    return able, [files[treatment][COMPETENCE].stem for treatment, rows in found.items() if COMPETENCE not in rows]
 
 
 def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
@@ -149,6 +172,13 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
     tables["points"] = points_table(tables["comparison"], tables["differences"], draws)
     tables["equal_damage"] = equal_damage_table(tables["points"], draws)
     tables["doses"] = doses_table(tables["comparison"])
+    able = [one.competence.assign(treatment=name) for name, one in {
+        **{BASE if role == "base" else "untreated": one for role, one in found.qualified.items()}, **found.competence}.items()]
+    if able:
+        tables["competence"] = _in_order(pd.concat(able, ignore_index=True), found)
+    tried = [one.instruments.assign(role=role) for role, one in found.qualified.items() if len(one.instruments)]
+    if tried:
+        tables["qualified"] = pd.concat(tried, ignore_index=True)
     tables["audit"] = audit_table(found, tables)
     return tables
 
@@ -258,14 +288,15 @@ def audit_table(found: Compared, tables: dict[str, pd.DataFrame]) -> pd.DataFram
     """
     rows, implicit = rows_by(tables["comparison"]), _implicit_differences(tables)
     revision = found.notes["untreated"]["revision"]
-    records = alignment_claims(found.answers, found.read_beside_controls, revision) if BASE in rows else []
+    records = alignment_claims(found.answers, found.read_beside_controls, revision, qualified=found.qualified) if BASE in rows else []
     asked = pd.concat([found.implicit, found.draws], ignore_index=True)
     wrong = rows_by(tables["points"][tables["points"]["damage_measure"] == "wrong"])
     for name, row in rows.items():
         if row["family"] not in ("untreated", "placebo"):
             more = more_invalid(row, rows["untreated"])
             records.append(treatment_claim(asked, name, implicit[name], _placebos(found, name), more, revision,
-                                           wrong=wrong[name]["damage"]))
+                                           wrong=wrong[name]["damage"], qualified=found.qualified,
+                                           competence=found.competence.get(name)))
     records += _family_claims(found, tables)
     return pd.DataFrame.from_records(records)
 

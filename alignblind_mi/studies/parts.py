@@ -59,12 +59,9 @@ def study_parts(config: StudyConfig, concept: Concept, *, skip: Sequence[str] = 
     A concept or cue without senses has behaviour (and the view of attention) alone. skip: "qualification" leaves out what qualifies.
     Errors: ModelError for anything else that is to be skipped.
     """
-    unknown = [name for name in skip if name != QUALIFICATION]
-    if unknown:
-        raise ModelError(f"{unknown[0]!r} cannot be skipped. Known: {QUALIFICATION}.")
-    n_layers = depth_of(config.aligned)
+    unqualified, n_layers = skipped(skip), depth_of(config.aligned)
     for role in ("base", "aligned"):
-        if not skip:
+        if not unqualified:
             yield from qualifying_parts(config, concept, role)
         yield from observations(config, concept, role)
     if can_steer(concept, config.cue):
@@ -74,8 +71,16 @@ def study_parts(config: StudyConfig, concept: Concept, *, skip: Sequence[str] = 
         yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, KINDS, partial(_same, treatment)))
         yield Part(f"lora_{group}_awareness", "aligned", True, *_awareness(config, concept, "paper", partial(_same, treatment)),
                    config.target_layer)
-        if not skip:
+        if not unqualified:
             yield Part(f"lora_{group}_competence", "aligned", True, *competence_work(config, concept, treatment))
+
+
+def skipped(names: Sequence[str]) -> bool:
+    """Whether the qualification is to be left out. Errors: ModelError for anything else that is to be skipped."""
+    unknown = [name for name in names if name != QUALIFICATION]
+    if unknown:
+        raise ModelError(f"{unknown[0]!r} cannot be skipped. Known: {QUALIFICATION}.")
+    return bool(names)
 
 
 def _same(treatment: Treatment, model: HookedModel) -> Treatment:

@@ -6,8 +6,8 @@ import pandas as pd
 
 from alignblind_mi.measures.awareness import SELFIE_TOKENS
 from alignblind_mi.measures.competence import PAIRS, measure_competence
-from alignblind_mi.measures.qualification import INSTRUMENTS, MOST_LAYERS, MOST_TUNED, check_instruments, measure_instruments
-from alignblind_mi.measures.sources import reading_sources, sentence_prompts
+from alignblind_mi.measures.qualification import INSTRUMENTS, MOST_LAYERS, MOST_TUNED, check_instruments, measure_instruments, untried
+from alignblind_mi.measures.sources import UntriedError, reading_sources, sentence_prompts
 from alignblind_mi.measures.tuning import KEPT, injection_layers
 from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import UNTREATED, Treatment
@@ -66,8 +66,11 @@ def instruments_work(config: StudyConfig, concept: Concept, instruments: Sequenc
     check_instruments(instruments)
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
-        return measure_instruments(model, concept, config.cue, instruments=instruments, target_layer=config.target_layer,
-                                   selfie=config.selfie, seed=config.seed, progress=advance)
+        try:
+            return measure_instruments(model, concept, config.cue, instruments=instruments, target_layer=config.target_layer,
+                                       selfie=config.selfie, seed=config.seed, progress=advance)
+        except UntriedError as error:    # the page says so of every instrument; the rest of a study goes on
+            return untried(model, instruments, str(error))
 
     def loads() -> list[Load]:
         train, test = (sentence_prompts(concept, config.cue, split, seed=config.seed) for split in ("train", "settled"))

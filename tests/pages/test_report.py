@@ -27,7 +27,8 @@ from alignblind_mi.studies import config as studies, parts as study_parts_of
 from alignblind_mi.studies.single import bias_parts, measure_parts
 
 N_LAYERS = 8
-SECTIONS = ["summary", "behaviour", "position", "awareness", "steering", "lora", "comparison", "audit", "limits", "provenance"]
+SECTIONS = ["summary", "qualification", "behaviour", "position", "awareness", "steering", "lora", "comparison", "audit", "limits",
+            "provenance"]
 FIGURES = {"behaviour", "position", "awareness", "instruments", "steering", "lora", "comparison"}
 VERSIONS = {"python": "3.11.0", "torch": "2.6.0"}
 
@@ -80,6 +81,32 @@ def instrument_readings(name: str, role: str, treatment: dict[str, str]) -> pd.D
                        selectivity=0.4) if name == "probes" else rows
 
 
+def competence_rows(role: str, treatment: dict[str, str], right: float) -> pd.DataFrame:
+    """Thirty word pairs in four orders, the given share of them right in every order, implicit and explicit."""
+    orders = list(product(("marked_first", "unmarked_first"), ("negative_first", "positive_first")))
+    return pd.DataFrame([
+        {"kind": kind, "outcome": "stereotyped" if i < 30 * right else "reversed" if kind == "implicit" else "rejected", "right":
+         float(i < 30 * right), "word_pair": f"w{i}", "template": f"t{i % 3}", "option_order": options, "word_order": words, "log_odds":
+         (1.0 if i < 30 * right else -1.0) if kind == "implicit" else float("nan"), "statement": "stereotype"}
+        for kind in ("implicit", "explicit") for i in range(30) for options, words in orders]).assign(
+            model=f"some/{role}", role=role, **treatment)
+
+
+def qualified_rows(role: str, treatment: dict[str, str], gap: float) -> pd.DataFrame:
+    """Instruments whose sentences of the two senses stand `gap` apart, and ambiguous prompts in their middle."""
+    named = {"question": "", "text": "", "target_layer": -1, "mapping": "", "tokens": "", "mass": 0.9}
+    units = [{"split": "test", "sense": sense, "sentence": f"{sense}{k}", "context": "", "template": "", "at": gap * (sense == "other")}
+             for sense in ("group", "other") for k in range(8)]
+    units += [{"split": "ambiguous", "sense": "", "sentence": "", "context": f"c{k}", "template": f"t{k % 3}", "at": gap / 2}
+              for k in range(9)]
+    random = np.random.default_rng(0)
+    return pd.DataFrame([
+        {"instrument": name, "setting": "paper", **named, **{key: unit[key] for key in unit if key != "at"}, "layer": layer,
+         "score": unit["at"] + shift, "blind": (unit["at"] + shift) / 10}
+        for name in ("patchscope", "selfie", "logit_lens", "probe") for unit in units for shift in [random.normal(0, 0.2)]
+        for layer in range(N_LAYERS)]).assign(model=f"some/{role}", role=role, **treatment)
+
+
 def view_rows(name: str) -> pd.DataFrame:
     if name == "tokens":
         return pd.DataFrame([{"position": i, "token": f"t{i}", "layer": layer, "log_odds": i - layer}
@@ -101,7 +128,11 @@ def treatment_of(name: str, concept: Concept) -> dict[str, str]:
 
 def make_part(name: str, concept: Concept) -> pd.DataFrame:
     role = "base" if "_base" in name else "aligned"
-    treatment = treatment_of(name.removesuffix("_awareness"), concept)
+    treatment = treatment_of(name.removesuffix("_awareness").removesuffix("_competence"), concept)
+    if name.startswith("competence") or name.endswith("_competence"):
+        return competence_rows(role, treatment, 0.9)
+    if name.startswith("qualified"):
+        return qualified_rows(role, {"treatment": treatment["treatment"]}, 1.5)
     if name.startswith("noise"):
         layers = "-".join(str(int(part)) for part in name.split("_")[1].split("-"))
         about = {"family": "placebo", "sense": "matched noise", "layers": layers}
@@ -357,7 +388,8 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path):
 
 @pytest.mark.usefixtures("unsaved")
 def test_a_study_that_has_only_begun(tmp_path):
-    folder = make_study(tmp_path / "study", without=("balanced", "awareness", "reading", "steering", "lora", "behaviour_aligned"))
+    begun = ("qualified", "balanced", "awareness", "reading", "steering", "lora", "behaviour_aligned")
+    folder = make_study(tmp_path / "study", without=begun)
     page = Page(write_report(folder))
     assert "all steering parts" in read_study(folder).unfinished
     assert f"and {len(read_study(folder).unfinished) - 12} more" in page.words("summary")
