@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, Without, configured, with_options
+from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, OutcomeName, Without, configured, with_options
 
 
 @with_options
@@ -13,6 +13,7 @@ def bias(
     *,
     asked: One,
     out: Out = Path("bias"),
+    outcome: OutcomeName = "both",
     design: Annotated[str, typer.Option(help="balanced (association and position apart) or published (the paper's).")] = "balanced",
     asking: Annotated[Asking, Without("protocol")],
     loading: Loading,
@@ -25,15 +26,23 @@ def bias(
     from alignblind_mi.pages.scoring import render
     from alignblind_mi.pages.terminal import about, improbable, interval, number, print_json, print_table, tagged
     from alignblind_mi.results import records_of
+    from alignblind_mi.statistics.log_odds import check_outcome
     from alignblind_mi.studies.single import bias_parts, bias_tables, measure_parts
 
     config = configured(asked, asking, loading)
+    check_outcome(outcome)
     (result,) = measure_parts(config, out, bias_parts(config, design))
-    tables = bias_tables(result.rows)
+    tables = bias_tables(result.rows, outcome)
     if as_json:
         print_json(tagged(tables, result.provenance, config.seed))
         return
-    render([{**record, "rule": "robust"} for record in records_of(tables["rates"].drop(columns="clustered_over"))])
+    render([{**record, "rule": "robust"} for record in records_of(tables["rates"].drop(columns=["clustered_over", "judged_by"]))])
+    print_table("Text and probability (the more probable of the two answers) of the same answers", [
+        {"kind": row["kind"], "n": str(row["n"]), "invalid": f"{row['invalid_share']:.0%}", "by text": number(row["rate"]),
+         "95 %": interval(row), "by probability": number(row["rate_by_probability"]),
+         "95 % of that": interval(row, "low_by_probability", "high_by_probability"),
+         "same": "-" if row["agree"] is None else f"{row['agree']:.0%}", "leads": row["leads"]}
+        for row in records_of(tables["outcomes"])])
     print_table("Log-odds of the two assignments, in nats", [
         {"category": row["category"], "n": str(row["n"]), "mean": number(row["mean"]), "95 %": interval(row),
          "> 0": f"{row['positive']:.0%}", "improbable": improbable(row)}

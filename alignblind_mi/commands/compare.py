@@ -6,7 +6,19 @@ from typing import Annotated, no_type_check
 import typer
 
 from alignblind_mi.borders.texts import say
-from alignblind_mi.commands.options import Asking, Loading, Out, Pair, Skipped, StudyFile, configured, from_file, listed, with_options
+from alignblind_mi.commands.options import (
+    Asking,
+    Loading,
+    Out,
+    OutcomeName,
+    Pair,
+    Skipped,
+    StudyFile,
+    configured,
+    from_file,
+    listed,
+    with_options,
+)
 from alignblind_mi.errors import AlignblindError
 
 
@@ -21,6 +33,7 @@ def compare(
     bbq: Annotated[Path | None, typer.Option(help="BBQ's JSONL file or folder (CC-BY-4.0, not in this package): asked as well.")] = None,
     bbq_items: Annotated[int, typer.Option(help="BBQ items drawn of each category and condition.")] = 100,
     skip: Skipped = "",
+    outcome: OutcomeName = "both",
     asking: Asking,
     loading: Loading,
 ) -> None:
@@ -33,10 +46,13 @@ def compare(
 
     from alignblind_mi.measures.bbq import measure_bbq, read_bbq
     from alignblind_mi.pages.comparison_page import write_comparison
+    from alignblind_mi.statistics.log_odds import check_outcome
     from alignblind_mi.stimuli.concept import load_concept
     from alignblind_mi.studies.comparison import run_comparison
 
-    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "bbq", "bbq_items", "skip"))
+    beside = ("out", "bbq", "bbq_items", "skip", "outcome")
+    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=beside)
+    check_outcome(outcome)
     if bbq is None and bbq_items != 100:
         raise AlignblindError(f"--bbq-items {bbq_items} was given without --bbq: give BBQ's files, or leave it out.")
     data, digest = {}, ""
@@ -44,5 +60,5 @@ def compare(
         items = read_bbq(bbq, max_items=bbq_items, seed=config.seed)
         digest = hashlib.sha256(repr(items).encode()).hexdigest()[:16]
         data["bbq"] = partial(measure_bbq, items=items, concept=load_concept(config.concept), cue=config.cue, seed=config.seed)
-    page = write_comparison(run_comparison(config, out, data=data, data_identity=digest, skip=listed(skip)))
+    page = write_comparison(run_comparison(config, out, data=data, data_identity=digest, skip=listed(skip)), outcome)
     say(f"The page is {page.resolve()}")

@@ -44,6 +44,8 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn, sampl
 Out = Annotated[Path, typer.Option(help="Results folder; what is in it already is not computed again.")]
 StudyFile = Annotated[Path | None, typer.Argument(help="A YAML file with all settings (instead of options).", show_default=False)]
 Skipped = Annotated[str, typer.Option("--skip", help="Leave out: qualification (whether the models can do the task, and what reads them).")]
+OutcomeName = Annotated[str, typer.Option("--outcome", help="text, probability (the more probable answer), or both: text leads where most "
+                                                            "answers are valid.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")]
 
 AsOneJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

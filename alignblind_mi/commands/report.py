@@ -6,14 +6,22 @@ from typing import Annotated
 import typer
 
 from alignblind_mi.borders.texts import say
+from alignblind_mi.commands.options import OutcomeName
+from alignblind_mi.errors import AlignblindError
 
 
-def report(folder: Annotated[Path, typer.Argument(help="Results folder of a study, comparison or calibration.")] = Path("study")) -> None:
+def report(folder: Annotated[Path, typer.Argument(help="Results folder of a study, comparison or calibration.")] = Path("study"), *,
+           outcome: OutcomeName = "both") -> None:
     """Draw the page of a study, a comparison or a calibration anew from its saved rows. Example: alignblind report study"""
+    from functools import partial
+
     from alignblind_mi.pages.calibration_page import write_calibration
     from alignblind_mi.pages.comparison_page import write_comparison
     from alignblind_mi.pages.report import write_report
     from alignblind_mi.results import folder_kind
 
-    write = {"comparison": write_comparison, "calibration": write_calibration}.get(folder_kind(folder), write_report)
+    kind, pages = folder_kind(folder), {"comparison": write_comparison, "study": write_report}
+    if kind == "calibration" and outcome != "both":
+        raise AlignblindError(f"--outcome {outcome} was given for {folder}, a calibration, which has no answers to judge: leave it out.")
+    write = write_calibration if kind == "calibration" else partial(pages[kind], outcome=outcome)
     say(f"The report is {write(folder).resolve()}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, configured, with_options
+from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, OutcomeName, configured, with_options
 
 
 @with_options
@@ -20,6 +20,7 @@ def steer(
     strengths: Annotated[str, typer.Option(help="Comma-separated factors of what is added.")] = "1",
     positions: Annotated[str, typer.Option(help="identifiers, prompt, last, generated; comma-separated (default: the method's own).")] = "",
     out: Out = Path("steering"),
+    outcome: OutcomeName = "both",
     gguf: Annotated[Path | None, typer.Option(help="Also write a control vector for llama.cpp (needs the extra `gguf`).")] = None,
     asking: Asking,
     loading: Loading,
@@ -32,9 +33,11 @@ def steer(
     from alignblind_mi.mitigations.steering import check_gguf, load_vectors
     from alignblind_mi.pages.terminal import about, improbable, interval, number, print_json, print_table, tagged
     from alignblind_mi.results import records_of
+    from alignblind_mi.statistics.log_odds import check_outcome
     from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, vectors_file
 
     config = configured(asked, asking, loading)
+    check_outcome(outcome)
     plan = SteeringPlan.create(config, sense=sense, method=method, how=how, layers=layers, strengths=strengths, positions=positions)
     if gguf is not None:
         check_gguf(gguf, plan.method, "resid_post", [layer for group in plan.layers for layer in group])
@@ -42,12 +45,13 @@ def steer(
     vectors = vectors_file(plan, out)
     if gguf is not None:
         load_vectors(vectors).export_gguf(gguf)
-    tables = steer_tables(result.rows)
+    tables = steer_tables(result.rows, outcome)
     if as_json:
         print_json(tagged(tables, result.provenance, config.seed, protocol=config.protocol))
         return
     noise = set(result.rows.loc[result.rows["placebo_of"].fillna("") != "", "treatment"]) if "placebo_of" in result.rows else set()
-    print_table("Implicit bias under each treatment", [
+    judged_by = str(tables["rates"]["judged_by"].iloc[0])
+    print_table(f"Implicit bias under each treatment, by {judged_by}", [
         {"treatment": row["treatment"], "n": str(row["n"]), "stereotyped": number(row["rate"]), "95 %": interval(row),
          "templates": interval(row, "template_min", "template_max"), "bounds": interval(row, "worst", "best"),
          "invalid": f"{row['invalid_share']:.1%}"} for row in records_of(tables["rates"]) if row["treatment"] not in noise])

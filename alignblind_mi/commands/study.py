@@ -6,7 +6,18 @@ from typing import Annotated, no_type_check
 import typer
 
 from alignblind_mi.borders.texts import say
-from alignblind_mi.commands.options import Asking, Loading, Pair, Skipped, StudyFile, configured, from_file, listed, with_options
+from alignblind_mi.commands.options import (
+    Asking,
+    Loading,
+    OutcomeName,
+    Pair,
+    Skipped,
+    StudyFile,
+    configured,
+    from_file,
+    listed,
+    with_options,
+)
 
 
 @with_options
@@ -18,6 +29,7 @@ def study(
     pair: Pair,
     out: Annotated[Path, typer.Option(help="Results folder; a study that is in it already is resumed.")] = Path("study"),
     skip: Skipped = "",
+    outcome: OutcomeName = "both",
     asking: Asking,
     loading: Loading,
 ) -> None:
@@ -26,11 +38,13 @@ def study(
     Example: alignblind study --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out llama3-8b
     """
     from alignblind_mi.pages.report import write_report
+    from alignblind_mi.statistics.log_odds import check_outcome
     from alignblind_mi.studies.drawn import is_drawn
     from alignblind_mi.studies.running import run_study
 
-    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "skip"))
+    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "skip", "outcome"))
+    check_outcome(outcome)
     page = run_study(config, out, skip=listed(skip)) / "report.html"
-    if not is_drawn(out, page.name):
-        write_report(out)
+    if not is_drawn(out, page.name) or context.get_parameter_source("outcome").name == "COMMANDLINE":
+        write_report(out, outcome)
     say(f"The report is {page.resolve()}")

@@ -19,7 +19,17 @@ from alignblind_mi.models.tokens import known_texts
 from alignblind_mi.progress import counted
 from alignblind_mi.stimuli.answers import judge
 from alignblind_mi.stimuli.concept import Concept, Cue
-from alignblind_mi.stimuli.prompts import Design, Kind, Prompt, PromptError, Prompts, as_prompts, behaviour_prompts, worded_assignments
+from alignblind_mi.stimuli.prompts import (
+    Design,
+    Kind,
+    Prompt,
+    PromptError,
+    Prompts,
+    as_prompts,
+    behaviour_prompts,
+    worded_assignments,
+    worded_positions,
+)
 from alignblind_mi.stimuli.thoughts import is_thinking
 
 
@@ -48,6 +58,8 @@ def measure_behaviour(model: HookedModel, concept: Concept, cue: str | Cue, *, d
     those of `wordings.toml` that the tokenizer knows, the same for both assignments); `log_odds` is their difference, `log_odds_first`
     that of the concept's own wording alone. They are never invalid, and NaN for explicit prompts, and where a chat template begins a
     thought (an answer does not stand there). Where both together are `improbable`, log-odds compare two answers that are hardly given.
+    Of explicit prompts the same stands in log_p_endorsed, log_p_refused and log_odds_endorsed: that the answer begins with agreement, or a
+    rating of 4 or 5, against disagreement, or a rating of 1 or 2 (`prompts.worded_positions`); NaN for implicit prompts.
 
     A view in a chat (`HookedModel.in_chat`) is asked in it: `prompt` is then the whole rendered text, and the assignments that are scored
     begin without their blank, as an assistant's answer does.
@@ -102,38 +114,49 @@ def _answers(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts:
     scored: dict[int, Sequence[float]] = {}
     for kind in ("implicit", "explicit"):
         index = [i for i, prompt in enumerate(prompts) if prompt.labels["kind"] == kind]
-        choices = _choices(model, concept, [prompts[i] for i in index]) if kind == "implicit" else [[] for _ in index]
+        choices = _choices(model, concept, [prompts[i] for i in index], kind)
         most = max(map(len, choices), default=0)
-        asked = [texts + texts[:1] * (most - len(texts)) for texts in choices] if most else None    # as many for every row
+        filler = next((texts[:1] for texts in choices if texts), [])    # as many for every row
+        asked = [texts + filler * (most - len(texts)) for texts in choices] if most else None
         made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
                               continuations=asked, progress=progress)
         answers |= zip(index, made, strict=True)
         scored |= {i: one.choices[: len(texts)] for i, one, texts in zip(index, made, choices, strict=True)}
-    records = []
+    records, nothing = [], {name: _scores((), name) for name in ("implicit", "explicit")}
     for i, row in enumerate(rows):
+        kind = prompts[i].labels["kind"]
+        said = {**nothing["implicit"], **nothing["explicit"], **_scores(() if is_thinking(row.prompt.text) else scored[i], kind)}
         answer, outcome = answers[i], judge(answers[i].text, prompts[i].labels, prompt=row.prompt.text)
         records.append({**prompts[i].labels, "prompt": row.prompt.text,
                         "answer": answer.text, "finished": answer.finished, "n_tokens": answer.n_tokens,
-                        "outcome": outcome.label, "reason": outcome.reason, **_scores(() if is_thinking(row.prompt.text) else scored[i]),
+                        "outcome": outcome.label, "reason": outcome.reason, **said,
                         **{f"decoding_{key}": value for key, value in asdict(decoding).items()}})
     return records
 
 
-def _choices(model: HookedModel, concept: Concept, prompts: Sequence[Prompt]) -> list[list[str]]:
-    """The two complete answers to each prompt as the model would go on with them, wording by wording: stereotyped, reversed, ...
+def _choices(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], kind: str) -> list[list[str]]:
+    """The two answers to each prompt as the model would go on with them, wording by wording: stereotyped, reversed, ... (of explicit
+    prompts endorsed, refused, ...).
 
-    The concept's own wording and those others that the tokenizer knows.
+    The concept's own wording, and those others that the tokenizer knows.
     """
-    found = [[[text if model.chat is None else text.lstrip() for text in both] for both in worded_assignments(concept, prompt)]
-             for prompt in prompts]
-    known = known_texts(model.tokenizer, (text for each in found for both in each[1:] for text in both))
-    return [[text for both in (each[0], *(other for other in each[1:] if known.issuperset(other))) for text in both] for each in found]
+    worded, own = (worded_assignments, 1) if kind == "implicit" else (worded_positions, 0)
+    found = [[[text if model.chat is None else text.lstrip() for text in both] for both in worded(concept, prompt)] for prompt in prompts]
+    known = known_texts(model.tokenizer, (text for each in found for both in each[own:] for text in both))
+    kept = [[*each[:own], *(other for other in each[own:] if known.issuperset(other))] for each in found]
+    return [[text for both in (each if own else _begun_once(model, each)) for text in both] for each in kept]
 
 
-def _scores(choices: Sequence[float]) -> dict[str, float]:
-    """Columns of the scored assignments, from their log-probabilities wording by wording: stereotyped, reversed, ..."""
-    if not choices:
-        return dict.fromkeys(("log_p_stereotyped", "log_p_reversed", "log_odds", "log_odds_first"), float("nan")) | {"wordings": 0}
-    sides = [float(np.logaddexp.reduce(np.array(choices[side::2], dtype=float))) for side in (0, 1)]
+def _begun_once(model: HookedModel, pairs: list[list[str]]) -> list[list[str]]:
+    """The wordings none of which begins, token by token, as another one: what begins with "I agree" has been counted with it."""
+    ids = [tuple(model.tokenizer(pair[0], add_special_tokens=False)["input_ids"]) for pair in pairs]
+    return [pair for pair, own in zip(pairs, ids, strict=True) if not any(own[: len(one)] == one for one in ids if one != own)]
+
+
+def _scores(choices: Sequence[float], kind: str) -> dict[str, float]:
+    """Columns of the scored answers, from their log-probabilities wording by wording: stereotyped, reversed, ..., or endorsed, refused."""
+    sides = [float(np.logaddexp.reduce(np.array(choices[side::2], dtype=float))) if choices else float("nan") for side in (0, 1)]
+    if kind == "explicit":
+        return {"log_p_endorsed": sides[0], "log_p_refused": sides[1], "log_odds_endorsed": sides[0] - sides[1]}
     return {"log_p_stereotyped": sides[0], "log_p_reversed": sides[1], "log_odds": sides[0] - sides[1],
-            "log_odds_first": choices[0] - choices[1], "wordings": len(choices) // 2}
+            "log_odds_first": choices[0] - choices[1] if choices else float("nan"), "wordings": len(choices) // 2}

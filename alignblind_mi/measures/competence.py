@@ -56,7 +56,7 @@ def competence_table(rows: pd.DataFrame, by: Names = ("model", "treatment")) -> 
     """What a model can do, a row a group and kind of question.
 
     Columns: `by`, kind, n, pairs (word pairs), invalid_share, outcome ("text", or "probability" where fewer than half of the answers are
-    usable: of implicit items, whether the right assignment is the more probable one), share_right, low, high (95 %, over word pairs: the
+    usable: whether the right answer is the more probable one), share_right, low, high (95 %, over word pairs: the
     templates are those that the bias is asked in, no sample of others), log_odds, log_odds_low, log_odds_high (right against wrong
     assignment, nats), position, position_low, position_high (share of answers that put the first option with the first word, of the same
     outcome: .5 is no effect; NaN of explicit items), verdict ("can", "cannot tell", "cannot") and reason.
@@ -79,13 +79,14 @@ def _ability(rows: pd.DataFrame, kind: str) -> dict[str, object]:
     n, pairs, nan = len(rows), int(rows["word_pair"].nunique()), float("nan")
     valid = rows["right"].notna().to_numpy() if n else np.zeros(0, bool)
     usable = float(valid.mean()) if n else 0.0
-    scored = n > 0 and kind == "implicit" and bool(rows["log_odds"].notna().all())
+    towards = _odds_of_right(rows, kind) if n else pd.Series(dtype=float)
+    scored = n > 0 and bool(towards.notna().all())
     outcome = "probability" if usable < LEAST_VALID and scored else "text"
-    right = (rows["log_odds"] > 0).to_numpy(float) if outcome == "probability" else rows["right"].fillna(0).to_numpy(float)
+    right = (towards > 0).to_numpy(float) if outcome == "probability" else rows["right"].fillna(0).to_numpy(float)
     counted = np.ones(n, bool) if outcome == "probability" else valid
     share, found = _share(rows, right, counted)
-    odds = dict(zip(("log_odds", "log_odds_low", "log_odds_high"),
-                    (float(rows["log_odds"].mean()), *column_interval(rows, "log_odds", PAIR)) if scored else (nan,) * 3, strict=True))
+    found_odds = (float(towards.mean()), *column_interval(rows.assign(towards=towards), "towards", PAIR)) if scored else (nan,) * 3
+    odds = dict(zip(("log_odds", "log_odds_low", "log_odds_high"), found_odds, strict=True))
     position, moved = nan, RateInterval(nan, nan, "none")
     if kind == "implicit" and n:
         position, moved = _share(rows, (right == first_with_first(rows).to_numpy(float)).astype(float), counted)
@@ -93,6 +94,14 @@ def _ability(rows: pd.DataFrame, kind: str) -> dict[str, object]:
     return {"n": n, "pairs": pairs, "invalid_share": 1 - usable if n else nan, "outcome": outcome, "share_right": share, "low": found.low,
             "high": found.high, **odds, "position": position, "position_low": moved.low, "position_high": moved.high, "verdict": verdict,
             "reason": reason}
+
+
+def _odds_of_right(rows: pd.DataFrame, kind: str) -> pd.Series:
+    """Log-odds (nats) of the right answer against the wrong one; NaN where it was not scored."""
+    if kind == "implicit":
+        return rows["log_odds"] if "log_odds" in rows else pd.Series(np.nan, index=rows.index)
+    odds = rows["log_odds_endorsed"] if "log_odds_endorsed" in rows else pd.Series(np.nan, index=rows.index)
+    return odds.where(rows["statement"] != "reverse", -odds)
 
 
 def _share(rows: pd.DataFrame, hits: np.ndarray, counted: np.ndarray) -> tuple[float, RateInterval]:

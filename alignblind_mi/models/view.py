@@ -31,6 +31,7 @@ from alignblind_mi.progress import Advance, counted
 from alignblind_mi.stimuli.prompts import Prompt, PromptError, Prompts, as_prompts
 
 log = logging.getLogger(__name__)
+_SAID = set[tuple[str, str, str]]()    # borders that were warned of: model, end of the prompt, beginning of what is scored
 M = TypeVar("M", bound="View")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -197,7 +198,9 @@ class View:
             for one, text in zip(spelt, choices, strict=True):
                 if not one:
                     raise ModelError(f"the tokenizer of {self.spec.name} does not know {text!r}: choose another cue or model.")
-        if apart:
+        border = (self.spec.name, apart[0][0][-4:], apart[0][1][:20]) if apart else None
+        if border is not None and border not in _SAID:    # once: a study asks the same template many times
+            _SAID.add(border)
             log.warning("the tokenizer of %s merges the end of %d prompts with the beginning of their continuations (%r + %r): these are "
                         "scored as they are spelt behind other text. End the prompt where a token ends, such as without a blank.",
                         self.spec.name, len(apart), apart[0][0][-20:], apart[0][1][:20])

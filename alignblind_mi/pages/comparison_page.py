@@ -33,7 +33,7 @@ from alignblind_mi.pages.page import (
     words,
 )
 from alignblind_mi.pages.qualification_page import COLUMNS as QUALIFICATION
-from alignblind_mi.pages.statements import UNQUALIFIED, headline, mute_figures, muted_rows, readers
+from alignblind_mi.pages.statements import OUTCOMES, UNQUALIFIED, headline, lead_sentences, mute_figures, muted_rows, readers
 from alignblind_mi.studies.audit import CITATIONS, LEAST, MOST_INVALID, MOST_WRONG
 from alignblind_mi.studies.comparison_verdicts import (
     Compared,
@@ -47,9 +47,10 @@ from alignblind_mi.studies.config import organism_record
 from alignblind_mi.studies.drawn import write_drawn
 
 
-def write_comparison(folder: Path) -> Path:
-    """Write records, tables, figures and the page of a comparison folder. Returns the page. Errors: ResultError as `read_comparison`."""
-    found = read_comparison(folder)
+def write_comparison(folder: Path, outcome: str = "both") -> Path:
+    """Write records, tables, figures and the page of a comparison folder, answers judged by an `outcome` (see `log_odds.leading`). Returns
+    the page. Errors: as `read_comparison`."""
+    found = read_comparison(folder, outcome)
     tables = comparison_tables(found)
     records = comparison_records(found, tables)
     drawn = _draw(tables)
@@ -78,6 +79,7 @@ def spread(row: dict[str, Any], name: str) -> str:
 
 COLUMNS: dict[str, Sequence[Column]] = {
     "competence": (words("treatment", "treatment"), *QUALIFICATION["competence"]),
+    "outcomes": OUTCOMES,
     "qualified": (words("model", "role"), *QUALIFICATION["instruments"]),
     "comparison": (
         words("treatment", "treatment"), words("family", "family"), count("n", "n"),
@@ -144,7 +146,8 @@ def _render(found: Compared, tables: dict[str, pd.DataFrame], vectors: dict[str,
     made = sorted(note["made"] for note in notes)
     return page_text(
         "comparison.html.j2", config=config, names=names, headline=headline(found.qualified, names),
-        readers=readers(found.qualified, names), unqualified="" if found.qualified else UNQUALIFIED, muted=muted_rows(found.qualified),
+        readers=readers(found.qualified, names), judged_by=lead_sentences(found.lead, found.as_measured),
+        unqualified="" if found.qualified else UNQUALIFIED, muted=muted_rows(found.qualified),
         organism=any(name.startswith(EMBEDDED) for name in names.values()) or bool(organism_record(spec)),
         tables={name: table.to_dict("records") for name, table in tables.items()}, columns=COLUMNS,
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, unfinished=unfinished(found), methods=methods_paragraph(found),

@@ -34,14 +34,15 @@ from alignblind_mi.pages.page import (
     version_names,
 )
 from alignblind_mi.pages.planted import planted_table
-from alignblind_mi.pages.qualification_page import COLUMNS as QUALIFICATION, summary
+from alignblind_mi.pages.qualification_page import COLUMNS as QUALIFICATION
 from alignblind_mi.pages.saved_study import ROLES, Study, read_study
-from alignblind_mi.pages.statements import UNQUALIFIED, headline, mute_figures, muted_rows, readers
+from alignblind_mi.pages.statements import OUTCOMES, UNQUALIFIED, headline, lead_sentences, mute_figures, muted_rows, readers
 from alignblind_mi.pages.study_tables import (
     POOLED,
     QUESTION,
     audit_table,
     behaviour_table,
+    both_outcomes_table,
     competence_table,
     curves_table,
     instrument_layers_table,
@@ -73,14 +74,16 @@ from alignblind_mi.studies.parts import INSTRUMENTS
 PAPER_LINK = "https://arxiv.org/abs/2506.00253"
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, outcome: str = "both") -> Path:
     """Write report.html, figures/ and tables/ of a study into its folder. Returns the page's path.
+
+    outcome: by what answers are judged: "text", "probability", or "both": text where most answers are valid, else probability.
 
     An unfinished study gives a report of what is there that says so and names the missing parts.
 
     Errors: ResultError for a folder that is no study or has no finished part; ConceptError if its concept cannot be found.
     """
-    study = read_study(Path(folder))
+    study = read_study(Path(folder), outcome)
     tables = summary_tables(study)
     drawn = draw(tables)
     mute_figures(drawn, study.qualified)
@@ -98,6 +101,7 @@ def summary_tables(study: Study) -> dict[str, pd.DataFrame]:
         ("competence", bool(study.qualified), competence_table),
         ("qualified", bool(study.qualified), qualified_table),
         ("behaviour", study.either("behaviour"), behaviour_table),
+        ("outcomes", study.either("behaviour"), both_outcomes_table),
         ("position", study.either("balanced"), position_table),
         ("awareness", len(readings_in(study)) > 0, scores_table),
         ("awareness_layers", len(readings_in(study)) > 0, curves_table),
@@ -170,6 +174,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
         text("quantity", "quantity"), _planted("planted", "planted"), _planted("measured", "measured"), _planted("95 % from", "low"),
         _planted("to", "high"), count("n", "n"), share("invalid %", "invalid_share"), flag("planted inside", "inside")),
     "behaviour": (text("kind", "kind"), text("category", "category"), text("model", "role"), *RATE, *LOG_ODDS),
+    "outcomes": OUTCOMES,
     "position": (
         text("design", "design"), text("template", "template"), text("model", "role"), count("n", "n"),
         share("invalid %", "invalid_share"), rate("association %", "rate", "low", "high"),
@@ -245,7 +250,8 @@ def render(study: Study, tables: dict[str, pd.DataFrame], vectors: dict[str, byt
     return page_text(
         "report.html.j2", study=study, headline=headline(study.qualified, names), readers=readers(study.qualified, names),
         unqualified="" if study.qualified else UNQUALIFIED, muted=muted_rows(study.qualified),
-        abilities={names[role]: summary(one) for role, one in study.qualified.items()}, config=study.config, concept=study.concept,
+        judged_by=lead_sentences(study.lead, study.as_measured(f"behaviour_{role}" for role in ROLES)),
+        config=study.config, concept=study.concept,
         cue=study.concept.cue(study.config["cue"]), record=study.record,
         tables={name: as_records(table) for name, table in tables.items()}, columns=COLUMNS | _sense_columns(study.concept),
         pictures={name: as_uri(svg) for name, svg in vectors.items()}, questions=_questions(study.concept),

@@ -1,7 +1,7 @@
 """A study folder as read: configuration, concept, finished parts, and which are missing. Does NOT compute or show anything."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.mitigations.steering import can_steer, layer_windows
 from alignblind_mi.models.spec import EMBEDDED, ModelSpec
 from alignblind_mi.results import Result
-from alignblind_mi.statistics.log_odds import alike
+from alignblind_mi.statistics.log_odds import alike, judged, leading
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.studies.config import organism_record
 from alignblind_mi.studies.parts import NOISE, QUALIFICATION, instruments, questions, view_names
@@ -40,7 +40,10 @@ QUALIFIED_COLUMNS = BOTH_COLUMNS | {"instrument", "setting", "split", "sense", "
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A study folder as read: configuration, concept, finished parts, and which parts are missing."""
+    """A study folder as read: configuration, concept, finished parts, and which parts are missing.
+
+    lead: by which outcome answers of each kind are judged, "text" or "probability" (see `log_odds.leading`).
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -48,6 +51,7 @@ class Study:
     parts: dict[str, Result]
     n_layers: int | None
     missing: Sequence[str] = ()
+    lead: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, *names: str) -> bool:
         """Whether all these parts are finished."""
@@ -58,7 +62,11 @@ class Study:
         return any(f"{kind}_{role}" in self.parts for kind in kinds for role in ROLES)
 
     def rows(self, names: Iterable[str]) -> pd.DataFrame:
-        """The rows of those of the named parts that are finished, one below the other."""
+        """The rows of those of the named parts that are finished, one below the other, answers judged by the outcome that leads."""
+        return judged(self.as_measured(names), self.lead)
+
+    def as_measured(self, names: Iterable[str]) -> pd.DataFrame:
+        """`rows` with answers judged by their text."""
         found = [self.parts[name].rows for name in names if name in self.parts]
         return alike(pd.concat(found, ignore_index=True)) if found else pd.DataFrame()
 
@@ -122,8 +130,11 @@ class Study:
             return {}
 
 
-def read_study(folder: Path) -> Study:
-    """Read a study folder. Errors: ResultError if it is none, is damaged, or has no finished part."""
+def read_study(folder: Path, outcome: str = "both") -> Study:
+    """Read a study folder; `outcome`: by what answers are judged (see `log_odds.leading`).
+
+    Errors: ResultError if it is none, is damaged, or has no finished part; StatisticsError for an unknown outcome.
+    """
     config = _read_config(folder)
     concept = load_concept(config["concept"])
     parts = load_study(folder)
@@ -140,7 +151,9 @@ def read_study(folder: Path) -> Study:
     n_layers = _n_layers(part for name, part in known.items() if not name.startswith("view_"))    # a view is of one layer
     skip = () if any(name.startswith(f"{COMPETENCE}_") for name in known) else (QUALIFICATION,)
     missing = [name for name in expected_parts(config, concept, n_layers, skip=skip) if name not in known]
-    return Study(folder, config, concept, known, n_layers, missing)
+    study = Study(folder, config, concept, known, n_layers, missing)
+    untreated = study.as_measured(f"behaviour_{role}" for role in ROLES)
+    return replace(study, lead=leading(untreated, outcome)) if len(untreated) else study
 
 
 def _is_single(part: Result) -> bool:

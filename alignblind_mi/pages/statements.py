@@ -7,9 +7,11 @@ awareness. Does NOT decide either: `studies/qualified.py` does.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from alignblind_mi.pages import figures
+from alignblind_mi.pages.page import count, rate, share, text
 from alignblind_mi.stimuli.prompts import KINDS
 from alignblind_mi.studies.audit import LOST, UNTOLD
 from alignblind_mi.studies.qualified import Qualification
@@ -17,6 +19,11 @@ from alignblind_mi.studies.qualified import Qualification
 INSTRUMENT_NAMES = {"patchscope": "patchscope", "selfie": "selfie", "logit lens": "logit_lens", "probe": "probe"}    # by a table's panel
 UNQUALIFIED = ("Not qualified: whether these models can do the task, and which instruments read them, was not asked (it was skipped by "
                "name, or an earlier version began this folder). Numbers near “no effect” may mean that nothing was measured.")
+OUTCOMES = (
+    text("model", "role"), text("kind", "kind"), text("leads", "leads"), count("n", "n"), share("invalid texts %", "invalid_share"),
+    rate("by text %", "rate", "low", "high"), share("not scored %", "invalid_by_probability"),
+    rate("by probability %", "rate_by_probability", "low_by_probability", "high_by_probability"), share("same %", "agree"),
+    share("improbable %", "improbable"))
 Muted = Callable[[str, Mapping[str, Any]], bool]
 
 
@@ -33,6 +40,17 @@ def headline(qualified: Mapping[str, Qualification], names: Mapping[str, str]) -
         if unread:
             said.append(f"No statement by the {instrument.replace('_', ' ')} in its own setting: it does not surely read "
                         f"{', '.join(unread)}.")
+    return said
+
+
+def lead_sentences(lead: Mapping[str, str], untreated: pd.DataFrame) -> list[str]:
+    """By what answers are judged where that is not their text, and why. untreated: rows as measured."""
+    said = []
+    for kind in [kind for kind, outcome in lead.items() if outcome == "probability"]:
+        invalid = (untreated.loc[untreated["kind"] == kind, "outcome"] == "invalid").mean()
+        what = ("which of the two complete assignments is the more probable answer" if kind == "implicit" else
+                "whether an answer that endorses the statement is more probable than one that does not")
+        said.append(f"{kind.capitalize()} answers are judged by probability, {what}: {100 * invalid:.0f} % of their texts are invalid.")
     return said
 
 

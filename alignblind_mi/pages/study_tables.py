@@ -13,7 +13,7 @@ from alignblind_mi.measures.controls import less_controls
 from alignblind_mi.measures.mitigation import comparison_table, steering_names
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.pages.saved_study import ROLES, Study
-from alignblind_mi.statistics.log_odds import improbable_share
+from alignblind_mi.statistics.log_odds import improbable_share, outcomes_table
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import column_interval, position_effect, summarise
 from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
@@ -35,6 +35,12 @@ def qualified_table(study: Study) -> pd.DataFrame:
     """Which instruments read each model, and where they place the ambiguous prompts: see `studies.qualified.Qualification`."""
     tried = [one.instruments.assign(role=role) for role, one in study.qualified.items() if len(one.instruments)]
     return pd.concat(tried, ignore_index=True) if tried else pd.DataFrame()
+
+
+def both_outcomes_table(study: Study) -> pd.DataFrame:
+    """Text and probability side by side, a row a role and kind: see `log_odds.outcomes_table`."""
+    table = outcomes_table(study.as_measured(f"behaviour_{role}" for role in ROLES), by=("role",))
+    return table.assign(leads=[study.lead[str(kind)] for kind in table["kind"]])
 
 
 def behaviour_table(study: Study) -> pd.DataFrame:

@@ -289,6 +289,14 @@ def assignments(concept: Concept, prompt: Prompt, wording: str = "") -> tuple[st
         for way in (role, other))
 
 
+def worded_positions(concept: Concept, prompt: Prompt) -> list[tuple[str, str]]:
+    """The answers to an explicit prompt that endorse its statement and those that do not, side by side, in the wordings of its scale."""
+    scale = next(one.scale for one in concept.explicit if one.name == prompt.labels["template"])
+    leads = ("", " ") if prompt.text[-1:].isspace() else (" ",)    # some tokenizers drop a blank at the end of what is asked
+    return [(lead + endorses, lead + rejects) for endorses, rejects in own_table("stimuli", "wordings")["positions"][scale]
+            for lead in leads]
+
+
 def worded_assignments(concept: Concept, prompt: Prompt) -> list[tuple[str, str]]:
     """`assignments` in every wording: the concept's own first, then those of `wordings.toml` that are not the same."""
     wordings = dict.fromkeys((concept.assignment, *_shared_wordings()))

@@ -22,7 +22,7 @@ from alignblind_mi.measures.awareness import readings_of, summarise_readings
 from alignblind_mi.measures.bbq import summarise_bbq
 from alignblind_mi.measures.mitigation import comparison_table
 from alignblind_mi.results import json_value, load_result
-from alignblind_mi.statistics.log_odds import alike, improbable_share
+from alignblind_mi.statistics.log_odds import alike, improbable_share, judged, leading, outcomes_table
 from alignblind_mi.statistics.mixed import mixed_logistic
 from alignblind_mi.statistics.paired import corrected, item_slopes, paired_differences, paired_means, summarise_slopes
 from alignblind_mi.statistics.placebos import placebo_bands
@@ -53,6 +53,7 @@ class Compared:
 
     `draws`: implicit answers under the further draws of noise. `qualified`: what can be said of the untreated models, by role;
     `competence`: of the treated model, by treatment (none of what acts at identifiers alone). Both are empty where nothing was qualified.
+    `lead`: by which outcome all answers of a kind are judged (see `log_odds.leading`); `as_measured`: untreated answers by their text.
     """
 
     __repr__ = one_line
@@ -70,6 +71,8 @@ class Compared:
     draws: pd.DataFrame
     qualified: dict[str, Qualification]
     competence: dict[str, Qualification]
+    lead: dict[str, str]
+    as_measured: pd.DataFrame
 
     @property
     def blind(self) -> pd.DataFrame:
@@ -91,8 +94,9 @@ RIVAL = {"treatment", "family", "curve", "dose", "placebos"}    # what plan.json
 
 
 @takes(ResultError)
-def read_comparison(folder: File) -> Compared:
-    """Read a comparison. Errors: ResultError for a folder without finished parts of the untreated aligned model."""
+def read_comparison(folder: File, outcome: str = "both") -> Compared:
+    """Read a comparison, its answers judged by an `outcome` (see `log_odds.leading`). Errors: ResultError for a folder without finished
+    parts of the untreated aligned model; StatisticsError for an unknown outcome."""
     folder = Path(folder)
     note, plan_file = folder / "study.json", folder / "plan.json"
     advice = "restore it, or compare into another folder"
@@ -127,11 +131,13 @@ def read_comparison(folder: File) -> Compared:
     if "untreated" not in notes:
         raise ResultError(f"{folder} is a comparison without the untreated model: run `alignblind compare --out {folder}`.")
     frames = {name: alike(pd.concat(some, ignore_index=True)) for name, some in parts.items()}
-    return Compared(folder, config, plan, frames["answers"], frames["readings"], frames["effects"], frames["elsewhere"],
-                    {name: frames[name] for name in config["data"]}, notes, missing, pd.concat(draws, ignore_index=True) if draws else
-                    pd.DataFrame({"treatment": pd.Series(dtype=str)}),
+    untreated = frames["answers"][frames["answers"]["treatment"].isin([BASE, "untreated"])]
+    lead = leading(untreated, outcome)
+    drawn = pd.concat(draws, ignore_index=True) if draws else pd.DataFrame({"treatment": pd.Series(dtype=str)})
+    return Compared(folder, config, plan, judged(frames["answers"], lead), frames["readings"], frames["effects"],
+                    judged(frames["elsewhere"], lead), {name: frames[name] for name in config["data"]}, notes, missing, judged(drawn, lead),
                     {role: able[name] for role, name in (("base", BASE), ("aligned", "untreated")) if name in able},
-                    {name: one for name, one in able.items() if name not in (BASE, "untreated")})
+                    {name: one for name, one in able.items() if name not in (BASE, "untreated")}, lead, untreated)
 
 
 def _qualifications(folder: Path, wanted: Sequence[tuple[str, str, str]], seed: int) -> tuple[dict[str, Qualification], list[str]]:
@@ -154,6 +160,7 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
     bands = placebo_bands(pd.concat([found.implicit, found.draws], ignore_index=True))
     if len(bands):
         tables["placebos"] = bands
+    tables["outcomes"] = outcomes_table(found.as_measured, by=("role",)).assign(leads=lambda table: table["kind"].map(found.lead))
     tables["slopes"] = _in_order(summarise_slopes(item_slopes(found.implicit)), found)
     asked = found.answers[(found.answers["kind"] == "implicit") & (found.answers["option_order"] != "")]
     tables["position"] = _in_order(position_rates(asked, ("treatment",), cluster=CLUSTERS), found)

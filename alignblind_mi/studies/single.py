@@ -36,7 +36,7 @@ from alignblind_mi.models.configs import depth_of
 from alignblind_mi.models.edits import UNTREATED, EditError, How
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.results import Result, Results, load_result
-from alignblind_mi.statistics.log_odds import improbable_share
+from alignblind_mi.statistics.log_odds import improbable_share, judged, leading, outcomes_table
 from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.placebos import placebo_bands
 from alignblind_mi.statistics.rates import column_interval, position_effect, summarise
@@ -126,20 +126,27 @@ def measure_parts(config: StudyConfig, out: File, parts: Parts) -> list[Result]:
 
 
 @takes(SingleError)
-def bias_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """What answers say: `rates` (see `summarise`; per kind and category, and of all categories), `log_odds`, `position`.
+def bias_tables(rows: pd.DataFrame, outcome: str = "both") -> dict[str, pd.DataFrame]:
+    """What answers say: `rates` (see `summarise`; per kind and category, and of all categories), `outcomes`, `log_odds`, `position`.
+
+    rates are of texts, but by probability where `outcome` is that; position is judged by the outcome that leads (see `log_odds.leading`);
+    their column `judged_by` says by which. outcomes: text and probability side by side (see `log_odds.outcomes_table`), and which `leads`.
 
     log_odds: of the two complete assignments to an implicit prompt (nats), per category and of all: n, mean, low, high (95 %, over word
     pairs and templates: `intervals.mean_interval`), positive (share of prompts that give the stereotyped one more probability), scored and
     improbable (see `improbable_share`). position: see `position_effect`.
     """
+    lead, by_name = leading(rows, outcome), "probability" if outcome == "probability" else "text"
+    measured, rows = rows, judged(rows, leading(rows, by_name))
     every = rows.assign(category="all")
     both = pd.concat([every, rows], ignore_index=True)
     by = ["model", "treatment", "kind", "category"]
     implicit = both[both["kind"] == "implicit"]
     odds = [{**dict(zip(by, key, strict=True)), **_odds(group)} for key, group in implicit.groupby(by, sort=False)]
-    return {"rates": summarise(both, by), "log_odds": pd.DataFrame.from_records(odds),
-            "position": position_effect(rows, ("model", "treatment"))}
+    outcomes = outcomes_table(measured, ("model", "treatment"))
+    return {"rates": summarise(both, by).assign(judged_by=by_name), "outcomes": outcomes.assign(leads=outcomes["kind"].map(lead)),
+            "log_odds": pd.DataFrame.from_records(odds),
+            "position": position_effect(judged(measured, lead), ("model", "treatment")).assign(judged_by=lead.get("implicit", "text"))}
 
 
 def _odds(group: pd.DataFrame) -> dict[str, float | int]:
@@ -284,15 +291,17 @@ def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedMo
 
 
 @takes(SingleError)
-def steer_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def steer_tables(rows: pd.DataFrame, outcome: str = "both") -> dict[str, pd.DataFrame]:
     """`rates` per treatment (see `summarise`), paired `differences` from untreated, and treatments beside their noise (`placebo_bands`).
 
     Differences are corrected for being many: those of the treatments, and apart from them those of the noise; beside them stands how many
-    of a treatment's scored answers are improbable (`improbable_share`).
+    of a treatment's scored answers are improbable (`improbable_share`). Answers are judged by `outcome` (see `log_odds.leading`).
     """
+    lead = leading(rows[rows["treatment"] == "untreated"], outcome)
+    rows = judged(rows, lead)
     noise = rows["placebo_of"].fillna("") != "" if "placebo_of" in rows else rows["treatment"].str.startswith("noise_like_")
     families = [rows[~noise], rows[noise | (rows["treatment"] == "untreated")]]
     differences = [corrected(paired_differences(some, by=("kind",))) for some in families if some["treatment"].nunique() > 1]
     shares = pd.DataFrame([{"treatment": name, **improbable_share(group)} for name, group in rows.groupby("treatment", sort=False)])
-    return {"rates": summarise(rows, ["treatment", "kind"]), "placebos": placebo_bands(rows),
+    return {"rates": summarise(rows, ["treatment", "kind"]).assign(judged_by=lead["implicit"]), "placebos": placebo_bands(rows),
             "differences": pd.concat(differences, ignore_index=True).merge(shares, on="treatment", how="left")}

@@ -403,7 +403,11 @@ def test_no_valid_answer_at_all_is_said(tmp_path):
     for name in ("behaviour_base", "behaviour_aligned", "balanced_base", "balanced_aligned"):
         found = load_result(folder / f"{name}.parquet")
         save_result(Result(found.rows.assign(outcome="invalid"), found.provenance), folder / f"{name}.parquet")
-    page = Page(write_report(folder))
+    judged = Page(write_report(folder))
+    assert "Implicit answers are judged by probability" in judged.words("summary")
+    assert "100 % of their texts are invalid" in judged.words("summary")
+    assert "Explicit answers are judged" not in judged.words("summary"), "these rows have no probabilities of explicit answers"
+    page = Page(write_report(folder, "text"))
     assert "no valid answer among 24" in page.words("summary")
     assert {row[title] for title in [page.cells["behaviour"][0].index("rate %")] for row in page.cells["behaviour"][1:]} == {"–"}
 
