@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from alignblind_mi.commands.options import AsJson, Asking, Loading, One, Out, configured, listed, with_options
+from alignblind_mi.commands.options import VERDICTS, AsJson, Asking, Loading, One, Out, Skipped, configured, listed, with_options
 
 
 @with_options
@@ -15,6 +15,7 @@ def awareness(
     out: Out = Path("awareness"),
     instruments: Annotated[str, typer.Option(help="Comma-separated: patchscope, selfie, lens, probes (default: all there is).")] = "",
     reading: Annotated[str, typer.Option(help="The patchscope's question, an interpretation of the concept.")] = "paper",
+    skip: Skipped = "",
     asking: Asking,
     loading: Loading,
     as_json: AsJson = False,
@@ -28,13 +29,20 @@ def awareness(
     from alignblind_mi.studies.single import awareness_parts, awareness_tables, measure_parts
 
     config = configured(asked, asking, loading)
-    results = measure_parts(config, out, awareness_parts(config, listed(instruments), reading))
+    results = measure_parts(config, out, awareness_parts(config, listed(instruments), reading, skip=listed(skip)))
     tables = awareness_tables(results)
     if as_json:
         print_json(tagged(tables, results[0].provenance, config.seed, protocol=config.protocol))
         return
+    if "qualification" in tables:
+        print_table("Does it read this model? Sentences that settle the sense; then the ambiguous prompts between the two", [
+            {"instrument": row["instrument"].replace("_", " "), "verdict": row["verdict"], "setting": row["setting"], "n": str(row["n"]),
+             "AUC": number(row["auc"]), "95 %": interval(row), "on its answers": number(row["mass"]),
+             "place (0 group, 1 other)": number(row.get("scale")), "95 % of that": interval(row, "scale_low", "scale_high"),
+             "question": row["question"] or "-"} for row in records_of(tables["qualification"])], styles=VERDICTS)
     print_table("Readings of the identifiers, and of their controls", [
-        {"instrument": row["instrument"], "control": row["control"] or "-", "n": str(row["n"]), "layers": str(row["layers"]),
+        {"instrument": row["instrument"], "reads": row["reads"], "control": row["control"] or "-", "n": str(row["n"]),
+         "layers": str(row["layers"]),
          "blind": number(row["mean"]), "95 %": interval(row), "P(group sense)": number(row["p_group"]),
          "P(other sense)": number(row["p_other"]), "no reading": f"{row['invalid_share']:.0%}"} for row in records_of(tables["readings"])],
         note=[about(results[0].provenance, config.seed, out, f"protocol {config.protocol}"),

@@ -50,6 +50,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON records and not
 
 AsOneJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
+VERDICTS = {"can": "green", "cannot tell": "yellow", "cannot": "bold red",
+            "reads": "green", "doubtful": "yellow", "does not read": "bold red"}    # how rows of a qualification are shown
+
 
 # ---- kinds of options ----------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,7 @@ from typing import Annotated
 import typer
 
 from alignblind_mi.borders.texts import say
-from alignblind_mi.commands.options import Asking, AsOneJson, Loading, One, Out, Without, configured, listed, with_options
-
-STYLES = {"can": "green", "cannot tell": "yellow", "cannot": "bold red",
-          "reads": "green", "doubtful": "yellow", "does not read": "bold red"}
+from alignblind_mi.commands.options import VERDICTS, Asking, AsOneJson, Loading, One, Out, Without, configured, listed, with_options
 
 
 @with_options
@@ -43,10 +40,10 @@ def qualify(
     print_table("Can it do the task? Items whose right answer is beyond doubt", [
         {"kind": row["kind"], "verdict": row["verdict"], "n": str(row["n"]), "invalid": f"{row['invalid_share']:.0%}" if row["n"] else "-",
          "right": number(row["share_right"]), "95 %": interval(row), "first with first": number(row["position"]), "why": row["reason"]}
-        for row in records_of(found.competence)], prose=("why",), styles=STYLES)
+        for row in records_of(found.competence)], prose=("why",), styles=VERDICTS)
     print_table("Does it read this model? Sentences that settle the sense", [
         {"instrument": row["instrument"].replace("_", " "), "setting": row["setting"], "verdict": row["verdict"], "n": str(row["n"]),
          "AUC": number(row["auc"]), "95 %": interval(row), "on its answers": number(row["mass"]),
          "shuffled": f"{row['false_alarm']:.1%}", "question": row["question"] or "-"} for row in records_of(found.instruments)],
-        styles=STYLES, note=[about(results[0].provenance, config.seed, out), f"The page is {page}"])
+        styles=VERDICTS, note=[about(results[0].provenance, config.seed, out), f"The page is {page}"])
     say("\n".join(summary(found)))

@@ -18,8 +18,9 @@ from alignblind_mi.instruments.lens import lens_readings
 from alignblind_mi.instruments.probes import train_probes
 from alignblind_mi.intervals.clustered import LEVEL, Interval
 from alignblind_mi.measures.awareness import TARGET_LAYER, interpret_sources
-from alignblind_mi.measures.sources import Contexts, Recorded, record_sentences, record_sources
+from alignblind_mi.measures.sources import Contexts, Recorded, record_sentences, record_sources, thinned
 from alignblind_mi.measures.tuning import (
+    KEPT,
     LEAST_MASS,
     Scores,
     Setting,
@@ -40,6 +41,7 @@ from alignblind_mi.stimuli.questions import own_question, questions
 
 INSTRUMENTS = ("patchscope", "selfie", "logit_lens", "probe")
 MOST_LAYERS, MOST_TUNED = 8, 5    # layers that are read, and those that settings are tried at: thinned evenly, ends kept
+QUICK = (4, 2, 1)    # the same of a quick look, and how many of the best questions are tried deeper
 LEAST_AUC = 0.75   # half of the way from chance to all
 NO_MASS = 0.01     # of the probability on the answers: below it nothing was answered
 SHUFFLES = 1000
@@ -49,9 +51,11 @@ READS, DOUBTFUL, DOES_NOT_READ = "reads", "doubtful", "does not read"
 
 @takes(ModelError)
 def measure_instruments(model: HookedModel, concept: Concept, cue: str | Cue, *, instruments: Names = INSTRUMENTS,
-                        layers: AnyLayers | None = None, target_layer: Layer = TARGET_LAYER, selfie: str = "paper", seed: Seed = 0,
-                        progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+                        layers: AnyLayers | None = None, target_layer: Layer = TARGET_LAYER, selfie: str = "paper", quick: bool = False,
+                        seed: Seed = 0, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """What each instrument says of the concept's contexts, whose sense is known, at each of some layers (default: eight, evenly spaced).
+
+    quick: at four layers; settings at two of them and at one identifier of each sentence, and the best question alone is tried deeper.
 
     One row a sentence and layer (split "test"), and one an ambiguous context and layer (split "ambiguous"). Columns: model, treatment,
     instrument, setting ("paper"; of the patchscope also "tuned", the best on `train` of `tuning.tune`), question, text, target_layer,
@@ -65,7 +69,8 @@ def measure_instruments(model: HookedModel, concept: Concept, cue: str | Cue, *,
     """
     check_instruments(many(instruments))
     concept.both_senses(cue)
-    read = thinned(range(model.n_layers), MOST_LAYERS) if layers is None else list(many(layers))
+    most_layers, most_tuned, kept = QUICK if quick else (MOST_LAYERS, MOST_TUNED, KEPT)
+    read = thinned(range(model.n_layers), most_layers) if layers is None else list(many(layers))
     into = min(target_layer, model.n_layers - 1)
     at_all = sorted({*read, *injection_layers(model.n_layers), into})
     train, test = (record_sentences(model, concept, cue, at_all, split, seed=seed) for split in ("train", "settled"))
@@ -74,7 +79,7 @@ def measure_instruments(model: HookedModel, concept: Concept, cue: str | Cue, *,
     if "patchscope" in instruments:
         own = Setting(own_question(concept, QUESTION), into)
         found.append(asked.rows("patchscope", "paper", ask_setting(model, asked.resid, read, own, train), own.labels()))
-        tried = tune(model, train, thinned(read, MOST_TUNED), questions(concept), into, progress)
+        tried = tune(model, train.once() if quick else train, thinned(read, most_tuned), questions(concept), into, progress, kept=kept)
         best = best_of(tried).setting
         found.append(_tried(model, tried))
         found.append(asked.rows("patchscope", "tuned", ask_setting(model, asked.resid, read, best, train), best.labels()))
@@ -87,7 +92,7 @@ def measure_instruments(model: HookedModel, concept: Concept, cue: str | Cue, *,
         score = train_probes(train.resid[:, at], train.labels, read).scores(asked.resid)
         found.append(asked.rows("probe", "paper", Scores(score, np.ones_like(score))))
     if "selfie" in instruments and selfie in concept.selfie:
-        found.append(asked.rows("selfie", "paper", _selfie(asked, concept, selfie, into), {"question": selfie}))
+        found.append(asked.rows("selfie", "paper", _selfie(asked, concept, selfie, into, most_tuned), {"question": selfie}))
     if not found:
         concept.selfie_prompt(selfie)    # the one instrument that a concept may lack: its error names what there is
     return pd.concat([one for one in found if len(one)], ignore_index=True)
@@ -142,9 +147,9 @@ def _tried(model: HookedModel, tried: Sequence[Tried]) -> pd.DataFrame:
          "score": one.auc, "blind": float("nan"), "mass": one.mass} for one in tried])
 
 
-def _selfie(asked: _Asked, concept: Concept, prompt: str, target_layer: int) -> Scores:
-    """The senses that free texts name, at up to `MOST_TUNED` of the layers; the others are NaN."""
-    some = thinned(asked.layers, MOST_TUNED)
+def _selfie(asked: _Asked, concept: Concept, prompt: str, target_layer: int, most: int) -> Scores:
+    """The senses that free texts name, at up to `most` of the layers; the others are NaN."""
+    some = thinned(asked.layers, most)
     at = [asked.layers.index(layer) for layer in some]
     recorded = Recorded(asked.model, asked.sources, some, asked.resid[:, at])
     read = interpret_sources(recorded, concept, prompt=prompt, target_layer=target_layer)
@@ -152,12 +157,6 @@ def _selfie(asked: _Asked, concept: Concept, prompt: str, target_layer: int) -> 
     score[:, at] = read["blind"].to_numpy(float).reshape(len(asked.sources), len(some))
     mass[:, at] = (read["p_group"] + read["p_other"]).to_numpy(float).reshape(len(asked.sources), len(some))
     return Scores(score, mass)
-
-
-def thinned(layers: Sequence[int], most: int) -> list[int]:
-    """At most `most` of some layers, evenly spaced, the first and the last among them."""
-    chosen = np.unique(np.linspace(0, len(layers) - 1, min(most, len(layers))).round().astype(int))
-    return [int(layers[i]) for i in chosen]
 
 
 # ---- verdicts ----------------------------------------------------------------------------------------------------------

@@ -233,6 +233,13 @@ class Contexts:
         """The residual streams."""
         return self.recorded.resid
 
+    def once(self) -> "Contexts":
+        """One place of each sentence alone: its first."""
+        kept = [self.sentences.index(sentence) for sentence in dict.fromkeys(self.sentences)]
+        read = self.recorded
+        return Contexts(replace(read, sources=[read.sources[i] for i in kept], resid=read.resid[kept]), self.labels[kept],
+                        [self.sentences[i] for i in kept])
+
     @property
     def by_sentence(self) -> dict[str, bool]:
         """Each sentence once, and whether it settles the other sense."""
@@ -328,3 +335,9 @@ def _after(sentence: str, concept: Concept, cue: Cue, mentions: Sequence[int]) -
         seen = Prompt(source.seen(), {source.role: mentioned}, names).prefixed(lead)
         out.append(replace(source, prompt=seen))
     return out
+
+
+def thinned(layers: Sequence[int], most: int) -> list[int]:
+    """At most `most` of some layers, evenly spaced, the first and the last among them."""
+    chosen = np.unique(np.linspace(0, len(layers) - 1, min(most, len(layers))).round().astype(int))
+    return [int(layers[i]) for i in chosen]

@@ -115,10 +115,10 @@ class Tried:
 
 
 def tune(model: HookedModel, train: Contexts, layers: Sequence[int], questions: Sequence[Question], first_layer: int,
-         progress: Callable[[int], None] | None = None) -> list[Tried]:
+         progress: Callable[[int], None] | None = None, *, kept: int = KEPT) -> list[Tried]:
     """Settings in the order in which they were tried; `best_of` chooses.
 
-    First every question (whose words the tokenizer knows) at `first_layer`; then the `KEPT` best at four other injection layers up to the
+    First every question (whose words the tokenizer knows) at `first_layer`; then the `kept` best at four other injection layers up to the
     middle of the model; then the best of these with the other mappings and the last token of the placeholder. train: contexts recorded at
     all layers.
     """
@@ -135,7 +135,7 @@ def tune(model: HookedModel, train: Contexts, layers: Sequence[int], questions: 
     known = [question for question in questions if _askable(model, question)]
     found = [tried(Setting(question, first_layer)) for question in known]
     deeper = [layer for layer in injection_layers(model.n_layers) if layer != first_layer]
-    found += [tried(replace(one.setting, target_layer=layer)) for one in _ranked(found)[:KEPT] for layer in deeper]
+    found += [tried(replace(one.setting, target_layer=layer)) for one in _ranked(found)[:kept] for layer in deeper]
     best = _ranked(found)[:1]
     others: tuple[dict[str, Any], ...] = ({"mapping": "norm-matched"}, {"mapping": "affine"}, {"tokens": "last"})
     return [*found, *(tried(replace(one.setting, **how)) for one in best for how in others)]

@@ -12,7 +12,7 @@ from alignblind_mi.instruments.lens import lens_contrast, logit_lens
 from alignblind_mi.measures.awareness import SELFIE_TOKENS, measure_awareness, measure_lens, measure_probes, measure_selfie, with_accuracy
 from alignblind_mi.measures.behaviour import ask_under, measure_behaviour
 from alignblind_mi.measures.mitigation import early_window, identifier_sites, late_window, steering_names
-from alignblind_mi.measures.sources import context_prompts, control_sources, possible_controls, reading_sources
+from alignblind_mi.measures.sources import NEGATIVE_CONTROLS, context_prompts, control_sources, possible_controls, reading_sources, thinned
 from alignblind_mi.mitigations.lora import trainable
 from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS
 from alignblind_mi.mitigations.placebos import NOISE_PAIRS, SAMPLE, SEEDS, noise_placebos, treatment_effects, with_effects
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 VIEWS = ("attention", "tokens")
 NOISE, MATCHED_NOISE = "noise", "matched noise"    # how the parts of noise begin; what their rows are steered towards (no control's name)
 INSTRUMENTS = ("selfie", "lens", "probes")    # beside the patchscope
+SHALLOW, QUICK_LAYERS, QUICK_TEXTS = 8, 4, 3    # layers up to which a quick study reads all; those of a deeper model, and of its texts
 QUALIFICATION = "qualification"    # what a study can be run without, by name
 MEASURING, MATCHING = 4, 8    # runs of some prompts to measure what a treatment does; to match a draw of noise and to measure it
 
@@ -179,16 +180,27 @@ def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         treatment = treat(model)
         rows = measure_awareness(model.under(treatment), concept, config.cue, reading=reading, target_layer=config.target_layer,
-                                 controls=controls, seed=config.seed)
+                                 layers=quick_layers(config, model.n_layers), controls=controls, seed=config.seed)
         return _with_treatment(rows, treatment)
 
     def loads() -> list[Load]:
         sources = reading_sources(concept, config.cue, seed=config.seed)
         sources += control_sources(concept, sources, controls, seed=config.seed)
-        layers = depth_of(config.aligned)
+        layers = len(quick_layers(config, depth_of(config.aligned)))
         question = interpretation_prompt(concept.interpretation(reading))
         return [Load([source.prompt for source in sources], chat=config.chat), Load([question], times=len(sources) * layers)]
     return compute, loads
+
+
+def quick_layers(config: StudyConfig, n_layers: int, most: int = QUICK_LAYERS) -> list[int]:
+    """The layers that are read: all of them; of a deep model in a quick study a few, evenly spaced, the first and the last among them."""
+    return thinned(range(n_layers), most) if thins(config, n_layers) else list(range(n_layers))
+
+
+def thins(config: StudyConfig, n_layers: int) -> bool:
+    """Whether readings are thinned: a quick study of a deep model reads few layers, texts with few controls, probes without random
+    weights."""
+    return config.quick and n_layers > SHALLOW
 
 
 def questions(concept: Concept, cue: str) -> list[str]:
@@ -213,23 +225,28 @@ def instruments(concept: Concept, cue: str, selfie: str) -> list[str]:
 
 def _instrument(config: StudyConfig, concept: Concept, name: str) -> Work:
     """An instrument on the untreated model, with its controls; of probes, their accuracy stands beside their readings."""
-    controls = possible_controls(concept)
+    def controls(n_layers: int) -> list[str]:
+        return [one for one in possible_controls(concept) if name != "selfie" or one in NEGATIVE_CONTROLS or not thins(config, n_layers)]
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+        held = controls(model.n_layers)
         if name == "selfie":
-            return measure_selfie(model, concept, config.cue, controls=controls, **selfie_options(config))
+            return measure_selfie(model, concept, config.cue, layers=quick_layers(config, model.n_layers, QUICK_TEXTS), controls=held,
+                                  **selfie_options(config))
+        layers = quick_layers(config, model.n_layers)
         if name == "lens":
-            return measure_lens(model, concept, config.cue, controls=controls, seed=config.seed)
-        return with_accuracy(measure_probes(model, concept, config.cue, controls=controls, seed=config.seed))
+            return measure_lens(model, concept, config.cue, layers=layers, controls=held, seed=config.seed)
+        return with_accuracy(measure_probes(model, concept, config.cue, layers=layers, controls=held, seed=config.seed,
+                                            random_weights=False if thins(config, model.n_layers) else None))
 
     def loads() -> list[Load]:
         how = {key: selfie_options(config)[key] for key in ("protocol", "max_word_pairs") if name == "selfie"}
         sources = reading_sources(concept, config.cue, seed=config.seed, **how)
-        sources += control_sources(concept, sources, controls, seed=config.seed)
+        sources += control_sources(concept, sources, controls(depth_of(config.aligned)), seed=config.seed)
         found = [Load([source.prompt for source in sources], chat=config.chat)]
         if name == "selfie":
             target = interpretation_prompt(concept.selfie_prompt(config.selfie))
-            found.append(Load([target], SELFIE_TOKENS, len(sources) * depth_of(config.aligned)))
+            found.append(Load([target], SELFIE_TOKENS, len(sources) * len(quick_layers(config, depth_of(config.aligned), QUICK_TEXTS))))
         if name == "probes":
             found.append(Load(context_prompts(concept, config.cue, "train") + context_prompts(concept, config.cue, "test"),
                               chat=config.chat))

@@ -74,15 +74,19 @@ class Qualification:
 
 def qualification_of(rows: Mapping[str, pd.DataFrame], *, seed: int = 0) -> Qualification:
     """The tables of rows that were measured already: of "competence", and of "qualified" where instruments were tried."""
-    instruments, answers = pd.DataFrame(), rows[COMPETENCE]
-    if QUALIFIED in rows:
-        instruments = instrument_table(rows[QUALIFIED], seed=seed)
-        places = scale_table(rows[QUALIFIED])
-        if len(places):
-            shown = places.rename(columns={"n": "n_ambiguous", "low": "scale_low", "high": "scale_high"})
-            kept = ["instrument", "setting", "n_ambiguous", "reading", "scale", "scale_low", "scale_high"]
-            instruments = instruments.merge(shown[kept], on=["instrument", "setting"], how="left")
+    answers = rows[COMPETENCE]
+    instruments = instruments_of(rows[QUALIFIED], seed=seed) if QUALIFIED in rows else pd.DataFrame()
     return Qualification(competence_table(answers) if len(answers) else nothing_asked(answers), instruments, dict(rows))
+
+
+def instruments_of(rows: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """The verdicts on one model's instruments (see `instrument_table`), with where each places the ambiguous prompts."""
+    table, places = instrument_table(rows, seed=seed), scale_table(rows)
+    if places.empty:
+        return table
+    shown = places.rename(columns={"n": "n_ambiguous", "low": "scale_low", "high": "scale_high"})
+    kept = ["instrument", "setting", "n_ambiguous", "reading", "scale", "scale_low", "scale_high"]
+    return table.merge(shown[kept], on=["instrument", "setting"], how="left")
 
 
 def read_qualification(parts: Mapping[str, pd.DataFrame], role: str, *, seed: int = 0) -> Qualification | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from alignblind_mi.borders.settings import Count, File, Names, Seed, takes
 from alignblind_mi.measures.behaviour import Decoding
 from alignblind_mi.measures.competence import PAIRS, measure_competence
-from alignblind_mi.measures.qualification import INSTRUMENTS, measure_instruments
+from alignblind_mi.measures.qualification import INSTRUMENTS, check_instruments, measure_instruments
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.results import Result, load_result
@@ -16,9 +16,9 @@ from alignblind_mi.stimuli.concept import Concept, Cue, load_concept
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.part import Part
 from alignblind_mi.studies.qualified import Qualification, qualification_of
-from alignblind_mi.studies.qualifying import COMPETENCE, QUALIFIED, asked_pairs, competence_work, has_instruments, instruments_work
+from alignblind_mi.studies.qualifying import COMPETENCE, QUALIFIED, asked_pairs, competence_work, has_instruments
 from alignblind_mi.studies.running import run_parts
-from alignblind_mi.studies.single import ROLE
+from alignblind_mi.studies.single import ROLE, instruments_part
 
 
 @takes(ModelError)
@@ -37,10 +37,10 @@ def qualify(model: HookedModel, concept: Concept, cue: str | Cue, *, instruments
 def qualification_parts(config: StudyConfig, instruments: Names = ()) -> list[Part]:
     """The parts of one model's qualification; with `quick` fewer word pairs. Errors: ModelError for an unknown instrument."""
     concept, chosen = load_concept(config.concept), tuple(instruments) or INSTRUMENTS
-    read = instruments_work(config, concept, chosen)
+    check_instruments(chosen)
     parts = [Part(f"{COMPETENCE}_{ROLE}_{asked_pairs(config)}", ROLE, False, *competence_work(config, concept))]
     if has_instruments(config, concept):
-        parts.append(Part(f"{QUALIFIED}_{ROLE}_{'-'.join(chosen)}", ROLE, False, *read))
+        parts.append(instruments_part(config, concept, chosen))
     return parts
 
 

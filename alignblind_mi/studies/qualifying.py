@@ -6,7 +6,15 @@ import pandas as pd
 
 from alignblind_mi.measures.awareness import SELFIE_TOKENS
 from alignblind_mi.measures.competence import PAIRS, measure_competence
-from alignblind_mi.measures.qualification import INSTRUMENTS, MOST_LAYERS, MOST_TUNED, check_instruments, measure_instruments, untried
+from alignblind_mi.measures.qualification import (
+    INSTRUMENTS,
+    MOST_LAYERS,
+    MOST_TUNED,
+    QUICK,
+    check_instruments,
+    measure_instruments,
+    untried,
+)
 from alignblind_mi.measures.sources import UntriedError, reading_sources, sentence_prompts
 from alignblind_mi.measures.tuning import KEPT, injection_layers
 from alignblind_mi.models.configs import depth_of
@@ -68,7 +76,7 @@ def instruments_work(config: StudyConfig, concept: Concept, instruments: Sequenc
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         try:
             return measure_instruments(model, concept, config.cue, instruments=instruments, target_layer=config.target_layer,
-                                       selfie=config.selfie, seed=config.seed, progress=advance)
+                                       selfie=config.selfie, quick=config.quick, seed=config.seed, progress=advance)
         except UntriedError as error:    # the page says so of every instrument; the rest of a study goes on
             return untried(model, instruments, str(error))
 
@@ -76,14 +84,14 @@ def instruments_work(config: StudyConfig, concept: Concept, instruments: Sequenc
         train, test = (sentence_prompts(concept, config.cue, split, seed=config.seed) for split in ("train", "settled"))
         read = [source.prompt for source in reading_sources(concept, config.cue, mentions=(0,), seed=config.seed)]
         found, depth = [Load([*train, *test, *read], chat=config.chat)], depth_of(config.aligned)
-        units = len(test) + len(read)
+        units, (most_layers, most_tuned, kept) = len(test) + len(read), QUICK if config.quick else (MOST_LAYERS, MOST_TUNED, KEPT)
         if "patchscope" in instruments:
             asked = questions(concept)
-            tried = len(asked) + KEPT * len(injection_layers(depth)) + KEPT
-            places = tried * len(train) * min(MOST_TUNED, depth) + 2 * units * min(MOST_LAYERS, depth)
+            tried = len(asked) + kept * len(injection_layers(depth)) + 3
+            places = tried * len(train) * min(most_tuned, depth) + 2 * units * min(most_layers, depth)
             found.append(Load([one.prompt for one in asked], times=-(-places // len(asked))))
         if "selfie" in instruments and config.selfie in concept.selfie:
             target = interpretation_prompt(concept.selfie_prompt(config.selfie))
-            found.append(Load([target], SELFIE_TOKENS, units * min(MOST_TUNED, depth)))
+            found.append(Load([target], SELFIE_TOKENS, units * min(most_tuned, depth)))
         return found
     return compute, loads

@@ -44,11 +44,14 @@ from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.part import Part, Parts
-from alignblind_mi.studies.parts import instruments, observations
+from alignblind_mi.studies.parts import instruments, observations, skipped
+from alignblind_mi.studies.qualified import instruments_of
+from alignblind_mi.studies.qualifying import QUALIFIED, has_instruments, instruments_work
 from alignblind_mi.studies.running import run_parts
 
 ROLE = "model"    # what the one model is called in the rows and in the names of the parts
 QUICK_CONTROLS = CONTROLS[:2]
+QUALIFIED_AS = {"patchscope": "patchscope", "selfie": "selfie", "lens": "logit_lens", "probes": "probe"}    # names of parts, and in rows
 PROMPT_PARTS = {"balanced": f"balanced_{ROLE}", "published": f"behaviour_{ROLE}"}
 
 
@@ -65,10 +68,13 @@ def bias_parts(config: StudyConfig, design: str = "balanced") -> list[Part]:
 
 
 @takes(SingleError)
-def awareness_parts(config: StudyConfig, names: Names = (), reading: str = "paper") -> list[Part]:
+def awareness_parts(config: StudyConfig, names: Names = (), reading: str = "paper", *, skip: Names = ()) -> list[Part]:
     """The instruments `names` (default: all that the concept has what is needed for); `reading` is the patchscope's question.
 
-    Errors: SingleError for an unknown instrument, ConceptError for a cue without senses or an unknown question.
+    First what tells whether they read this model at all (`skip`: "qualification" leaves it out); a concept without contexts has none.
+
+    Errors: ModelError for anything else to be skipped; SingleError for an unknown instrument, ConceptError for a cue without senses or an
+    unknown question.
     """
     concept = load_concept(config.concept)
     concept.both_senses(config.cue)
@@ -78,7 +84,15 @@ def awareness_parts(config: StudyConfig, names: Names = (), reading: str = "pape
     unknown = [name for name in names if name not in parts]
     if unknown:
         raise SingleError(f"unknown instrument {unknown[0]!r}. With the concept {concept.name!r} there are: {', '.join(parts)}.")
-    return _observed(config, lambda name: name in {parts[one] for one in names or parts})
+    found = _observed(config, lambda name: name in {parts[one] for one in names or parts})
+    tried = tuple(QUALIFIED_AS[one] for one in names or parts)
+    return found if skipped(skip) or not has_instruments(config, concept) else [instruments_part(config, concept, tried), *found]
+
+
+def instruments_part(config: StudyConfig, concept: Concept, instruments: Sequence[str]) -> Part:
+    """What tells which instruments read one model. Errors: ModelError for an unknown instrument."""
+    return Part(f"{QUALIFIED}_{ROLE}_{'-'.join(instruments)}{'_quick' if config.quick else ''}", ROLE, False,
+                *instruments_work(config, concept, instruments))
 
 
 def _observed(config: StudyConfig, wanted: Callable[[str], bool]) -> list[Part]:
@@ -160,16 +174,27 @@ def _odds(group: pd.DataFrame) -> dict[str, float | int]:
 def awareness_tables(results: Results) -> dict[str, pd.DataFrame]:
     """What instruments read: `readings` (see `summarise_readings`; per instrument and control) and `layers` (the readings themselves).
 
+    Of readings, `reads` says whether the instrument reads this model ("not tried" without qualification); `qualification` has the whole
+    verdicts, and where each places the ambiguous prompts between the two senses (see `qualified.Qualification`).
     invalid_share is the share of readings that say nothing: texts of no sense (SelfIE), layers whose probe does not beat its
     stronger control.
     """
-    rows = pd.concat([result.rows for result in many(results)], ignore_index=True)
+    given = many(results)
+    tried = [result for result in given if str(result.provenance.get("part", "")).startswith(f"{QUALIFIED}_")]
+    rows = pd.concat([result.rows for result in given if result not in tried], ignore_index=True)
     by = ["model", "treatment", "instrument", "control"]
     blind = rows["blind"].isna()
     silent = blind if "reading" not in rows else blind | ((rows["instrument"] == "selfie") & (rows["reading"] == "other"))
     shares = silent.groupby([rows[key] for key in by], sort=False).mean().rename("invalid_share").reset_index()
     layers = summarise_readings(rows[rows["control"] == ""], [*by, "layer"])
-    return {"readings": summarise_readings(rows, by).merge(shares, on=by), "layers": layers}
+    readings = summarise_readings(rows, by).merge(shares, on=by)
+    if not tried:
+        return {"readings": readings.assign(reads="not tried"), "layers": layers}
+    seed = int(tried[0].provenance.get("config", {}).get("seed", 0))
+    found = instruments_of(pd.concat([result.rows for result in tried], ignore_index=True), seed=seed)
+    verdicts = found[found["setting"] == "paper"].set_index("instrument")["verdict"]
+    return {"qualification": found, "readings": readings.assign(reads=readings["instrument"].map(verdicts).fillna("not tried")),
+            "layers": layers}
 
 
 @takes(SingleError)

@@ -43,7 +43,8 @@ def test_bias_prints_what_its_rows_say(biased, tiny_folder):
     assert [(r["kind"], r["n"], r["invalid_share"]) for r in rates] == list(
         expected[["kind", "n", "invalid_share"]].itertuples(index=False, name=None))
     assert {r["table"] for r in records} == {"rates", "outcomes", "log_odds", "position"}
-    assert {(r["kind"], r["leads"]) for r in records if r["table"] == "outcomes"} == {("implicit", "probability"), ("explicit", "probability")}
+    leads = {(r["kind"], r["leads"]) for r in records if r["table"] == "outcomes"}
+    assert leads == {("implicit", "probability"), ("explicit", "probability")}
     assert all(r["revision"] == result.provenance["revision"] and r["seed"] == 0 for r in records)
     odds = next(r for r in records if r["table"] == "log_odds" and r["category"] == "all")
     implicit = result.rows[result.rows["kind"] == "implicit"]

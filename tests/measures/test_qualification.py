@@ -15,9 +15,8 @@ from alignblind_mi.measures.qualification import (
     auc_interval,
     instrument_table,
     measure_instruments,
-    thinned,
 )
-from alignblind_mi.measures.sources import record_sentences
+from alignblind_mi.measures.sources import record_sentences, thinned
 from alignblind_mi.measures.tuning import Setting, Tried, areas, ask_setting, best_of, by_sentence, injection_layers, sentence_labels, tune
 from alignblind_mi.models.edits import Edit, Row, Site
 from alignblind_mi.models.model import load_model, untrained
