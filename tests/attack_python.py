@@ -306,11 +306,14 @@ def statistics_cases(to: Attack) -> None:
     import pandas as pd
 
     from alignblind_mi import (
+        by_probability,
         corrected,
         difference_draws,
         equal_damage,
         item_slopes,
+        leading,
         mixed_logistic,
+        outcomes_table,
         paired_differences,
         paired_means,
         pareto,
@@ -377,6 +380,9 @@ def statistics_cases(to: Attack) -> None:
         *((name, label) for name in ("position_effect", "paired_differences", "item_slopes") for label in ("kind abc", "kind NaN")),
         *(("item_slopes", label) for label in ("no outcome", "unknown outcome", "outcome NaN", "outcome number", "log-odds infinite")),
         ("paired_differences", "log-odds infinite"),
+        *((name, label) for name in ("by_probability", "leading", "outcomes_table") for label in ("log-odds NaN", "log-odds infinite")),
+        *((name, label) for name in ("by_probability", "leading", "outcomes_table") for label in ("rows twice", "kind NaN")),
+        *((name, "word pair NaN") for name in ("by_probability", "leading")),
     }
     functions: dict[str, Callable[..., Any]] = {
         "summarise": summarise,
@@ -384,6 +390,9 @@ def statistics_cases(to: Attack) -> None:
         "paired_differences": paired_differences,
         "item_slopes": item_slopes,
         "mixed_logistic": mixed_logistic,
+        "by_probability": by_probability,
+        "leading": leading,
+        "outcomes_table": outcomes_table,
     }
     for name, function in functions.items():
         for label, table in tables.items():
@@ -414,6 +423,7 @@ def statistics_cases(to: Attack) -> None:
             named=(),
             sound=(("outcome", "outcome"),),
         )
+    to.each("leading", "outcome", ("abc", "", 7, None, "TEXT"), lambda v: leading(rows, v))
     to.each("difference_draws", "draws", (NAN, 0, -1, HUGE, "abc", 10**12), lambda v: difference_draws(rows, draws=v))
     to.each("difference_draws", "seed", SEED, lambda v: difference_draws(rows, seed=v))
     to.each("summarise", "cluster", (("abc",), "abc", 7), lambda v: summarise(rows, cluster=v), named=())
@@ -672,6 +682,7 @@ def _config_cases(to: Attack, kind: Any, runs: Mapping[str, Callable[..., Any]])
         "target_layer": (99, -1, BIG, NAN, "abc", 1.5),
         "balanced_pairs": (0, -1, NAN, "abc", 1.5),
         "published_pairs": (0, -1, NAN, "abc"),
+        "shots": (-1, 65, NAN, "abc", 1.5),
         "selfie": ("abc", "", 7),
         "protocol": ("abc", "", 7, None),
         "cue": ("abc", "", 7),
@@ -883,6 +894,7 @@ def model_cases(to: Attack) -> None:
         stage="full",
     )
     on("measure_competence", "pairs", (0, -1, 0.5, "abc", True), lambda m, v, p: measure_competence(m, race, pairs=v))
+    on("qualify", "quick", ("abc", 7, None), lambda m, v, p: qualify(m, race, "default", quick=v))
     on("qualify", "cue", ("abc", "", 7), lambda m, v, p: qualify(m, race, v))
     on(
         "measure_instruments",

@@ -103,6 +103,7 @@ class Plain:
 Text = Annotated[str, Plain()]
 Name = Annotated[str, Plain(name=True)]
 Count = Annotated[int, Bound(1, MOST)]
+Shots = Annotated[int, Bound(0, 64)]    # worked examples before a question
 Whole = Annotated[int, Bound(0, MOST)]
 Tokens = Annotated[int, Bound(1, 100_000)]
 NewTokens = Annotated[int, Bound(0, 100_000)]    # where none are right too

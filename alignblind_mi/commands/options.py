@@ -40,6 +40,7 @@ EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own 
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along (read it first).")]
 Unpickling = Annotated[bool, typer.Option("--allow-pickle", help="Unpickle weights that lie in .bin files (torch, weights_only): only from "
                                                            "makers whom you trust.")]
+ShotsCount = Annotated[int, typer.Option("--shots", help="Worked examples of neutral items before every bias prompt.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn, sampled answers among it.")]
 Out = Annotated[Path, typer.Option(help="Results folder; what is in it already is not computed again.")]
 StudyFile = Annotated[Path | None, typer.Argument(help="A YAML file with all settings (instead of options).", show_default=False)]
@@ -95,6 +96,7 @@ class Asking:
     system: System = ""
     chat_options: ChatOptions = ""
     temperature: Temperature = None
+    shots: ShotsCount = 0
     protocol: ProtocolOption = None
     seed: Seed = 0
 

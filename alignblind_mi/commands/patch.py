@@ -16,7 +16,7 @@ def patch(
     parts: Annotated[str, typer.Option(help="Comma-separated: residual, added (attention and MLP), heads.")] = "residual",
     swap: Annotated[str, typer.Option(help="What two prompts differ in: context (a phrase before) or identifiers.")] = "context",
     max_word_pairs: Annotated[int, typer.Option(help="Word pairs of each category.")] = 2,
-    asking: Annotated[Asking, Without("protocol")],
+    asking: Annotated[Asking, Without("protocol", "shots")],
     loading: Loading,
     as_json: AsJson = False,
 ) -> None:

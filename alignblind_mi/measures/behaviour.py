@@ -4,6 +4,7 @@ One row per answer. Nothing here knows how a treatment works: the model it is gi
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from alignblind_mi.models.edits import Row, Treatment, Treatments, check_treatme
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.models.tokens import known_texts
+from alignblind_mi.models.view import knowing_borders
 from alignblind_mi.progress import counted
 from alignblind_mi.stimuli.answers import judge
 from alignblind_mi.stimuli.concept import Concept, Cue
@@ -118,8 +120,9 @@ def _answers(model: HookedModel, concept: Concept, rows: Sequence[Row], prompts:
         most = max(map(len, choices), default=0)
         filler = next((texts[:1] for texts in choices if texts), [])    # as many for every row
         asked = [texts + filler * (most - len(texts)) for texts in choices] if most else None
-        made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
-                              continuations=asked, progress=progress)
+        with knowing_borders() if kind == "explicit" else nullcontext():
+            made = model.generate([rows[i] for i in index], decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed,
+                                  continuations=asked, progress=progress)
         answers |= zip(index, made, strict=True)
         scored |= {i: one.choices[: len(texts)] for i, one, texts in zip(index, made, choices, strict=True)}
     records, nothing = [], {name: _scores((), name) for name in ("implicit", "explicit")}
@@ -148,7 +151,8 @@ def _choices(model: HookedModel, concept: Concept, prompts: Sequence[Prompt], ki
 
 
 def _begun_once(model: HookedModel, pairs: list[list[str]]) -> list[list[str]]:
-    """The wordings none of which begins, token by token, as another one: what begins with "I agree" has been counted with it."""
+    """The wordings, each once, none of which begins, token by token, as another one: it has been counted with that."""
+    pairs = [list(pair) for pair in dict.fromkeys(map(tuple, pairs))]
     ids = [tuple(model.tokenizer(pair[0], add_special_tokens=False)["input_ids"]) for pair in pairs]
     return [pair for pair, own in zip(pairs, ids, strict=True) if not any(own[: len(one)] == one for one in ids if one != own)]
 

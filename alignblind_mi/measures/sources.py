@@ -308,7 +308,8 @@ def context_prompts(concept: Concept, cue: str | Cue, split: str) -> list[Prompt
 
 
 def _context_sources(concept: Concept, cue: str | Cue, split: str, mentions: Sequence[int]) -> list[tuple[Source, str, str]]:
-    """(source, sense, sentence) of every sentence of a split before every source."""
+    """(source, sense, sentence) of every sentence of a split before every source; worked examples are left out."""
+    concept = replace(concept, worked={})
     cue = concept.cue(cue) if isinstance(cue, str) else cue
     return [(source, sense.name, sentence) for sense in concept.both_senses(cue)
             for sentence in _sentences(concept, sense.name, split) for source in _after(sentence, concept, cue, mentions)]

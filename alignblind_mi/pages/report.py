@@ -299,6 +299,7 @@ def _command(study: Study) -> str:
     words += [] if temperature == usual else ["--temperature", str(temperature)]
     protocol = config.get("protocol", "best")
     words += [] if protocol == usual_protocol(study.record) else ["--protocol", protocol]
+    words += ["--shots", str(config["shots"])] if config.get("shots") else []
     if config.get("chat"):
         words += ["--chat", *(["--system", config["chat"]["system"]] if config["chat"]["system"] else [])]
     for name, default in (("dtype", None), ("device_map", None), ("quantization", None), ("engine", "auto")):

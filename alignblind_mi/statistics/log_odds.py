@@ -91,6 +91,7 @@ def _shares(rows: pd.DataFrame, by: list[str]) -> list[float]:
     return [float(share) for share in valid.groupby([rows[name] for name in by]).mean()] if by else [float(valid.mean())]
 
 
+@takes(StatisticsError)
 def outcomes_table(rows: pd.DataFrame, by: Names = ("model",)) -> pd.DataFrame:
     """Both outcomes of the same answers side by side, a row a group and kind.
 
@@ -98,6 +99,7 @@ def outcomes_table(rows: pd.DataFrame, by: Names = ("model",)) -> pd.DataFrame:
     low_by_probability, high_by_probability (the more probable answer), agree (share of the answers valid in both that have the same
     outcome), scored, improbable (of implicit answers: `improbable_share`). Errors: StatisticsError for a missing column.
     """
+    require(rows, [*by, "kind", "outcome", "log_odds"], numbers=["log_odds"])
     records = []
     for key, group in groups(rows, (*by, "kind")):
         scored = by_probability(group)

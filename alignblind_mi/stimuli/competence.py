@@ -5,7 +5,7 @@ built and judged as an item of bias is: the first option stands in the place of 
 ones, so that "stereotyped" means right. This module does NOT know answers or models.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Literal, get_args
@@ -54,14 +54,31 @@ def competence_prompts(concept: Concept, kind: Kind, *, split: str = "test", kno
                           f"{', '.join(get_args(Split))}.")
     sets = _spelt(competence_sets(concept), split == "tune", None if known is None else set(known))
     prompts = []
+    for found in _items(concept, kind, sets, pairs and -(-pairs // max(len(sets), 1)), seed):
+        prompts += _by_turns(found)
+    return [replace(prompt, labels={**prompt.labels, "competence": prompt.labels["cue"]}) for prompt in prompts]
+
+
+def template_items(concept: Concept, kind: Kind, *, known: Iterable[str] | None = None, seed: Seed = 0) -> dict[str, list[Prompt]]:
+    """The items that are kept for tuning, in every template and order, by the template's text: what worked examples are drawn from."""
+    sets = _spelt(competence_sets(concept), True, None if known is None else set(known))
+    texts = {template.name: template.text for template in (*concept.implicit, *concept.explicit)}
+    found: dict[str, list[Prompt]] = {}
+    for items in _items(concept, kind, sets, None, seed):
+        for item in items:
+            found.setdefault(texts[item.labels["template"]], []).append(item)
+    return found
+
+
+def _items(concept: Concept, kind: Kind, sets: Sequence[tuple[CompetenceSet, tuple[tuple[str, ...], tuple[str, ...]]]],
+           pairs: int | None, seed: int) -> Iterator[list[Prompt]]:
+    """The items of each set, in the balanced design."""
     for one, (first, second) in sets:
         cue = Cue(one.name, one.options[:1], one.options[1:], senses=False, categories=(one.name,))
         asked = replace(concept, cues={one.name: cue}, categories={one.name: Category(one.name, second, first)},
                         implicit=_of_things(concept.implicit), explicit=_of_things(concept.explicit))
         if asked.implicit if kind == "implicit" else asked.explicit:
-            prompts += _by_turns(behaviour_prompts(asked, cue, kind, design="balanced", seed=seed,
-                                                   max_word_pairs=pairs and -(-pairs // len(sets))))
-    return [replace(prompt, labels={**prompt.labels, "competence": prompt.labels["cue"]}) for prompt in prompts]
+            yield behaviour_prompts(asked, cue, kind, design="balanced", seed=seed, max_word_pairs=pairs)
 
 
 def _by_turns(prompts: Sequence[Prompt]) -> list[Prompt]:

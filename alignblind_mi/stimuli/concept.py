@@ -210,6 +210,7 @@ class Concept:
     competence: Mapping[str, CompetenceSet] = field(default_factory=dict)
     description: str = ""
     digest: str = field(default="", repr=False)
+    worked: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)    # before a template's questions: see `shots.py`
 
     def __repr__(self) -> str:
         tables = {"cues": self.cues, "categories": self.categories, "controls": self.controls}

@@ -4,6 +4,7 @@ A mark is a name for the places in a text that matter (the identifiers, the word
 later step has to search for them. Labels become the columns of results. This module does NOT know tokens, models or answers.
 """
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -239,7 +240,9 @@ def _prompt(concept: Concept, cue: Cue, category: str, pair: tuple[str, str], qu
     word2 = "negative" if question.word1 == "positive" else "positive"
     roles = {"first": question.first, "second": second, "word1": question.word1, "word2": word2} | {role: role for role in by_role}
     prompt = fill(question.template.text, {name: by_role[role] for name, role in roles.items()}, roles).prefixed(cue.prefix)
-    kind = question.template.kind
+    kind, worked = question.template.kind, concept.worked.get(question.template.text, ())
+    if worked:
+        prompt = prompt.prefixed(worked[random.Random(f"{seed}|{category}|{positive}|{negative}").randrange(len(worked))])
     statement = "" if kind == "implicit" else "stereotype" if question.first == "marked" else "reverse"
     labels = {
         "concept": concept.name, "cue": cue.name, "category": category, "kind": kind, "design": design,
@@ -290,9 +293,12 @@ def assignments(concept: Concept, prompt: Prompt, wording: str = "") -> tuple[st
 
 
 def worded_positions(concept: Concept, prompt: Prompt) -> list[tuple[str, str]]:
-    """The answers to an explicit prompt that endorse its statement and those that do not, side by side, in the wordings of its scale."""
+    """The answers to an explicit prompt that endorse its statement and those that do not, side by side, in the wordings of its scale.
+
+    Behind a prompt that ends in a blank, as the paper's do, an answer may begin without one of its own, or with it: both count.
+    """
     scale = next(one.scale for one in concept.explicit if one.name == prompt.labels["template"])
-    leads = ("", " ") if prompt.text[-1:].isspace() else (" ",)    # some tokenizers drop a blank at the end of what is asked
+    leads = ("", " ") if prompt.text[-1:].isspace() else (" ",)
     return [(lead + endorses, lead + rejects) for endorses, rejects in own_table("stimuli", "wordings")["positions"][scale]
             for lead in leads]
 

@@ -40,7 +40,7 @@ from alignblind_mi.results import Result, StudyFolder, check_parts, json_value, 
 from alignblind_mi.statistics.rates import CLUSTERS
 from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, implicit_prompts
-from alignblind_mi.studies.config import StudyConfig, as_begun, organism_record
+from alignblind_mi.studies.config import StudyConfig, as_begun, asked_concept, organism_record
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.jobs import Execute, Job, serially
 from alignblind_mi.studies.parts import instruments, selfie_options, skipped
@@ -78,7 +78,7 @@ def run_comparison(config: StudyConfig, out: File, *, data: dict[str, Callable[[
 
 def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel], pd.DataFrame]], data_identity: str,
          qualifying: Sequence[str], execute: Execute) -> Path:
-    concept = load_concept(config.concept)
+    concept = asked_concept(config)
     check_fits(config, ("base", "aligned"), lora=trainable(concept, config.cue))
     split = check_vocabulary(config, concept, openly="selfie" in instruments(concept, config.cue, config.selfie))
     n_layers = depth_of(config.aligned)

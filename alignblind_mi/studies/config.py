@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from alignblind_mi.borders.reading import is_file, read_object
-from alignblind_mi.borders.settings import Count, Layer, Made, PathText, Seed, Temperature, check_fields, takes, widened
+from alignblind_mi.borders.settings import Count, Layer, Made, PathText, Seed, Shots, Temperature, check_fields, takes, widened
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import TARGET_LAYER
@@ -20,10 +20,13 @@ from alignblind_mi.models.embedded import RECORD, organism_names, read_record
 from alignblind_mi.models.fingerprints import fingerprint
 from alignblind_mi.models.loading import check_model
 from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec, as_spec
+from alignblind_mi.models.tokens import known_texts
 from alignblind_mi.results import STUDY
+from alignblind_mi.stimuli.competence import competence_words
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, former_digests, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
 from alignblind_mi.stimuli.protocol import ProtocolName
+from alignblind_mi.stimuli.shots import with_shots
 
 Spec = Annotated[ModelSpec, Made(as_spec, "a ModelSpec, a model's name or its folder", ModelSpec | str | Path)]
 
@@ -43,7 +46,8 @@ class StudyConfig:
     """Everything that the rows of a study depend on. `balanced_pairs` bounds the word pairs per category of the balanced design.
 
     `chat` (None: raw) is how the bias prompts are asked, and so where their identifiers are read and steered; what is only instrument stays
-    raw: steering phrases, interpretation questions and the sentences of LoRA. `protocol`: see `stimuli/protocol.py`.
+    raw: steering phrases, interpretation questions and the sentences of LoRA. `protocol`: see `stimuli/protocol.py`. `shots`: worked
+    examples before every bias prompt (see `stimuli/shots.py`).
     """
 
     __repr__ = one_line
@@ -62,6 +66,7 @@ class StudyConfig:
     published_pairs: Count | None = None
     chat: Chat | None = None
     protocol: ProtocolName = "best"
+    shots: Shots = 0
 
     def __post_init__(self) -> None:
         check_fields(self, ModelError)
@@ -70,8 +75,8 @@ class StudyConfig:
     @takes(ModelError)
     def create(cls, base: PathText, aligned: PathText, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "",
                quick: bool = False, seed: Seed = 0, chat: bool = False, system: str = "", temperature: Temperature | None = None,
-               chat_options: Mapping[str, Any] = MappingProxyType({}), protocol: ProtocolName | None = None, **options: Any
-               ) -> "StudyConfig":
+               chat_options: Mapping[str, Any] = MappingProxyType({}), protocol: ProtocolName | None = None, shots: Shots = 0,
+               **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
         `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one,
@@ -88,13 +93,14 @@ class StudyConfig:
             raise ModelError(f"the option {next(iter(chat_options))} of a chat template needs a chat: ask in a chat (chat=True, --chat), "
                              "or leave it out.")
         return cls.of(ModelSpec(base, **options), ModelSpec(aligned, **options), concept=concept, cue=cue, quick=quick, seed=seed,
-                      chat=Chat(system, options=dict(chat_options)) if chat else None, temperature=temperature, protocol=protocol)
+                      chat=Chat(system, options=dict(chat_options)) if chat else None, temperature=temperature, protocol=protocol,
+                      shots=shots)
 
     @classmethod
     @takes(ModelError)
     def of(cls, base: Spec, aligned: Spec, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "", quick: bool = False,
-           seed: Seed = 0, chat: Chat | None = None, temperature: Temperature | None = None, protocol: ProtocolName | None = None
-           ) -> "StudyConfig":
+           seed: Seed = 0, chat: Chat | None = None, temperature: Temperature | None = None, protocol: ProtocolName | None = None,
+           shots: Shots = 0) -> "StudyConfig":
         """`create` for two models that are specified each for itself. Errors: as `create`."""
         specs = [spec.resolved() for spec in (base, aligned)]
         about = load_concept(concept)
@@ -109,7 +115,8 @@ class StudyConfig:
             temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
                      int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=chat,
-                     protocol=protocol or usual_protocol(record))
+                     protocol=protocol or usual_protocol(record), shots=shots)
+        asked_concept(config)    # are there worked examples that both tokenizers can spell?
         return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
 
     def identity(self) -> dict[str, Any]:
@@ -118,6 +125,8 @@ class StudyConfig:
         out = asdict(self)
         if self.protocol == "best":
             del out["protocol"]    # what it was before there were two
+        if not self.shots:
+            del out["shots"]    # what it was before there were any
         if self.chat is None:
             del out["chat"]    # a study without one is what it was before there were chats
         else:
@@ -133,6 +142,20 @@ class StudyConfig:
         for role, spec in (("base", self.base), ("aligned", self.aligned)):
             out[f"{role}_revision"] = fingerprint(spec, load_config(spec))
         return json.loads(json.dumps(out)) | {"format": 3}
+
+
+def asked_concept(config: StudyConfig, concept: Concept | None = None) -> Concept:
+    """The concept as its prompts are asked: behind worked examples, of words that both tokenizers can spell, where the study has any.
+
+    Errors: ConceptError for an unknown concept; PromptError where no example can be made.
+    """
+    concept = load_concept(config.concept) if concept is None else concept
+    if not config.shots:
+        return concept
+    words = [f" {word}" for word in competence_words(concept)]
+    spelt = set.intersection(*({text.lstrip() for text in known_texts(load_tokenizer(spec), words)}
+                               for spec in {config.base.name: config.base, config.aligned.name: config.aligned}.values()))
+    return with_shots(concept, config.shots, known=spelt, seed=config.seed)
 
 
 def as_begun(config: StudyConfig, out: Path) -> StudyConfig:

@@ -53,6 +53,7 @@ class Part:
     compute: Callable[[HookedModel, Advance], pd.DataFrame]
     loads: Callable[[], list[Load]] = list
     injects_at: int | None = None    # the layer of its model that it writes into: refused before anything runs if there is none
+    same_as: str = ""    # a part that asks the same of the same model: where it is finished, its rows are taken
 
 
 Parts = Annotated[Part | Sequence[Part], Listed(once=False, alone=True)]    # one or many

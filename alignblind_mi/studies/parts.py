@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,7 @@ from alignblind_mi.stimuli.prompts import (
     worded_assignments,
 )
 from alignblind_mi.stimuli.protocol import PROTOCOLS
-from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.config import StudyConfig, asked_concept
 from alignblind_mi.studies.part import Load, Part, Treat, Work
 from alignblind_mi.studies.qualifying import competence_work, qualifying_parts
 
@@ -60,11 +61,11 @@ def study_parts(config: StudyConfig, concept: Concept, *, skip: Sequence[str] = 
     A concept or cue without senses has behaviour (and the view of attention) alone. skip: "qualification" leaves out what qualifies.
     Errors: ModelError for anything else that is to be skipped.
     """
-    unqualified, n_layers = skipped(skip), depth_of(config.aligned)
+    concept, unqualified, n_layers = asked_concept(config, concept), skipped(skip), depth_of(config.aligned)
     for role in ("base", "aligned"):
-        if not unqualified:
-            yield from qualifying_parts(config, concept, role)
-        yield from observations(config, concept, role)
+        asked = [*([] if unqualified else qualifying_parts(config, concept, role)), *observations(config, concept, role)]
+        again = role == "aligned" and config.base == config.aligned    # one model in both places
+        yield from (replace(part, same_as=part.name.replace("_aligned", "_base")) for part in asked) if again else asked
     if can_steer(concept, config.cue):
         yield from _steering(config, concept, n_layers)
     for group in lora_groups(config):
@@ -91,6 +92,7 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
 
 def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
     """The parts that look at one untreated model, whose role in the study is `role` ("base", or any other name for the aligned one)."""
+    concept = asked_concept(config, concept)
     yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS))
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, design="balanced"))
     for reading in questions(concept, config.cue):

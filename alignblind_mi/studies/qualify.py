@@ -12,8 +12,8 @@ from alignblind_mi.measures.qualification import INSTRUMENTS, check_instruments,
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.results import Result, load_result
-from alignblind_mi.stimuli.concept import Concept, Cue, load_concept
-from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.stimuli.concept import Concept, Cue
+from alignblind_mi.studies.config import StudyConfig, asked_concept
 from alignblind_mi.studies.part import Part
 from alignblind_mi.studies.qualified import Qualification, qualification_of
 from alignblind_mi.studies.qualifying import COMPETENCE, QUALIFIED, asked_pairs, competence_work, has_instruments
@@ -23,20 +23,21 @@ from alignblind_mi.studies.single import ROLE, instruments_part
 
 @takes(ModelError)
 def qualify(model: HookedModel, concept: Concept, cue: str | Cue, *, instruments: Names = INSTRUMENTS, pairs: Count = PAIRS,
-            decoding: Decoding | None = None, selfie: str = "paper", seed: Seed = 0) -> Qualification:
+            decoding: Decoding | None = None, selfie: str = "paper", quick: bool = False,
+            seed: Seed = 0) -> Qualification:
     """Whether a model can do the task, and which instruments read it: see `measure_competence` and `measure_instruments`.
 
     A concept without senses, or without contexts, has competence alone. Errors: as theirs.
     """
     rows = {COMPETENCE: measure_competence(model, concept, pairs=pairs, decoding=decoding, seed=seed)}
     if concept.has_senses(cue) and concept.contexts and instruments:
-        rows[QUALIFIED] = measure_instruments(model, concept, cue, instruments=instruments, selfie=selfie, seed=seed)
+        rows[QUALIFIED] = measure_instruments(model, concept, cue, instruments=instruments, selfie=selfie, quick=quick, seed=seed)
     return qualification_of(rows, seed=seed)
 
 
 def qualification_parts(config: StudyConfig, instruments: Names = ()) -> list[Part]:
     """The parts of one model's qualification; with `quick` fewer word pairs. Errors: ModelError for an unknown instrument."""
-    concept, chosen = load_concept(config.concept), tuple(instruments) or INSTRUMENTS
+    concept, chosen = asked_concept(config), tuple(instruments) or INSTRUMENTS
     check_instruments(chosen)
     parts = [Part(f"{COMPETENCE}_{ROLE}_{asked_pairs(config)}", ROLE, False, *competence_work(config, concept))]
     if has_instruments(config, concept):

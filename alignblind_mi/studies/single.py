@@ -42,7 +42,7 @@ from alignblind_mi.statistics.placebos import placebo_bands
 from alignblind_mi.statistics.rates import column_interval, position_effect, summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
-from alignblind_mi.studies.config import StudyConfig
+from alignblind_mi.studies.config import StudyConfig, asked_concept
 from alignblind_mi.studies.part import Part, Parts
 from alignblind_mi.studies.parts import instruments, observations, skipped
 from alignblind_mi.studies.qualified import instruments_of
@@ -76,7 +76,7 @@ def awareness_parts(config: StudyConfig, names: Names = (), reading: str = "pape
     Errors: ModelError for anything else to be skipped; SingleError for an unknown instrument, ConceptError for a cue without senses or an
     unknown question.
     """
-    concept = load_concept(config.concept)
+    concept = asked_concept(config)
     concept.both_senses(config.cue)
     concept.interpretation(reading)
     parts = {"patchscope": f"awareness_{ROLE}_{reading}",
@@ -239,7 +239,7 @@ class SteeringPlan:
     def create(cls, config: StudyConfig, *, sense: str = "", method: str = "replacement", how: str = "", layers: str = "",
                strengths: str = "1", positions: str = "") -> "SteeringPlan":
         """From texts, before any weights are loaded. Errors: SingleError, LoraError, EditError or ConceptError for what does not exist."""
-        concept = load_concept(config.concept)
+        concept = asked_concept(config)
         concept.both_senses(config.cue)
         sense = sense or concept.group_sense
         concept.steering_phrase(sense)
@@ -301,7 +301,7 @@ def vectors_file(plan: SteeringPlan, out: Path) -> Path:
 
 
 def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedModel, advance: Callable[[int], None]) -> pd.DataFrame:
-    concept = load_concept(config.concept)
+    concept = asked_concept(config)
     vectors = plan.vectors(model, concept, config.cue, config.seed)
     vectors.save(vectors_file(plan, out))
     treatments = list(steering_grid(vectors, plan.layers, plan.strengths, how=plan.how, positions=plan.positions,

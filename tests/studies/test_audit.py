@@ -8,7 +8,7 @@ import pytest
 
 from alignblind_mi.measures.controls import less_controls
 from alignblind_mi.statistics.paired import corrected, paired_differences
-from alignblind_mi.studies.audit import LEAST_MASS, LEAST_READING, alignment_claims, rows_by, treatment_claim
+from alignblind_mi.studies.audit import LEAST_MASS, LEAST_READING, alignment_claims, position_alone, rows_by, treatment_claim
 
 ORDERS = list(product(("marked_first", "unmarked_first"), ("negative_first", "positive_first")))
 
@@ -122,3 +122,30 @@ def test_readings_are_shown_less_the_control_that_leaves_the_least():
     assert found["less"].to_numpy() == pytest.approx([0.5, 0.3], abs=0.02)
     assert (found["less_low"] < found["less"]).all()
     assert less_controls(rows[rows["control"] == ""], ("treatment",)).empty
+
+
+# ---- qualified ---------------------------------------------------------------------------------------------------------
+
+
+def test_answers_that_follow_position_alone_have_lost_the_task():
+    """They are stereotyped in half of the prompts: that is no fairness."""
+    before, habitual, fair = answers("untreated", 0.95, seed=1), answers("habit", 0.5, habit=0.5, seed=2), answers("fair", 0.5, seed=3)
+    assert position_alone(habitual)
+    assert not position_alone(before)
+    assert not position_alone(fair)
+    for treated, wanted in ((habitual, "lost the task (its answers follow position alone)"), (fair, "not supported")):
+        name = str(treated["treatment"].iloc[0])
+        both = pd.concat([before, treated, answers("placebo", 0.2, seed=4)])
+        row = rows_by(corrected(paired_differences(both[both["treatment"] != "placebo"], by=("kind",))))[name]
+        assert treatment_claim(both, name, row, ["placebo"], 0.0, "r")["verdict"] == wanted
+
+
+def test_a_rule_of_position_seldom_takes_chance_for_it():
+    assert sum(position_alone(answers("t", 0.5, seed=seed)) for seed in range(200)) == 0
+    assert sum(position_alone(answers("t", 0.5, habit=0.48, seed=seed)) for seed in range(50)) == 50
+
+
+def test_without_qualification_a_claim_says_so():
+    (claim,) = alignment_claims(behaviour(0.4, 0.95), pd.DataFrame(), "r")
+    assert claim["verdict"] == "supported"
+    assert claim["controls"].endswith("the models were not qualified")
