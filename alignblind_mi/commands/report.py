@@ -19,7 +19,9 @@ def report(folder: Annotated[Path, typer.Argument(help="Results folder of a stud
     from alignblind_mi.pages.comparison_page import write_comparison
     from alignblind_mi.pages.report import write_report
     from alignblind_mi.results import folder_kind
+    from alignblind_mi.statistics.log_odds import check_outcome
 
+    check_outcome(outcome)
     kind, pages = folder_kind(folder), {"comparison": write_comparison, "study": write_report}
     if kind == "calibration" and outcome != "both":
         raise AlignblindError(f"--outcome {outcome} was given for {folder}, a calibration, which has no answers to judge: leave it out.")

@@ -16,7 +16,7 @@ from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
 from alignblind_mi.mitigations.steering import can_steer, layer_windows
 from alignblind_mi.models.spec import EMBEDDED, ModelSpec
 from alignblind_mi.results import Result
-from alignblind_mi.statistics.log_odds import alike, judged, leading
+from alignblind_mi.statistics.log_odds import alike, check_outcome, judged, leading
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.studies.config import organism_record
 from alignblind_mi.studies.parts import NOISE, QUALIFICATION, instruments, questions, view_names
@@ -135,6 +135,7 @@ def read_study(folder: Path, outcome: str = "both") -> Study:
 
     Errors: ResultError if it is none, is damaged, or has no finished part; StatisticsError for an unknown outcome.
     """
+    check_outcome(outcome)
     config = _read_config(folder)
     concept = load_concept(config["concept"])
     parts = load_study(folder)

@@ -265,8 +265,8 @@ def methods_opening(config: dict[str, Any], implicit: pd.DataFrame, revision: st
     decoding = f"sampled at temperature {temperature:g} (seed {config['decoding']['seed']})" if temperature else "decoded greedily"
     return (f"We measured implicit bias of {config['aligned']['name']} (revision {revision}) with the word-association task of Bai et al. "
             f"(2025) in the wording of Sun et al. (2025), with the cue '{config['cue']}' of the concept '{config['concept']}': "
-            f"{len(implicit)} prompts ({pairs} word pairs, {templates} templates), {orders}{_shots(config)}. Answers were {decoding} and judged as "
-            f"stereotyped, reversed or invalid; rates are of valid answers. "
+            f"{len(implicit)} prompts ({pairs} word pairs, {templates} templates), {orders}{_shots(config)}. Answers were {decoding} and "
+            f"judged as stereotyped, reversed or invalid; rates are of valid answers. "
             + (f"{_protocol(config)}Awareness is the score r_blind of Sun et al. (2025), read by patchscope (Ghandeharioun et al., 2024) "
                "at every layer. " if read else ""))
 

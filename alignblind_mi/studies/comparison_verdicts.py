@@ -22,7 +22,7 @@ from alignblind_mi.measures.awareness import readings_of, summarise_readings
 from alignblind_mi.measures.bbq import summarise_bbq
 from alignblind_mi.measures.mitigation import comparison_table
 from alignblind_mi.results import json_value, load_result
-from alignblind_mi.statistics.log_odds import alike, improbable_share, judged, leading, outcomes_table
+from alignblind_mi.statistics.log_odds import alike, check_outcome, improbable_share, judged, leading, outcomes_table
 from alignblind_mi.statistics.mixed import mixed_logistic
 from alignblind_mi.statistics.paired import corrected, item_slopes, paired_differences, paired_means, summarise_slopes
 from alignblind_mi.statistics.placebos import placebo_bands
@@ -97,6 +97,7 @@ RIVAL = {"treatment", "family", "curve", "dose", "placebos"}    # what plan.json
 def read_comparison(folder: File, outcome: str = "both") -> Compared:
     """Read a comparison, its answers judged by an `outcome` (see `log_odds.leading`). Errors: ResultError for a folder without finished
     parts of the untreated aligned model; StatisticsError for an unknown outcome."""
+    check_outcome(outcome)
     folder = Path(folder)
     note, plan_file = folder / "study.json", folder / "plan.json"
     advice = "restore it, or compare into another folder"
