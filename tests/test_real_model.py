@@ -258,10 +258,11 @@ def test_steering_adds_what_the_readings_give(smol, oracle):
     assert (expected - after(oracle, ids)).abs().max() > 0.01
 
 
-def test_lora_is_off_the_base_and_on_what_peft_computes(folder, oracle, tmp_path):
+def test_lora_is_off_the_base_and_on_what_peft_computes(file, folder, oracle, tmp_path):
+    """Trained on the file itself, which transformers takes for a quantised model that cannot be trained."""
     examples = awareness_examples(load_concept("race"))[:4]
-    train_lora(str(folder), examples, range(2), tmp_path / "mine", settings=LoraSettings(epochs=1, batch_size=4, accumulation=1))
-    model, ids = load_model(str(folder), adapters=[tmp_path / "mine"]), oracle.tokenizer(TEXTS[0]).input_ids
+    train_lora(str(file), examples, range(2), tmp_path / "mine", settings=LoraSettings(epochs=1, batch_size=4, accumulation=1))
+    model, ids = load_model(file, adapters=[tmp_path / "mine"]), oracle.tokenizer(TEXTS[0]).input_ids
     on = after(Oracle(folder, tmp_path / "mine"), ids)
     row = [Row(mark(TEXTS[0]))]
     assert (model.next_log_probs(row)[0] - after(oracle, ids)).abs().max() < ALIKE

@@ -91,6 +91,7 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     check_loaded(spec, model, found)
     if spec.gguf_file is not None:
         check_gguf_weights(spec, model)
+        _forget_the_file(model)
     check_vocabulary_size(model, tokenizer, spec.name)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {spec.name} gives no character offsets (it is not a fast one): marks cannot be placed.")
@@ -98,6 +99,14 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False).eval()
     return (model if spec.device_map or spec.quantization else model.to(spec.device)), tokenizer
+
+
+def _forget_the_file(model: Any) -> None:
+    """A GGUF file's weights have been expanded: transformers would go on taking the model for a quantised one, and refuse to train it."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def quantization_config(spec: ModelSpec) -> Any:
