@@ -17,6 +17,7 @@ from alignblind_mi.studies.audit import LOST, UNTOLD
 from alignblind_mi.studies.qualified import Qualification
 
 INSTRUMENT_NAMES = {"patchscope": "patchscope", "selfie": "selfie", "logit lens": "logit_lens", "probe": "probe"}    # by a table's panel
+LONGEST_NAME = 48
 UNQUALIFIED = ("Not qualified: whether these models can do the task, and which instruments read them, was not asked (it was skipped by "
                "name, or an earlier version began this folder). Numbers near “no effect” may mean that nothing was measured.")
 OUTCOMES = (
@@ -27,9 +28,14 @@ OUTCOMES = (
 Muted = Callable[[str, Mapping[str, Any]], bool]
 
 
+def short(name: str) -> str:
+    """A model's name in a sentence: of a long path its last part."""
+    return name if len(name) <= LONGEST_NAME else name.rstrip("/").rsplit("/", 1)[-1]
+
+
 def headline(qualified: Mapping[str, Qualification], names: Mapping[str, str]) -> list[str]:
     """What the study gives no statement about, in sentences; empty where all is well, or nothing was asked. names: of the models."""
-    said = []
+    said, names = [], {role: short(name) for role, name in names.items()}
     for kind in KINDS:
         unfit = [f"{names[role]} ({role}) {one.why_not(kind)}" if not one.why_not(kind).startswith("whether") else
                  f"of {names[role]} ({role}), {one.why_not(kind)}" for role, one in qualified.items() if one.why_not(kind)]
@@ -56,7 +62,7 @@ def lead_sentences(lead: Mapping[str, str], untreated: pd.DataFrame) -> list[str
 
 def readers(qualified: Mapping[str, Qualification], names: Mapping[str, str]) -> list[str]:
     """What reads each model, in sentences."""
-    return [f"{names[role]} ({role}) is read by: {', '.join(one.reading()) or 'nothing'}." for role, one in qualified.items()
+    return [f"{short(names[role])} ({role}) is read by: {', '.join(one.reading()) or 'nothing'}." for role, one in qualified.items()
             if len(one.instruments)]
 
 

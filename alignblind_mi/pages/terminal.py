@@ -157,7 +157,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def interval(row: Mapping[str, Any], low: str = "low", high: str = "high") -> str:
     """The ends of an interval, `-` where there is none."""
-    return "-" if row[low] is None or row[high] is None else f"{number(row[low])} to {number(row[high])}"
+    return "-" if row.get(low) is None or row.get(high) is None else f"{number(row[low])} to {number(row[high])}"
 
 
 def improbable(row: Mapping[str, Any]) -> str:

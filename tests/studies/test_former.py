@@ -97,8 +97,9 @@ def test_a_comparison_resumes_with_the_rows_that_it_had(former):
     run_comparison(CONFIG, folder, execute=only_the_base_model)
     same_rows(load_result(folder / "base_untreated_answers.parquet").rows, then.rows)
     same_rows(load_result(folder / "base_untreated_effects.parquet").rows, effects.rows)
-    changed = {name for name, content in files(folder).items() if content != kept[name]}
-    assert changed <= {"base_untreated_answers.parquet", "base_untreated_effects.parquet"}
+    changed = {name for name, content in files(folder).items() if content != kept.get(name)}
+    new = {"base_untreated_competence.parquet", "base_untreated_qualified.parquet"}    # the former version did not qualify
+    assert changed <= {"base_untreated_answers.parquet", "base_untreated_effects.parquet"} | new
     then_planned, now = ([rival["treatment"] for rival in json.loads(text)["rivals"]] for text in (
         plan, (folder / "plan.json").read_text("utf-8")))
     assert now == ["untreated", *(job.name.removesuffix(" (aligned)") for job in asked[-len(now) + 1:])]
