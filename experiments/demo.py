@@ -1,4 +1,5 @@
-"""The whole study on a real model, SmolLM2-135M-Instruct, in a quarter of an hour on two cores: what may be said of a model that nobody prepared.
+"""The whole study on a real model, SmolLM2-135M-Instruct, in a quarter of an hour on two cores: what may be said of a model that nobody
+prepared.
 
     python experiments/demo.py --out demo    # or: make demo
 

@@ -149,3 +149,14 @@ def test_a_wrong_model_name_is_one_sentence(script, tmp_path):
     assert len(said) == 1
     assert "the model 'no-such/model' cannot be found" in said[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_demonstration_opens_with_what_it_may_not_say(tiny_folder, tmp_path):
+    done = run("--model", tiny_folder, "--out", tmp_path / "out", script="demo")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "What these numbers do not say." in page
+    assert page.index("No statement about implicit bias") < page.index("This study asked")
+    rows = [pd.read_parquet(tmp_path / "out" / f"behaviour_{role}.parquet").drop(columns="role") for role in ("base", "aligned")]
+    pd.testing.assert_frame_equal(*rows)    # one model in both places is asked once
