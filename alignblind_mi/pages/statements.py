@@ -35,18 +35,33 @@ def short(name: str) -> str:
 
 def headline(qualified: Mapping[str, Qualification], names: Mapping[str, str]) -> list[str]:
     """What the study gives no statement about, in sentences; empty where all is well, or nothing was asked. names: of the models."""
-    said, names = [], {role: short(name) for role, name in names.items()}
+    said = []
     for kind in KINDS:
-        unfit = [f"{names[role]} ({role}) {one.why_not(kind)}" if not one.why_not(kind).startswith("whether") else
-                 f"of {names[role]} ({role}), {one.why_not(kind)}" for role, one in qualified.items() if one.why_not(kind)]
+        unfit = _together(names, {role: one.why_not(kind) for role, one in qualified.items()})
         if unfit:
-            said.append(f"No statement about {kind} bias: {'; '.join(unfit)}.")
+            about = [f"of {who}, {why}" if why.startswith("whether") else f"{who} {why}" for who, why in unfit]
+            said.append(f"No statement about {kind} bias: {'; '.join(about)}.")
     for instrument in INSTRUMENT_NAMES.values():
-        unread = [f"{names[role]} ({role})" for role, one in qualified.items() if one.unread(instrument)]
+        unread = _together(names, {role: "unread" if one.unread(instrument) else "" for role, one in qualified.items()})
         if unread:
             said.append(f"No statement by the {instrument.replace('_', ' ')} in its own setting: it does not surely read "
-                        f"{', '.join(unread)}.")
+                        f"{', '.join(who for who, _ in unread)}.")
     return said
+
+
+def _together(names: Mapping[str, str], said: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(model with its roles, what is said of it) of every role of which anything is said; one model in both places stands there once."""
+    roles: dict[tuple[str, str], list[str]] = {}
+    for role, why in said.items():
+        if why:
+            roles.setdefault((short(names[role]), why), []).append(role)
+    return [(f"{name} ({', '.join(some)})", why) for (name, why), some in roles.items()]
+
+
+def readers(qualified: Mapping[str, Qualification], names: Mapping[str, str]) -> list[str]:
+    """What reads each model, in sentences."""
+    reading = {role: ", ".join(one.reading()) or "nothing" for role, one in qualified.items() if len(one.instruments)}
+    return [f"{who} is read by: {what}." for who, what in _together(names, reading)]
 
 
 def lead_sentences(lead: Mapping[str, str], untreated: pd.DataFrame) -> list[str]:
@@ -58,12 +73,6 @@ def lead_sentences(lead: Mapping[str, str], untreated: pd.DataFrame) -> list[str
                 "whether an answer that endorses the statement is more probable than one that does not")
         said.append(f"{kind.capitalize()} answers are judged by probability, {what}: {100 * invalid:.0f} % of their texts are invalid.")
     return said
-
-
-def readers(qualified: Mapping[str, Qualification], names: Mapping[str, str]) -> list[str]:
-    """What reads each model, in sentences."""
-    return [f"{short(names[role])} ({role}) is read by: {', '.join(one.reading()) or 'nothing'}." for role, one in qualified.items()
-            if len(one.instruments)]
 
 
 def muted_rows(qualified: Mapping[str, Qualification], *, aligned: str = "aligned") -> Muted:
