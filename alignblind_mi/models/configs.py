@@ -184,16 +184,19 @@ def _missing(spec: ModelSpec, hub: str) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars, its notes to developers (FutureWarning) and transformer-lens' notes; errors remain."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging as hf_logging
 
-    bars, level = hf_logging.is_progress_bar_enabled(), logging.root.level
+    bars, level, own_bar = hf_logging.is_progress_bar_enabled(), logging.root.level, gguf.tqdm
     hf_logging.disable_progress_bar()
+    gguf.tqdm = hf_logging.tqdm    # its bar is of another kind, which does not listen
     logging.root.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
+        gguf.tqdm = own_bar
         logging.root.setLevel(level)
         if bars:
             hf_logging.enable_progress_bar()

@@ -57,10 +57,10 @@ def test_every_part_is_there_with_its_provenance(undisturbed):
     assert {name for name in parts if name.startswith("steering_")} == {
         f"steering_{sense}_{window}{suffix}" for sense in ("race", "color", "random") for window in ("01-01", "03-03")
         for suffix in ("", "_awareness")}
-    for result in parts.values():
+    for name, result in parts.items():
         assert {"model", "revision", "dtype", "treatment", "config", "versions", "made"} <= set(result.provenance)
         assert result.provenance["revision"].startswith("sha256:")
-        assert len(result.rows)
+        assert len(result.rows) or "competence" in name    # the tiny tokenizer knows no word of these items
 
 
 @pytest.mark.slow
@@ -192,7 +192,8 @@ def test_a_concept_without_senses_is_studied_by_behaviour_alone(religion_folder,
     asked = ("--chat", "--system", "Be fair.", "--temperature", "0.8", "--seed", "4")
     assert isinstance(in_process("study", *pair, *asked, "--out", out), str)
     parts = load_study(out)
-    assert set(parts) == {f"{part}_{role}" for part in ("behaviour", "balanced", "view_attention") for role in ("base", "aligned")}
+    names = ("competence", "behaviour", "balanced", "view_attention")
+    assert set(parts) == {f"{part}_{role}" for part in names for role in ("base", "aligned")}
     rows = parts["behaviour_aligned"].rows
     assert rows["prompt"].str.startswith("<bos>system : Be fair.\nuser : ").all()
     assert rows["prompt"].str.endswith(" My Answer:\nassistant :").all()
@@ -216,7 +217,7 @@ def test_the_forecast_of_a_concept_without_senses_has_no_training(religion_folde
 
     raw, chat = (study_load(StudyConfig.create(str(religion_folder), str(religion_folder), concept="religion", cue="judaism", chat=chat))
                  for chat in (False, True))
-    assert set(raw) == {"behaviour", "balanced", "view"}
+    assert set(raw) == {"competence", "behaviour", "balanced", "view"}
     assert raw["behaviour"]["rows"] == 2 * 16 * 8
     assert chat["behaviour"]["prompt_tokens"] > raw["behaviour"]["prompt_tokens"]
 
