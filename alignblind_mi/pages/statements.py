@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from alignblind_mi.measures.qualification import INSTRUMENTS
 from alignblind_mi.pages import figures
 from alignblind_mi.pages.page import count, rate, share, text
 from alignblind_mi.stimuli.prompts import KINDS
 from alignblind_mi.studies.audit import LOST, UNTOLD
 from alignblind_mi.studies.qualified import Qualification
 
-INSTRUMENT_NAMES = {"patchscope": "patchscope", "selfie": "selfie", "logit lens": "logit_lens", "probe": "probe"}    # by a table's panel
 LONGEST_NAME = 48
 UNQUALIFIED = ("Not qualified: whether these models can do the task, and which instruments read them, was not asked (it was skipped by "
                "name, or an earlier version began this folder). Numbers near “no effect” may mean that nothing was measured.")
@@ -41,7 +41,7 @@ def headline(qualified: Mapping[str, Qualification], names: Mapping[str, str]) -
         if unfit:
             about = [f"of {who}, {why}" if why.startswith("whether") else f"{who} {why}" for who, why in unfit]
             said.append(f"No statement about {kind} bias: {'; '.join(about)}.")
-    for instrument in INSTRUMENT_NAMES.values():
+    for instrument in INSTRUMENTS:
         unread = _together(names, {role: "unread" if one.unread(instrument) else "" for role, one in qualified.items()})
         if unread:
             said.append(f"No statement by the {instrument.replace('_', ' ')} in its own setting: it does not surely read "
@@ -75,8 +75,8 @@ def lead_sentences(lead: Mapping[str, str], untreated: pd.DataFrame) -> list[str
     return said
 
 
-def muted_rows(qualified: Mapping[str, Qualification], *, aligned: str = "aligned") -> Muted:
-    """Which rows of which tables are no statement: (table, row) -> bool. Rows of treatments are of the model `aligned`."""
+def muted_rows(qualified: Mapping[str, Qualification]) -> Muted:
+    """Which rows of which tables are no statement: (table, row) -> bool. Rows of treatments are of the aligned model."""
     def cannot(role: str, kind: str) -> bool:
         return role in qualified and bool(qualified[role].why_not(kind))
 
@@ -84,7 +84,7 @@ def muted_rows(qualified: Mapping[str, Qualification], *, aligned: str = "aligne
         return role in qualified and bool(qualified[role].unread(instrument))
 
     def muted(table: str, row: Mapping[str, Any]) -> bool:
-        role = str(row.get("role", aligned))
+        role = str(row.get("role", "aligned"))
         if table in ("behaviour", "position", "steering", "lora", "comparison", "differences"):
             named = "base" if row.get("treatment") == "base" or str(row.get("label")) == "base" else role
             return cannot(named, str(row.get("kind", "implicit")))
@@ -92,7 +92,7 @@ def muted_rows(qualified: Mapping[str, Qualification], *, aligned: str = "aligne
             return unread(role, "patchscope")
         if table in ("instruments", "selfie", "probes"):
             fixed = {"selfie": "selfie", "probes": "probe"}
-            return unread(role, fixed.get(table) or INSTRUMENT_NAMES.get(str(row.get("panel")), ""))
+            return unread(role, fixed.get(table) or _of_panel(row["panel"]))
         return table == "audit" and str(row["verdict"]).startswith((UNTOLD, LOST))
     return muted
 
@@ -111,7 +111,12 @@ def mute_figures(drawn: Mapping[str, Figure], qualified: Mapping[str, Qualificat
             figures.mute([axis for title, axis in panels.items() for kind in KINDS if kinds[kind] and title.lower().startswith(kind)])
         elif name == "instruments":
             figures.mute([axis for axis in figure.axes if (panel := getattr(axis, "panel", None))
-                          and _unread(qualified, INSTRUMENT_NAMES.get(panel, ""))])
+                          and _unread(qualified, _of_panel(panel))])
+
+
+def _of_panel(panel: str) -> str:
+    """The instrument that a panel is of: its name with blanks."""
+    return panel.replace(" ", "_")
 
 
 def _unread(qualified: Mapping[str, Qualification], instrument: str) -> bool:

@@ -18,6 +18,7 @@ from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.rates import column_interval, position_effect, summarise
 from alignblind_mi.studies.audit import alignment_claims, methods_opening, rows_by, software, treatment_claim
 from alignblind_mi.studies.parts import INSTRUMENTS, MATCHED_NOISE, NOISE
+from alignblind_mi.studies.qualified import instruments_by_role
 
 QUESTION = "paper"    # the interpretation question that treatments are compared with
 POOLED = "pooled"
@@ -33,8 +34,7 @@ def competence_table(study: Study) -> pd.DataFrame:
 
 def qualified_table(study: Study) -> pd.DataFrame:
     """Which instruments read each model, and where they place the ambiguous prompts: see `studies.qualified.Qualification`."""
-    tried = [one.instruments.assign(role=role) for role, one in study.qualified.items() if len(one.instruments)]
-    return pd.concat(tried, ignore_index=True) if tried else pd.DataFrame()
+    return instruments_by_role(study.qualified)
 
 
 def both_outcomes_table(study: Study) -> pd.DataFrame:

@@ -40,7 +40,7 @@ from alignblind_mi.studies.benefits import (
     points_table,
 )
 from alignblind_mi.studies.comparison import DRAWS, MEASURED, QUALIFYING, part_name
-from alignblind_mi.studies.qualified import Qualification, qualification_of
+from alignblind_mi.studies.qualified import Qualification, instruments_by_role, qualification_of
 from alignblind_mi.studies.qualifying import COMPETENCE
 
 LEAST_DAMAGE = 0.01    # below it a damage is a handful of answers, and no ground to compare families on
@@ -184,9 +184,9 @@ def comparison_tables(found: Compared) -> dict[str, pd.DataFrame]:
         **{BASE if role == "base" else "untreated": one for role, one in found.qualified.items()}, **found.competence}.items()]
     if able:
         tables["competence"] = _in_order(pd.concat(able, ignore_index=True), found)
-    tried = [one.instruments.assign(role=role) for role, one in found.qualified.items() if len(one.instruments)]
-    if tried:
-        tables["qualified"] = pd.concat(tried, ignore_index=True)
+    tried = instruments_by_role(found.qualified)
+    if len(tried):
+        tables["qualified"] = tried
     tables["audit"] = audit_table(found, tables)
     return tables
 

@@ -23,7 +23,8 @@ from alignblind_mi.models.engine import Engine
 from alignblind_mi.models.plain import PlainEngine
 from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
 from alignblind_mi.models.tokens import TokenRow
-from alignblind_mi.studies.config import StudyConfig, asked_concept
+from alignblind_mi.stimuli.concept import load_concept
+from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.part import Load
 from alignblind_mi.studies.parts import lora_groups, study_parts
 from alignblind_mi.studies.running import check_fits
@@ -212,7 +213,7 @@ def _wait(device: torch.device) -> None:
 
 def study_load(config: StudyConfig) -> dict[str, dict[str, float]]:
     """Rows, prompt tokens and generated tokens (at most) of each stage of a study, by the pair's own tokenizer."""
-    concept = asked_concept(config)
+    concept = load_concept(config.concept)
     spec = config.aligned
     tokenizer = load_tokenizer(spec)
     stages: dict[str, dict[str, float]] = {}

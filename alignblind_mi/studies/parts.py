@@ -92,7 +92,6 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
 
 def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
     """The parts that look at one untreated model, whose role in the study is `role` ("base", or any other name for the aligned one)."""
-    concept = asked_concept(config, concept)
     yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS))
     yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, design="balanced"))
     for reading in questions(concept, config.cue):

@@ -36,10 +36,6 @@ class Qualification:
         """Whether the model can do the task of a kind of question."""
         return bool((self.competence.loc[self.competence["kind"] == kind, "verdict"] == CAN).any())
 
-    def reads(self, instrument: str, setting: str = "paper") -> bool:
-        """Whether an instrument reads this model."""
-        return f"{instrument} ({setting})" in self.reading()
-
     def reading(self) -> list[str]:
         """The instruments that read this model, with their setting."""
         found = self.instruments[self.instruments["verdict"] == READS] if len(self.instruments) else self.instruments
@@ -55,17 +51,19 @@ class Qualification:
 
     def unread(self, instrument: str, setting: str = "paper") -> str:
         """Why an instrument's readings say nothing here; empty where it reads, or where it was not tried."""
-        for one in as_records(self.instruments):
-            if (one["instrument"], one["setting"]) == (instrument, setting) and one["verdict"] != READS:
-                return f"{one['verdict']}: {one['reason']}"
-        return ""
+        one = self._tried(instrument, setting)
+        return "" if one is None or one["verdict"] == READS else f"{one['verdict']}: {one['reason']}"
 
     def placed(self, instrument: str, setting: str) -> dict[str, Any] | None:
         """Where an instrument places the ambiguous prompts (scale, low, high, n); None where it did not."""
-        for one in as_records(self.instruments):
-            if (one["instrument"], one["setting"]) == (instrument, setting) and one.get("n_ambiguous"):
-                return {"scale": one["scale"], "low": one["scale_low"], "high": one["scale_high"], "n": one["n_ambiguous"]}
-        return None
+        one = self._tried(instrument, setting)
+        if one is None or not one.get("n_ambiguous"):
+            return None
+        return {"scale": one["scale"], "low": one["scale_low"], "high": one["scale_high"], "n": one["n_ambiguous"]}
+
+    def _tried(self, instrument: str, setting: str) -> dict[str, Any] | None:
+        """What is said of an instrument in a setting; None where it was not tried."""
+        return next((one for one in as_records(self.instruments) if (one["instrument"], one["setting"]) == (instrument, setting)), None)
 
     def records(self) -> dict[str, Any]:
         """Both tables as records, numbers that are not known as None: what `qualification.json` holds."""
@@ -87,6 +85,12 @@ def instruments_of(rows: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     shown = places.rename(columns={"n": "n_ambiguous", "low": "scale_low", "high": "scale_high"})
     kept = ["instrument", "setting", "n_ambiguous", "reading", "scale", "scale_low", "scale_high"]
     return table.merge(shown[kept], on=["instrument", "setting"], how="left")
+
+
+def instruments_by_role(qualified: Mapping[str, Qualification]) -> pd.DataFrame:
+    """The instruments of several models one below the other, with their `role`; no row and no column where none was tried."""
+    tried = [one.instruments.assign(role=role) for role, one in qualified.items() if len(one.instruments)]
+    return pd.concat(tried, ignore_index=True) if tried else pd.DataFrame()
 
 
 def read_qualification(parts: Mapping[str, pd.DataFrame], role: str, *, seed: int = 0) -> Qualification | None:

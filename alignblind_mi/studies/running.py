@@ -26,7 +26,7 @@ from alignblind_mi.results import Result, StudyFolder, check_parts, load_result,
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
 from alignblind_mi.stimuli.protocol import PROTOCOLS
-from alignblind_mi.studies.config import StudyConfig, as_begun, asked_concept, organism_record
+from alignblind_mi.studies.config import StudyConfig, as_begun, organism_record
 from alignblind_mi.studies.jobs import Execute, Job, serially
 from alignblind_mi.studies.part import Part, Parts
 from alignblind_mi.studies.parts import lora_groups, study_parts
@@ -84,7 +84,7 @@ def run_parts(config: StudyConfig, out: File, parts: Parts, *, execute: Execute 
 
 def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute) -> Path:
     check_parts(part.name for part in parts)
-    concept = asked_concept(config)
+    concept = load_concept(config.concept)
     injected = {part.role for part in parts if part.injects_at is not None}
     check_fits(config, injected, lora=any(part.adapters for part in parts))
     split = check_vocabulary(config, concept, openly=any(part.name.startswith("reading_selfie") for part in parts))
@@ -140,7 +140,7 @@ def check_fits(config: StudyConfig, injected: Collection[str], *, lora: bool) ->
     `injected` are the roles whose models vectors are put into. Errors: ModelError for a layer, LoraError for a projection, ConceptError for
     a prompt.
     """
-    concept = asked_concept(config)
+    concept = load_concept(config.concept)
     if concept.has_senses(config.cue) and concept.selfie:
         concept.selfie_prompt(config.selfie)
     for spec in (config.base if role == "base" else config.aligned for role in sorted({*injected})):

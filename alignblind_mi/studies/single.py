@@ -96,7 +96,7 @@ def instruments_part(config: StudyConfig, concept: Concept, instruments: Sequenc
 
 
 def _observed(config: StudyConfig, wanted: Callable[[str], bool]) -> list[Part]:
-    return [part for part in observations(config, load_concept(config.concept), ROLE) if wanted(part.name)]
+    return [part for part in observations(config, asked_concept(config), ROLE) if wanted(part.name)]
 
 
 @takes(SingleError)
@@ -239,7 +239,7 @@ class SteeringPlan:
     def create(cls, config: StudyConfig, *, sense: str = "", method: str = "replacement", how: str = "", layers: str = "",
                strengths: str = "1", positions: str = "") -> "SteeringPlan":
         """From texts, before any weights are loaded. Errors: SingleError, LoraError, EditError or ConceptError for what does not exist."""
-        concept = asked_concept(config)
+        concept = load_concept(config.concept)
         concept.both_senses(config.cue)
         sense = sense or concept.group_sense
         concept.steering_phrase(sense)

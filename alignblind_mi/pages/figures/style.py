@@ -77,13 +77,13 @@ def _saved(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
     return out.getvalue()
 
 
-def mute(axes: Sequence[Axes], said: str = "no statement") -> None:
+def mute(axes: Sequence[Axes]) -> None:
     """Grey out what some panels show, and say so across them: the numbers stay, and are no statement."""
     for axis in axes:
         for artist in (*axis.lines, *axis.collections, *axis.patches, *axis.texts):
             artist.set_alpha(0.25)
-        axis.text(0.5, 0.5, said, transform=axis.transAxes, ha="center", va="center", color="#777777", fontsize=10, fontweight="bold",
-                  bbox={"facecolor": "#FFFFFF", "edgecolor": "#BBBBBB", "boxstyle": "round,pad=0.35"}, zorder=10)
+        axis.text(0.5, 0.5, "no statement", transform=axis.transAxes, ha="center", va="center", color="#777777", fontsize=10,
+                  fontweight="bold", bbox={"facecolor": "#FFFFFF", "edgecolor": "#BBBBBB", "boxstyle": "round,pad=0.35"}, zorder=10)
 
 
 def rate_bars(axis: Axes, strip: Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:
