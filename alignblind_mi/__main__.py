@@ -16,6 +16,7 @@ from alignblind_mi.commands.concept import concept_app
 from alignblind_mi.commands.doctor import doctor
 from alignblind_mi.commands.forecast import forecast
 from alignblind_mi.commands.lora import lora
+from alignblind_mi.commands.merge import merge
 from alignblind_mi.commands.organism import organism_app
 from alignblind_mi.commands.patch import patch
 from alignblind_mi.commands.power import power
@@ -31,7 +32,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
 app.add_typer(organism_app, name="organism")
 app.add_typer(concept_app, name="concept")
-for verb in (bias, awareness, qualify, patch, compare, steer, lora, doctor, power, study, forecast, report, calibrate, score):
+for verb in (bias, awareness, qualify, patch, compare, steer, lora, doctor, power, study, forecast, report, calibrate, score, merge):
     app.command()(verb)
 
 

@@ -33,9 +33,11 @@ Label = Literal["stereotyped", "reversed", "rejected", "invalid"]
 OUTCOMES: tuple[Label, ...] = ("stereotyped", "reversed", "rejected", "invalid")    # of an answer
 STUDY = "study.json"    # of a results folder: what its rows are of
 LOCK, HOLDER = ".lock", ".running"    # of a study folder: held while a process writes in it; which process that is
+PIECES = "pieces"    # of a study folder: where parts of parts are kept until all of a part are there
+MOMENT = 10.0    # seconds that a share waits for another one to have looked whether the folder is free
 PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")    # made of several names and doses
 LONGEST_PART = 200    # letters
-RESERVED = {"study", "plan", "comparison", "calibration", "written"} | DEVICES    # no names of parts
+RESERVED = {PIECES, "shares", "study", "plan", "comparison", "calibration", "written"} | DEVICES    # no names of parts
 PACKAGES = ("alignblind-mi", "torch", "transformers", "transformer-lens", "peft", "numpy", "pandas")
 
 
@@ -213,8 +215,12 @@ class StudyFolder:
 
     @classmethod
     @contextlib.contextmanager
-    def claim(cls, path: Path, config: Mapping[str, Any]) -> Iterator["StudyFolder"]:
+    def claim(cls, path: Path, config: Mapping[str, Any], share: str = "") -> Iterator["StudyFolder"]:
         """`open` for this process alone, until the block ends; what a killed process had not finished writing is cleared away.
+
+        share: one of several processes that write in the folder at the same time, such as "1-of-3": it keeps out a second one of its name,
+        and one that claims the whole. They need no more than that, since every file appears whole, is the same whoever
+        writes it, and has its unfinished name to itself.
 
         Errors: as `open`, and ResultError if another process is at work there, or the folder cannot be written in.
         """
@@ -223,13 +229,24 @@ class StudyFolder:
                            "touched).")
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(one_process(path / LOCK, busy))
-                for file in path.iterdir():
-                    if LEFTOVER.fullmatch(file.name) and file.is_file() and not file.is_symlink():
-                        file.unlink()
-                folder = cls.open(path, config)
+                if share:
+                    stack.enter_context(one_process(path / f"{LOCK}-{share}", busy))
+                    with one_process(path / LOCK, busy, wait=MOMENT):    # nobody has the whole; another share may just be looking
+                        folder = cls.open(path, config)
+                else:
+                    stack.enter_context(one_process(path / LOCK, busy))
+                    for lock in sorted(path.glob(f"{LOCK}-*")):
+                        with one_process(lock, busy):
+                            pass
+                    for file in (*path.iterdir(), *path.glob(f"{PIECES}/*")):
+                        if LEFTOVER.fullmatch(file.name) and file.is_file() and not file.is_symlink():
+                            file.unlink()
+                    folder = cls.open(path, config)
             except OSError as error:
                 raise ResultError(f"cannot write in {path}: {error.strerror or error}. Nothing that was there has changed.") from error
+            if share:
+                yield folder
+                return
             write_text(path / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname(),
                                                   "since": datetime.now(UTC).isoformat(timespec="seconds")}))
             try:
@@ -290,7 +307,7 @@ def _is_of_a_run(file: Path) -> bool:
     """Whether a file is what a process leaves in a folder before it has begun a study there: a lock, its note, an unfinished file."""
     if file.is_symlink() or not file.is_file():
         return False
-    return (file.name == LOCK and not file.stat().st_size) or (file.name == HOLDER and bool(_holder(file.parent))) or (
+    return (file.name.partition("-")[0] == LOCK and not file.stat().st_size) or (file.name == HOLDER and bool(_holder(file.parent))) or (
         LEFTOVER.fullmatch(file.name) is not None)
 
 

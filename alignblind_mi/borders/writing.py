@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 LEFTOVER = re.compile(r"\.alignblind-[0-9a-f]{16}\.part")    # what a killed process had not finished writing
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 LONGEST = 64    # letters
+FOREVER = -1.0    # to wait for a lock
 DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10))}    # no file names on Windows
 
 
@@ -156,8 +157,9 @@ def digest(data: bytes) -> str:
 
 
 @contextlib.contextmanager
-def one_process(lock: Path, busy: AlignblindError) -> Iterator[None]:
-    """Hold a lock file; the operating system frees it when this process ends, however it ends. `busy` is raised if another one holds it.
+def one_process(lock: Path, busy: AlignblindError, *, wait: float = 0.0) -> Iterator[None]:
+    """Hold a lock file; the operating system frees it when this process ends, however it ends. `busy` is raised if another one holds it
+    for `wait` seconds (`FOREVER`: however long).
 
     On a file system that has no locks it goes on without one, and says so.
     """
@@ -168,7 +170,7 @@ def one_process(lock: Path, busy: AlignblindError) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=wait)
     except Timeout:
         raise busy from None
     except NotImplementedError:

@@ -7,12 +7,14 @@ import typer
 
 from alignblind_mi.borders.texts import say
 from alignblind_mi.commands.options import (
+    SPREAD,
     Asking,
     Loading,
     Out,
     OutcomeName,
     Pair,
     Skipped,
+    Spread,
     StudyFile,
     configured,
     from_file,
@@ -36,6 +38,7 @@ def compare(
     outcome: OutcomeName = "both",
     asking: Asking,
     loading: Loading,
+    spread: Spread,
 ) -> None:
     """Compare steering, LoRA, unlearning, prompts and placebos; write OUT/comparison.json and OUT/comparison.html.
 
@@ -50,7 +53,7 @@ def compare(
     from alignblind_mi.stimuli.concept import load_concept
     from alignblind_mi.studies.comparison import run_comparison
 
-    beside = ("out", "bbq", "bbq_items", "skip", "outcome")
+    beside = ("out", "bbq", "bbq_items", "skip", "outcome", *SPREAD)
     config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=beside)
     check_outcome(outcome)
     if bbq is None and bbq_items != 100:
@@ -60,5 +63,5 @@ def compare(
         items = read_bbq(bbq, max_items=bbq_items, seed=config.seed)
         digest = hashlib.sha256(repr(items).encode()).hexdigest()[:16]
         data["bbq"] = partial(measure_bbq, items=items, concept=load_concept(config.concept), cue=config.cue, seed=config.seed)
-    page = write_comparison(run_comparison(config, out, data=data, data_identity=digest, skip=listed(skip)), outcome)
-    say(f"The page is {page.resolve()}")
+    if spread.carry_out(partial(run_comparison, config, data=data, data_identity=digest, skip=listed(skip)), out):
+        say(f"The page is {write_comparison(out, outcome).resolve()}")

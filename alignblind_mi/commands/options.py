@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
+from alignblind_mi.borders.texts import say
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT
 
@@ -47,6 +48,13 @@ StudyFile = Annotated[Path | None, typer.Argument(help="A YAML file with all set
 Skipped = Annotated[str, typer.Option("--skip", help="Leave out: qualification (whether the models can do the task, and what reads them).")]
 OutcomeName = Annotated[str, typer.Option("--outcome", help="text, probability (the more probable answer), or both: text leads where most "
                                                             "answers are valid.")]
+Shard = Annotated[str, typer.Option("--shard", help="Do the I-th of N shares alone, as 1/3: N processes, in one folder or each in its own "
+                                                    "(then alignblind merge).")]
+RayAddress = Annotated[str, typer.Option("--ray", help="Run on a Ray cluster: local (this machine alone), auto (the one it belongs to), or "
+                                                       "its address.")]
+Actors = Annotated[int | None, typer.Option(help="With --ray: models in memory at the same time (default: as many as have room).")]
+GpusEach = Annotated[float | None, typer.Option("--gpus-each", help="With --ray: GPUs of each (default: 1, if there are any).")]
+CpusEach = Annotated[int | None, typer.Option("--cpus-each", help="With --ray: CPUs of each (default: 1).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON records and nothing else.")]
 
 AsOneJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -120,7 +128,55 @@ class Loading:
         return ModelSpec(name, revision=revision, **asdict(self))
 
 
-KINDS = (One, Pair, Asking, Loading)
+@dataclass(frozen=True)
+class Spread:
+    """Where a run is carried out: here, as one share of several, or on a Ray cluster."""
+
+    shard: Shard = ""
+    ray: RayAddress = ""
+    actors: Actors = None
+    cpus_each: CpusEach = None
+    gpus_each: GpusEach = None
+
+    def check(self) -> None:
+        """Errors: AlignblindError for options that do not go together, ShareError for a share that does not exist."""
+        from alignblind_mi.studies.shares import Share
+
+        given = [name for name in ("actors", "cpus_each", "gpus_each") if getattr(self, name) is not None]
+        if given and not self.ray:
+            raise AlignblindError(f"--{given[0].replace('_', '-')} belongs to --ray: give that as well (--ray local for this machine).")
+        if self.shard and self.ray:
+            raise AlignblindError("--shard and --ray are two ways to divide a run: give one of them.")
+        if self.shard:
+            Share.of(self.shard)
+
+    def carry_out(self, run: Callable[..., Any], out: Path) -> bool:
+        """Do a run that lacks its folder alone; whether it is whole now. What is missing is said."""
+        from alignblind_mi.studies.on_ray import run_on_ray
+        from alignblind_mi.studies.shares import Share, missing_jobs
+
+        self.check()
+        if self.ray:
+            run_on_ray(run, out, address=self.ray, actors=self.actors, gpus=self.gpus_each,
+                       cpus=1 if self.cpus_each is None else self.cpus_each)
+        elif self.shard:
+            run(out=out, execute=Share.of(self.shard))
+        else:
+            run(out=out)
+        left = missing_jobs(out) if self.shard else []
+        if left:
+            say(f"Share {self.shard} is finished; {said_missing(left)} Run the other shares, into {out} or into folders that alignblind "
+                "merge brings together; then the same command without --shard makes the page.")
+        return not left
+
+
+def said_missing(jobs: Sequence[str]) -> str:
+    """How many jobs are missing, and the first of them, as a sentence."""
+    return f"{len(jobs)} jobs are missing yet ({', '.join(jobs[:3])}{', ...' if len(jobs) > 3 else ''})."
+
+
+KINDS = (One, Pair, Asking, Loading, Spread)
+SPREAD = tuple(option.name for option in fields(Spread))    # may stand beside a study file: they are no settings of its rows
 
 
 class Without:

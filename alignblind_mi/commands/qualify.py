@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from alignblind_mi.borders.texts import say
-from alignblind_mi.commands.options import VERDICTS, Asking, AsOneJson, Loading, One, Out, Without, configured, listed, with_options
+from alignblind_mi.commands.options import VERDICTS, Asking, AsOneJson, Loading, One, Out, Spread, Without, configured, listed, with_options
 
 
 @with_options
@@ -17,6 +17,7 @@ def qualify(
     instruments: Annotated[str, typer.Option(help="Comma-separated: patchscope, selfie, logit_lens, probe (default: all).")] = "",
     asking: Annotated[Asking, Without("protocol")],
     loading: Loading,
+    spread: Spread,
     as_json: AsOneJson = False,
 ) -> None:
     """Whether a model can do the task at all, and which instruments read it; writes OUT/qualification.json and OUT/qualification.html.
@@ -26,12 +27,17 @@ def qualify(
 
     Example: alignblind qualify --model meta-llama/Meta-Llama-3-8B-Instruct --out qualified
     """
+    from functools import partial
+
     from alignblind_mi.pages.qualification_page import summary, write_qualification
     from alignblind_mi.pages.terminal import about, interval, number, print_table
     from alignblind_mi.results import records_of
-    from alignblind_mi.studies.qualify import run_qualification
+    from alignblind_mi.studies.qualify import qualification_parts, run_qualification
+    from alignblind_mi.studies.running import run_parts
 
     config = configured(asked, asking, loading)
+    if not spread.carry_out(partial(run_parts, config, parts=qualification_parts(config, listed(instruments))), out):
+        return
     found, results = run_qualification(config, out, listed(instruments))
     page = write_qualification(out, found, results)
     if as_json:

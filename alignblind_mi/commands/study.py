@@ -7,11 +7,13 @@ import typer
 
 from alignblind_mi.borders.texts import say
 from alignblind_mi.commands.options import (
+    SPREAD,
     Asking,
     Loading,
     OutcomeName,
     Pair,
     Skipped,
+    Spread,
     StudyFile,
     configured,
     from_file,
@@ -32,19 +34,24 @@ def study(
     outcome: OutcomeName = "both",
     asking: Asking,
     loading: Loading,
+    spread: Spread,
 ) -> None:
     """Run the whole study and write OUT/report.html; its settings are options, or all in a YAML file (see experiments/study.yaml).
 
     Example: alignblind study --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out llama3-8b
     """
+    from functools import partial
+
     from alignblind_mi.pages.report import write_report
     from alignblind_mi.statistics.log_odds import check_outcome
     from alignblind_mi.studies.drawn import is_drawn
     from alignblind_mi.studies.running import run_study
 
-    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "skip", "outcome"))
+    config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "skip", "outcome", *SPREAD))
     check_outcome(outcome)
-    page = run_study(config, out, skip=listed(skip)) / "report.html"
+    if not spread.carry_out(partial(run_study, config, skip=listed(skip)), out):
+        return
+    page = out / "report.html"
     if not is_drawn(out, page.name) or context.get_parameter_source("outcome").name == "COMMANDLINE":
         write_report(out, outcome)
     say(f"The report is {page.resolve()}")

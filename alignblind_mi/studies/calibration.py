@@ -40,13 +40,13 @@ from alignblind_mi.models.embedded import OrganismError
 from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.models.spec import ModelSpec
 from alignblind_mi.organism.checks import NO_EFFECT
-from alignblind_mi.organism.family import build_family, cache_folder, calibration_family, failed_gates, family_concept
+from alignblind_mi.organism.family import build_family, cache_folder, calibration_family, failed_gates, family_concept, member_path
 from alignblind_mi.organism.members import Member, measured_concept
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, stamp
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import Prompt, assignments, implicit_prompts
-from alignblind_mi.studies.jobs import Execute, Job, serially
+from alignblind_mi.studies.jobs import Execute, Job, serially, share_of
 
 CUE = "default"
 QUESTION, SELFIE_PROMPT = "about", "restated"
@@ -108,11 +108,12 @@ def run_calibration(config: CalibrationConfig, out: Path, *, jobs: Jobs = 1, cac
                     ) -> Path:
     """Build (or find in the cache) every organism, measure every instrument on each, and save one part per organism in `out`.
 
-    `jobs` processes build. Finished parts are not measured again. `execute` runs the measuring (see `studies/jobs.py`).
+    `jobs` processes build; with one, each is built just before it is measured. Finished parts are not measured again. `execute` runs the
+    jobs (see `studies/jobs.py`).
 
     Errors: OrganismError or ResultError for a cache or folder that cannot be used.
     """
-    with interruptible(out), StudyFolder.claim(out, config.identity()) as folder:
+    with interruptible(out), StudyFolder.claim(out, config.identity(), share_of(execute)) as folder:
         folder.refuse_taken(member.name for member in config.members)
         _measure_all(config, folder, jobs, cache, execute)
     return out
@@ -122,21 +123,21 @@ def _measure_all(config: CalibrationConfig, folder: StudyFolder, jobs: int, cach
     from alignblind_mi.organism.build import one_thread
 
     members = config.members
-    progress = Progress(len(members) + 1)
-    with progress.part("build organisms", done=all(folder.has(member.name) for member in members)):
-        missing = [member for member in members if not folder.has(member.name)]
-        paths = dict(zip(missing, build_family(missing, cache, jobs=jobs, progress=progress.note), strict=True)) if missing else {}
+    missing = [member for member in members if not folder.has(member.name)]
+    progress = Progress(len(members) + (jobs > 1))
+    if jobs > 1:
+        with progress.part("build organisms", done=not missing):
+            build_family(missing, cache, jobs=jobs, progress=progress.note)
     with one_thread():
-        execute([_job(config, member, paths.get(member)) for member in members], folder, progress)
+        execute([_job(config, member, cache, progress.note) for member in members], folder, progress)
 
 
-def _job(config: CalibrationConfig, member: Member, path: Path | None) -> Job:
-    """Every instrument on one organism; `path` is None where that has been done."""
+def _job(config: CalibrationConfig, member: Member, cache: Path | None, say: Callable[[str], None]) -> Job:
+    """Every instrument on one organism, which is built unless it is in the cache."""
     def run(folder: StudyFolder, advance: Advance) -> None:
-        assert path is not None
-        folder.part(member.name, partial(_result, config, member, path))
+        folder.part(member.name, partial(_result, config, member, member_path(member, cache, say)))
 
-    return Job(f"measure {member.name}", run, lambda folder: folder.has(member.name), member.name)
+    return Job(f"measure {member.name}", run, lambda folder: folder.has(member.name), member.name, makes=(member.name,))
 
 
 def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:

@@ -42,7 +42,7 @@ from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
 from alignblind_mi.stimuli.prompts import KINDS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig, as_begun, asked_concept, organism_record
 from alignblind_mi.studies.drawn import write_drawn
-from alignblind_mi.studies.jobs import Execute, Job, serially
+from alignblind_mi.studies.jobs import Execute, Job, serially, share_of
 from alignblind_mi.studies.parts import instruments, selfie_options, skipped
 from alignblind_mi.studies.qualifying import COMPETENCE, QUALIFIED, competence_work, has_instruments, instruments_work
 from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, noise_prompts, plan_rivals
@@ -88,7 +88,7 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
              for name in (*qualifying[:1], *MEASURED, *data, *([DRAWS] if rival.more is not None else []))]
     check_parts(names)
     identity = config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}
-    with interruptible(out), StudyFolder.claim(out, identity) as folder:
+    with interruptible(out), StudyFolder.claim(out, identity, share_of(execute)) as folder:
         folder.refuse_taken(names)
         write_drawn(out, {"plan.json": (json.dumps(described(plan), indent=1) + "\n").encode()})
         wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
@@ -138,7 +138,7 @@ def _job(of: Measured, role: str, rival: Rival) -> Job:
 
     aligned = role == "aligned"
     return Job(f"{rival.name} ({role})", run, lambda folder: not missing(folder), "aligned with adapters" if aligned else "base",
-               of.trained if aligned else ())
+               of.trained if aligned else (), tuple(part_name(role, rival.name, name) for name in measured))
 
 
 def part_name(role: str, rival: str, measured: str) -> str:
@@ -161,7 +161,8 @@ def _training(training: Training, adapters: Path) -> Job:
         adapters.mkdir(parents=True, exist_ok=True)
         training.train(adapter)
 
-    return Job(f"train {training.name}".replace("_", " "), run, lambda folder: (adapter / "adapter_config.json").is_file())
+    return Job(f"train {training.name}".replace("_", " "), run, lambda folder: (adapter / "adapter_config.json").is_file(),
+               makes=(f"{adapters.name}/{training.name}",))
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------

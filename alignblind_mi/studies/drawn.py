@@ -56,6 +56,11 @@ def is_drawn(folder: Path, name: str) -> bool:
     return file.is_file() and entry.get("rows") == rows_digest(folder) and entry.get("digests") == [digest(file.read_bytes())]
 
 
+def drawn_files(folder: Path) -> set[str]:
+    """What was drawn into a folder, and the record of it: paths in it."""
+    return {RECORD, *_read_record(folder)}
+
+
 def rows_digest(folder: Path) -> str:
     """What identifies all finished parts of a folder: a digest of their notes, which bear the digests of their rows."""
     notes = sorted(part.with_suffix(".json") for part in folder.glob("*.parquet"))

@@ -42,7 +42,8 @@ class Load:
 class Part:
     """A piece of the study: its file name, the model it needs (with adapters or not), how its rows are computed, and what that asks.
 
-    A part of one's own (see `run_parts`) need not say what it asks: `loads` is read by the forecast of a whole study.
+    A part of one's own (see `run_parts`) need not say what it asks: `loads` is read by the forecast of a whole study, and where parts are
+    divided among processes.
     """
 
     __repr__ = one_line
@@ -50,11 +51,14 @@ class Part:
     name: str
     role: str
     adapters: bool
-    compute: Callable[[HookedModel, Advance], pd.DataFrame]
+    compute: "Compute"
     loads: Callable[[], list[Load]] = list
     injects_at: int | None = None    # the layer of its model that it writes into: refused before anything runs if there is none
+    piece: "Piece | None" = None    # how some of its rows are computed; of a part that is long, and whose rows do not depend on each other
     same_as: str = ""    # a part that asks the same of the same model: where it is finished, its rows are taken
 
 
+Compute = Callable[[HookedModel, Advance], pd.DataFrame]
+Piece = Callable[[int, int, HookedModel, Advance], pd.DataFrame]    # the i-th of n consecutive pieces of the rows, i from 0
 Parts = Annotated[Part | Sequence[Part], Listed(once=False, alone=True)]    # one or many
-Work = tuple[Callable[[HookedModel, Advance], pd.DataFrame], Callable[[], list[Load]]]
+Work = tuple[Compute, Callable[[], list[Load]]]

@@ -11,7 +11,7 @@ import pandas as pd
 from alignblind_mi.instruments.attention import attention_rows
 from alignblind_mi.instruments.lens import lens_contrast, logit_lens
 from alignblind_mi.measures.awareness import SELFIE_TOKENS, measure_awareness, measure_lens, measure_probes, measure_selfie, with_accuracy
-from alignblind_mi.measures.behaviour import ask_under, measure_behaviour
+from alignblind_mi.measures.behaviour import ask, ask_under
 from alignblind_mi.measures.mitigation import early_window, identifier_sites, late_window, steering_names
 from alignblind_mi.measures.sources import NEGATIVE_CONTROLS, context_prompts, control_sources, possible_controls, reading_sources, thinned
 from alignblind_mi.mitigations.lora import trainable
@@ -70,7 +70,7 @@ def study_parts(config: StudyConfig, concept: Concept, *, skip: Sequence[str] = 
         yield from _steering(config, concept, n_layers)
     for group in lora_groups(config):
         treatment = Treatment(f"lora_{group}", adapter=f"lora_{group}", family="lora")
-        yield Part(f"lora_{group}", "aligned", True, *_behaviour(config, concept, KINDS, partial(_same, treatment)))
+        yield _behaviour(config, concept, KINDS, f"lora_{group}", "aligned", True, partial(_same, treatment))
         yield Part(f"lora_{group}_awareness", "aligned", True, *_awareness(config, concept, "paper", partial(_same, treatment)),
                    config.target_layer)
         if not unqualified:
@@ -92,8 +92,8 @@ def _same(treatment: Treatment, model: HookedModel) -> Treatment:
 
 def observations(config: StudyConfig, concept: Concept, role: str) -> Iterator[Part]:
     """The parts that look at one untreated model, whose role in the study is `role` ("base", or any other name for the aligned one)."""
-    yield Part(f"behaviour_{role}", role, False, *_behaviour(config, concept, KINDS))
-    yield Part(f"balanced_{role}", role, False, *_behaviour(config, concept, KINDS, design="balanced"))
+    yield _behaviour(config, concept, KINDS, f"behaviour_{role}", role)
+    yield _behaviour(config, concept, KINDS, f"balanced_{role}", role, design="balanced")
     for reading in questions(concept, config.cue):
         work = _awareness(config, concept, reading, partial(_same, UNTREATED), possible_controls(concept))
         yield Part(f"awareness_{role}_{reading}", role, False, *work, config.target_layer)
@@ -118,7 +118,7 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
 
             label = f"steering_{name}_{window[0]:02d}-{window[-1]:02d}"
             kinds: tuple[Kind, ...] = KINDS if window in compared else ("implicit",)
-            yield Part(label, "aligned", False, *_behaviour(config, concept, kinds, treat))
+            yield _behaviour(config, concept, kinds, label, "aligned", False, treat)
             if window in compared:
                 yield Part(f"{label}_awareness", "aligned", False, *_awareness(config, concept, "paper", treat), config.target_layer)
     for window in windows:
@@ -151,15 +151,17 @@ def _asked(config: StudyConfig, concept: Concept) -> list[Prompt]:
     return implicit_prompts(concept, config.cue, design="published", seed=config.seed, max_word_pairs=config.published_pairs)
 
 
-def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], treat: Treat | None = None, design: Design = "published"
-               ) -> Work:
+def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], name: str, role: str, adapters: bool = False,
+               treat: Treat | None = None, design: Design = "published") -> Part:
     """Answers, and under a treatment what it does to the stream and to the next token as well."""
     pairs = config.published_pairs if design == "published" else config.balanced_pairs
 
-    def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
+    def piece(i: int, n: int, model: HookedModel, advance: Advance) -> pd.DataFrame:
         treatment = UNTREATED if treat is None else treat(model)
-        rows = measure_behaviour(model.under(treatment), concept, config.cue, design=design, kinds=kinds, decoding=config.decoding,
-                                 seed=config.seed, max_word_pairs=pairs, progress=advance)
+        prompts = [prompt for kind in kinds for prompt in behaviour_prompts(concept, config.cue, kind, design=design, seed=config.seed,
+                                                                            max_word_pairs=pairs)]
+        some = prompts[len(prompts) * i // n:len(prompts) * (i + 1) // n]
+        rows = ask(model.under(treatment), concept, some, config.decoding, advance)
         if treat is not None:
             rows = with_effects(rows, treatment_effects(model, treatment, _asked(config, concept), sites=identifier_sites(model.n_layers)))
         return _with_treatment(rows, treatment)
@@ -174,7 +176,7 @@ def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], tre
         if treat is not None:
             found.append(Load(_asked(config, concept)[:SAMPLE], times=MEASURING, chat=config.chat))
         return found
-    return compute, loads
+    return Part(name, role, adapters, partial(piece, 0, 1), loads, piece=piece)
 
 
 def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat, controls: Sequence[str] = ()) -> Work:

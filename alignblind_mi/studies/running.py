@@ -6,7 +6,7 @@ part is the same whichever run computes it. This module does NOT know how result
 
 import gc
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -22,14 +22,15 @@ from alignblind_mi.models.loading import token_count
 from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.models.spec import ModelError
 from alignblind_mi.progress import Advance, Progress, interruptible
-from alignblind_mi.results import Result, StudyFolder, check_parts, load_result, stamp
+from alignblind_mi.results import PIECES, Result, StudyFolder, check_parts, load_result, stamp
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import implicit_prompts
 from alignblind_mi.stimuli.protocol import PROTOCOLS
 from alignblind_mi.studies.config import StudyConfig, as_begun, organism_record
-from alignblind_mi.studies.jobs import Execute, Job, serially
-from alignblind_mi.studies.part import Part, Parts
+from alignblind_mi.studies.jobs import Execute, Job, serially, share_of, shares_of
+from alignblind_mi.studies.part import Compute, Part, Parts
 from alignblind_mi.studies.parts import lora_groups, study_parts
+from alignblind_mi.studies.pieces import cost_of, divided, piece_name, pieces_of, put_together
 
 log = logging.getLogger(__name__)
 
@@ -90,45 +91,64 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute
     split = check_vocabulary(config, concept, openly=any(part.name.startswith("reading_selfie") for part in parts))
     identity, begun = config.identity(), StudyFolder(out)
     finished = begun.holds(identity, [part.name for part in parts])    # then nothing is written, and nobody is kept out
-    with interruptible(out), nullcontext(begun) if finished else StudyFolder.claim(out, identity) as folder:
+    with interruptible(out), nullcontext(begun) if finished else StudyFolder.claim(out, identity, share_of(execute)) as folder:
         folder.refuse_taken(part.name for part in parts)
         trainings = _trainings(config, concept, out) if any(part.adapters for part in parts) else []
-        progress = Progress(len(parts) + len(trainings))
+        pieces = {} if finished else divided(folder, parts, shares_of(execute))
+        asked = [part for part in parts if part.same_as not in {other.name for other in parts}]
+        progress = Progress(sum(pieces.get(part.name, 1) for part in asked) + len(trainings))
         models = Models(config, progress.note)
         for model, words in split.items():
             said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
             progress.note(f"note: identifiers of several tokens in {model} ({said} tokens): edits and readings use the last one.")
-        execute(_jobs(config, models, parts, trainings, split), folder, progress)
+        execute(_jobs(config, models, asked, trainings, split, pieces, shares_of(execute) > 1), folder, progress)
+        put_together(folder, pieces)
+        for part in parts:
+            if part not in asked and folder.has(part.same_as):
+                folder.part(part.name, partial(_copied, part, folder))
     return out
 
 
-def _jobs(config: StudyConfig, models: Models, parts: Sequence[Part], trainings: Sequence[Job], split: dict[str, dict[str, int]]
-          ) -> list[Job]:
-    """A job per part in their order; the trainings stand before the first part that needs them."""
+def _jobs(config: StudyConfig, models: Models, parts: Sequence[Part], trainings: Sequence[Job], split: dict[str, dict[str, int]],
+          pieces: Mapping[str, int], costly: bool) -> list[Job]:
+    """A job per part, or per piece of one, in their order; the trainings stand before the first part that needs them. `costly`: it
+    matters what each asks."""
     trained = tuple(job.name for job in trainings)
-    jobs = [_job(config, models, part, trained if part.adapters else (), split) for part in parts]
-    first = next((i for i, part in enumerate(parts) if part.adapters), len(parts))
-    return [*jobs[:first], *trainings, *jobs[first:]]
+    before, after = list[Job](), list[Job]()
+    for part in parts:
+        n = pieces.get(part.name, 1)
+        cost = cost_of(part) / n if costly else 1.0
+        made = [_job(config, models, part, trained if part.adapters else (), split, i, n, cost) for i in range(n)]
+        (after if after or part.adapters else before).extend(made)
+    return [*before, *trainings, *after]
 
 
-def _job(config: StudyConfig, models: Models, part: Part, after: tuple[str, ...], split: dict[str, dict[str, int]]) -> Job:
+def _job(config: StudyConfig, models: Models, part: Part, after: tuple[str, ...], split: dict[str, dict[str, int]], i: int, n: int,
+         cost: float) -> Job:
+    """A part, or the i-th of its n pieces."""
+    name = part.name if n == 1 else piece_name(part.name, i, n)
+    compute = part.compute if part.piece is None or n == 1 else partial(part.piece, i, n)
+
     def run(folder: StudyFolder, advance: Advance) -> None:
-        if part.same_as and folder.has(part.same_as):
-            folder.part(part.name, lambda: _copied(part, load_result(folder.path / f"{part.same_as}.parquet")))
-            return
         model = models.get(part.role, adapter_folders(config, folder.path) if part.adapters else ())
-        folder.part(part.name, partial(_result, config, model, part, advance, split))
+        (folder if n == 1 else pieces_of(folder)).part(name, partial(_result, config, model, part, compute, advance, split))
 
-    return Job(part.name.replace("_", " "), run, lambda folder: folder.has(part.name),
-               f"{'base' if part.role == 'base' else 'aligned'}{' with adapters' if part.adapters else ''}", after)
+    def done(folder: StudyFolder) -> bool:
+        return folder.has(part.name) or (n > 1 and pieces_of(folder).has(name))
+
+    return Job(part.name.replace("_", " ") + (f" {i + 1}/{n}" if n > 1 else ""), run, done,
+               f"{'base' if part.role == 'base' else 'aligned'}{' with adapters' if part.adapters else ''}", after,
+               (name if n == 1 else f"{PIECES}/{name}",), cost)
 
 
-def _copied(part: Part, found: Result) -> Result:
+def _copied(part: Part, folder: StudyFolder) -> Result:
+    found = load_result(folder.path / f"{part.same_as}.parquet")
     return Result(found.rows.assign(role=part.role), {**found.provenance, "part": part.name, "copied_from": part.same_as})
 
 
-def _result(config: StudyConfig, model: HookedModel, part: Part, advance: Advance, split: dict[str, dict[str, int]]) -> Result:
-    rows = part.compute(model, advance).assign(role=part.role)
+def _result(config: StudyConfig, model: HookedModel, part: Part, compute: Compute, advance: Advance, split: dict[str, dict[str, int]]
+            ) -> Result:
+    rows = compute(model, advance).assign(role=part.role)
     return Result(rows, {**model.provenance(), "part": part.name, "split_identifiers": split.get(model.spec.name, {}),
                          "config": asdict(config), **stamp()})
 
@@ -191,7 +211,8 @@ def _trainings(config: StudyConfig, concept: Concept, out: Path) -> list[Job]:
             train_lora(config.aligned, examples, layer_group(group, n_layers), adapter, settings=config.lora,
                        protocol=config.protocol)
 
-        return Job(f"train lora {group}", run, lambda folder: (adapter / "training.json").is_file())
+        return Job(f"train lora {group}", run, lambda folder: (folder.path / "adapters" / adapter.name / "training.json").is_file(),
+                   makes=(f"adapters/{adapter.name}",))
 
     return [job(group, adapter) for group, adapter in zip(lora_groups(config), adapter_folders(config, out), strict=True)]
 
