@@ -123,11 +123,14 @@ from .studies.comparison import run_comparison as run_comparison
 from .studies.comparison_verdicts import comparison_tables as comparison_tables, read_comparison as read_comparison
 from .studies.config import StudyConfig as StudyConfig, recommended_lora as recommended_lora
 from .studies.doctor import check_up as check_up
+from .studies.on_ray import run_on_ray as run_on_ray
+from .studies.on_slurm import submit_shares as submit_shares
 from .studies.part import Part as Part
 from .studies.parts import study_parts as study_parts
 from .studies.qualified import Qualification as Qualification
 from .studies.qualify import qualify as qualify
 from .studies.running import load_study as load_study, run_parts as run_parts, run_study as run_study
+from .studies.shares import Share as Share, merge as merge, missing_jobs as missing_jobs
 from .studies.single import (
     awareness_parts as awareness_parts,
     awareness_tables as awareness_tables,

@@ -126,6 +126,11 @@ BAD: dict[str | tuple[str, str], Sequence[str]] = {
     "alpha": (*SHARE, "0", "1"),
     "seeds": (*(value for value in WHOLE if value != "1,5"), ",", "1,,2", "\u00b2", "0,-1", "0;1", "0x1"),
     "jobs": WHOLE,
+    "shard": (*NAMES, "0/3", "4/3", "1/0", "-1/3", "1/2/3", "1 / 3", f"1/{DIGITS}", "1/\uff13"),
+    "ray": (*NAMES, "host", ":6379", "ray://", "http://127.0.0.1:1"),
+    "actors": (*WHOLE, "0"),
+    "cpus_each": (*WHOLE, "0"),
+    "gpus_each": (*REAL, "0", "-1"),
     "rule": (*NAMES, "ROBUST"),
     "by": (*LISTS, "model,abc", "answer"),
     ("organism build", "reading"): SHARE,
@@ -136,13 +141,15 @@ BAD: dict[str | tuple[str, str], Sequence[str]] = {
     ("doctor", "model"): tuple(value for value in MODELS if value != "-x"),
 }
 PATHS = ("missing", "", "NUL", "surrogate", "newline", "markup", "long", "directory", "FIFO", "loop", "under a file", "tilde")
-FILES = ("file", "bbq", "adapter", "folder", "paths")  # arguments and options that name something to read
+FILES = ("file", "bbq", "adapter", "folder", "folders", "paths")  # arguments and options that name something to read
 OUTS = ("out", "merge", "gguf")  # those that name something to write
 RARE: dict[tuple[str, str], tuple[str, ...]] = {  # what a value needs beside it to be looked at
     ("steer", "strengths"): ("--method", "mean_difference"),
     ("steer", "positions"): ("--method", "mean_difference"),
     ("lora", "patience"): ("--validation-share", "0.2"),
     ("power", "template_icc"): ("--icc", "0.1"),
+    **{(verb, name): ("--ray", "local") for verb in ("study", "compare", "calibrate", "qualify") for name in ("actors", "cpus_each",
+                                                                                                             "gpus_each")},
 }
 # Values that are sound after all, for one option.
 SOUND = {
@@ -199,6 +206,7 @@ def sound(verb: str, place: Place, without: str = "") -> list[str]:
         "report": [str(place.inputs / "studied")],
         "calibrate": ["--quick", *out],
         "score": [str(place.inputs / "released.json")],
+        "merge": [str(place.inputs / "shared"), *out],
         "organism build": out,
         "concept check": [str(place.inputs / "small.toml")],
         "concept list": [],
@@ -207,7 +215,7 @@ def sound(verb: str, place: Place, without: str = "") -> list[str]:
         "": [],
     }
     line = lines[verb]
-    if without in ("model", "folder", "paths", "source", "file", "name") and line and not line[0].startswith("-"):
+    if without in ("model", "folder", "folders", "paths", "source", "file", "name") and line and not line[0].startswith("-"):
         line = line[1:]
     return [*verb.split(), *line]
 
@@ -297,7 +305,7 @@ def odd_path(kind: str, folder: Path, suffix: str = "") -> str:
     }.get(kind, str(path))
 
 
-SUFFIXES = {"file": ".yaml", "bbq": ".jsonl", "paths": ".json", "folder": "", "adapter": ""}
+SUFFIXES = {"file": ".yaml", "bbq": ".jsonl", "paths": ".json", "folder": "", "folders": "", "adapter": ""}
 
 
 def _read_cases(verb: str, option: Any) -> Iterator[Case]:
@@ -423,6 +431,8 @@ def _out_cases(verb: str, option: Any) -> Iterator[Case]:
             taken = expect if kind not in ("empty text", "a missing folder") else "either"  # the working folder; one that is made
             writes = () if taken == "refuse" else (named, "=1+1", ".lock", ".running", "study.json")
             here = (".lock", "study.json") if kind == "empty text" else ()
+            if here and verb == "merge":    # at once, what it brings together
+                here += ("shares.json", *(f"{part}_base.{kind}" for part in ("behaviour", "balanced") for kind in ("json", "parquet")))
             yield Case(verb, option.opts[0], kind, run, taken, named=(named, ".", "=1+1"), writes=writes, here=here)
 
 
@@ -1204,6 +1214,8 @@ def make_results(inputs: Path) -> None:
     config = replace(StudyConfig.create(tiny, tiny, quick=True), balanced_pairs=1, published_pairs=1, decoding=Decoding(max_new_tokens=3))
     with caught():
         run_parts(config, inputs / "studied", list(islice(study_parts(config, load_concept("race"), skip=["qualification"]), 2)))
+        shutil.copytree(inputs / "studied", inputs / "shared")
+        (inputs / "shared" / "shares.json").write_text("{}", "utf-8")
 
 
 def _done(line: Sequence[str]) -> None:

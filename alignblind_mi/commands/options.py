@@ -48,9 +48,9 @@ StudyFile = Annotated[Path | None, typer.Argument(help="A YAML file with all set
 Skipped = Annotated[str, typer.Option("--skip", help="Leave out: qualification (whether the models can do the task, and what reads them).")]
 OutcomeName = Annotated[str, typer.Option("--outcome", help="text, probability (the more probable answer), or both: text leads where most "
                                                             "answers are valid.")]
-Shard = Annotated[str, typer.Option("--shard", help="Do the I-th of N shares alone, as 1/3: N processes, in one folder or each in its own "
+Shard = Annotated[str | None, typer.Option("--shard", help="Do the I-th of N shares alone, as 1/3: N processes, in one folder or each in its own "
                                                     "(then alignblind merge).")]
-RayAddress = Annotated[str, typer.Option("--ray", help="Run on a Ray cluster: local (this machine alone), auto (the one it belongs to), or "
+RayAddress = Annotated[str | None, typer.Option("--ray", help="Run on a Ray cluster: local (this machine alone), auto (the one it belongs to), or "
                                                        "its address.")]
 Actors = Annotated[int | None, typer.Option(help="With --ray: models in memory at the same time (default: as many as have room).")]
 GpusEach = Annotated[float | None, typer.Option("--gpus-each", help="With --ray: GPUs of each (default: 1, if there are any).")]
@@ -132,8 +132,8 @@ class Loading:
 class Spread:
     """Where a run is carried out: here, as one share of several, or on a Ray cluster."""
 
-    shard: Shard = ""
-    ray: RayAddress = ""
+    shard: Shard = None
+    ray: RayAddress = None
     actors: Actors = None
     cpus_each: CpusEach = None
     gpus_each: GpusEach = None
@@ -143,11 +143,11 @@ class Spread:
         from alignblind_mi.studies.shares import Share
 
         given = [name for name in ("actors", "cpus_each", "gpus_each") if getattr(self, name) is not None]
-        if given and not self.ray:
+        if given and self.ray is None:
             raise AlignblindError(f"--{given[0].replace('_', '-')} belongs to --ray: give that as well (--ray local for this machine).")
-        if self.shard and self.ray:
+        if self.shard is not None and self.ray is not None:
             raise AlignblindError("--shard and --ray are two ways to divide a run: give one of them.")
-        if self.shard:
+        if self.shard is not None:
             Share.of(self.shard)
 
     def carry_out(self, run: Callable[..., Any], out: Path) -> bool:
@@ -156,14 +156,14 @@ class Spread:
         from alignblind_mi.studies.shares import Share, missing_jobs
 
         self.check()
-        if self.ray:
+        if self.ray is not None:
             run_on_ray(run, out, address=self.ray, actors=self.actors, gpus=self.gpus_each,
                        cpus=1 if self.cpus_each is None else self.cpus_each)
-        elif self.shard:
+        elif self.shard is not None:
             run(out=out, execute=Share.of(self.shard))
         else:
             run(out=out)
-        left = missing_jobs(out) if self.shard else []
+        left = missing_jobs(out) if self.shard is not None else []
         if left:
             say(f"Share {self.shard} is finished; {said_missing(left)} Run the other shares, into {out} or into folders that alignblind "
                 "merge brings together; then the same command without --shard makes the page.")

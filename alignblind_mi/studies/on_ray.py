@@ -8,6 +8,8 @@ where it was, when it is started again. This module does NOT know what a job com
 
 import contextlib
 import logging
+import re
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignblind_mi.borders.settings import Count, File, Positive, takes
+from alignblind_mi.borders.texts import shown
 from alignblind_mi.borders.writing import write_bytes
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.progress import Progress, counted
@@ -248,12 +251,23 @@ def _cluster(address: str) -> Iterator[None]:
         yield
         return
     try:
+        _reach(address)
         ray.init(address=address, include_dashboard=False if address == LOCAL else None, log_to_driver=False,
                  logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RayError(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]} Start one (ray start --head), or give 'local'."
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RayError(f"no Ray cluster at {shown(address)}: {str(error).splitlines()[0]} Start one (ray start --head), or give 'local'."
                        ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Errors: ValueError for what is no address, OSError for a machine and port where nobody listens; Ray itself tries such for minutes."""
+    if address in (LOCAL, "auto"):
+        return
+    found = re.fullmatch(r"(?:ray://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})", address)
+    if found is None:
+        raise ValueError("that is no address: host:port, ray://host:port, auto or local.")
+    socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=10).close()

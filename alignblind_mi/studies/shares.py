@@ -45,7 +45,7 @@ class Share:
     def __post_init__(self) -> None:
         check_fields(self, ShareError)
         if self.number > self.shares:
-            raise ShareError(f"share {self.number} of {self.shares} does not exist: give 1/{self.shares} to {self.shares}/{self.shares}.")
+            raise ShareError(f"share {self.number}/{self.shares} does not exist: give 1/{self.shares} to {self.shares}/{self.shares}.")
 
     @classmethod
     def of(cls, text: str) -> "Share":
@@ -144,7 +144,7 @@ def merge(folders: Folders, out: File) -> list[str]:
     weights, and a part whose rows differ; `out` then has what it had.
     """
     places, out = [Path(folder) for folder in folders], Path(out)
-    others = [place for place in dict.fromkeys(places) if place.resolve() != out.resolve()]
+    others = [place for place in dict.fromkeys(places) if place.absolute() != out.absolute()]
     for place in (*others, *([out] if out in places else [])):
         if not is_folder(place) or not is_file(place / SHARES):
             raise ShareError(f"{named('', place)} holds no share: give the folders that --shard wrote into.")
