@@ -48,10 +48,10 @@ StudyFile = Annotated[Path | None, typer.Argument(help="A YAML file with all set
 Skipped = Annotated[str, typer.Option("--skip", help="Leave out: qualification (whether the models can do the task, and what reads them).")]
 OutcomeName = Annotated[str, typer.Option("--outcome", help="text, probability (the more probable answer), or both: text leads where most "
                                                             "answers are valid.")]
-Shard = Annotated[str | None, typer.Option("--shard", help="Do the I-th of N shares alone, as 1/3: N processes, in one folder or each in its own "
-                                                    "(then alignblind merge).")]
-RayAddress = Annotated[str | None, typer.Option("--ray", help="Run on a Ray cluster: local (this machine alone), auto (the one it belongs to), or "
-                                                       "its address.")]
+Shard = Annotated[str | None, typer.Option("--shard", help="One share of the run alone, as 1/3: several processes in one folder, or each "
+                                                           "in its own (then alignblind merge).")]
+RayAddress = Annotated[str | None, typer.Option("--ray", help="Run on a Ray cluster: local (this machine), auto (the one it is in), or an "
+                                                              "address.")]
 Actors = Annotated[int | None, typer.Option(help="With --ray: models in memory at the same time (default: as many as have room).")]
 GpusEach = Annotated[float | None, typer.Option("--gpus-each", help="With --ray: GPUs of each (default: 1, if there are any).")]
 CpusEach = Annotated[int | None, typer.Option("--cpus-each", help="With --ray: CPUs of each (default: 1).")]

@@ -6,7 +6,7 @@ ambiguous prompts themselves, so that their reading can be placed between the tw
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -196,19 +196,33 @@ def _judged(rows: pd.DataFrame, tried: pd.DataFrame, seed: int) -> dict[str, Any
     wide = rows.pivot(index="sentence", columns="layer", values="score")
     sense = rows.drop_duplicates("sentence").set_index("sentence")["sense"].loc[wide.index]
     labels = (sense == "other").to_numpy()
-    scores, mass = wide.to_numpy(float), float(rows["mass"].mean())
-    auc, (ones, n) = float(areas(scores, labels).mean()), (int(labels.sum()), len(labels))
-    found = auc_interval(auc, n - ones, ones)
-    alarms = _alarms(scores, labels, seed)
+    mass, n = float(rows["mass"].mean()), len(labels)
+    judged = judge_scores(wide.to_numpy(float), labels, mass, seed)
     own = {name: rows[name].iloc[0] for name in LABELS}
     train = float("nan")
     if rows["setting"].iloc[0] == "tuned":
         is_own = (tried[list(LABELS)] == pd.Series(own)).all(axis=1)
         train = float(tried.loc[is_own, "score"].iloc[0])
     means = {f"mean_{side}": float(rows.loc[rows["sense"] == side, "blind"].mean()) for side in ("group", "other")}
-    verdict, reason = _verdict(auc, found, mass, alarms)
-    return {**own, "n": n, "layers": wide.shape[1], "auc": auc, "low": found.low, "high": found.high, "train_auc": train, "mass": mass,
-            "false_alarm": alarms, **means, "verdict": verdict, "reason": reason}
+    return {**own, "n": n, "layers": wide.shape[1], "auc": judged.auc, "low": judged.interval.low, "high": judged.interval.high,
+            "train_auc": train, "mass": mass, "false_alarm": judged.alarms, **means, "verdict": judged.verdict, "reason": judged.reason}
+
+
+class Judged(NamedTuple):
+    """What scores say of an instrument: the AUC with its interval, the share of shuffles that read as well, and the verdict."""
+
+    auc: float
+    interval: Interval
+    alarms: float
+    verdict: str
+    reason: str
+
+
+def judge_scores(scores: Float[np.ndarray, "sentence layer"], labels: Bool[np.ndarray, " sentence"], mass: float, seed: int) -> Judged:
+    """The rule of `instrument_table` on scores of sentences (`labels`: does it settle the other sense?), and the mass on the answers."""
+    auc, ones = float(areas(scores, labels).mean()), int(labels.sum())
+    found, alarms = auc_interval(auc, len(labels) - ones, ones), _alarms(scores, labels, seed)
+    return Judged(auc, found, alarms, *_verdict(auc, found, mass, alarms))
 
 
 def _alarms(scores: Float[np.ndarray, "sentence layer"], labels: Bool[np.ndarray, " sentence"], seed: int) -> float:

@@ -115,18 +115,20 @@ class Tried:
 
 
 def tune(model: HookedModel, train: Contexts, layers: Sequence[int], questions: Sequence[Question], first_layer: int,
-         progress: Callable[[int], None] | None = None, *, kept: int = KEPT) -> list[Tried]:
+         progress: Callable[[int], None] | None = None, *, kept: int = KEPT, ask: Callable[[Setting], Scores] | None = None
+         ) -> list[Tried]:
     """Settings in the order in which they were tried; `best_of` chooses.
 
     First every question (whose words the tokenizer knows) at `first_layer`; then the `kept` best at four other injection layers up to the
     middle of the model; then the best of these with the other mappings and the last token of the placeholder. train: contexts recorded at
-    all layers.
+    all layers. ask: what answers a setting at these contexts and layers (default: `ask_setting`); a search that is repeated need not ask
+    again.
     """
     resid, labels = train.resid[:, [train.recorded.layers.index(layer) for layer in layers]], sentence_labels(train)
 
     @lru_cache(None)
     def tried(setting: Setting) -> Tried:
-        found = ask_setting(model, resid, layers, setting, train)
+        found = ask_setting(model, resid, layers, setting, train) if ask is None else ask(setting)
         auc = areas(by_sentence(found.score, train.sentences), labels).mean()
         if progress is not None:
             progress(resid.shape[0] * resid.shape[1])

@@ -47,6 +47,7 @@ from alignblind_mi.results import Result, StudyFolder, stamp
 from alignblind_mi.stimuli.concept import Concept, load_concept
 from alignblind_mi.stimuli.prompts import Prompt, assignments, implicit_prompts
 from alignblind_mi.studies.jobs import Execute, Job, serially, share_of
+from alignblind_mi.studies.qualified_organisms import qualify_organism
 
 CUE = "default"
 QUESTION, SELFIE_PROMPT = "about", "restated"
@@ -61,6 +62,8 @@ SEEDS = (0, 1, 2)
 WORD_PAIRS, QUICK_PAIRS = 4, 2    # a category, of readings and answers; half as many are patched
 SELFIE_TOKENS = 8
 LENS_STEPS = 120
+QUALIFIED = "qualified-"    # how the names of parts begin that tell whether qualification is right
+QUICK_SHUFFLES = 10
 QUESTION_LABELS = ("template", "option_order", "word_order")    # the questions of one such form, over all words, make a trial
 COLUMNS = ("instrument", "variant", "control", "unit", "context", "trial", "layer", "value")
 
@@ -106,15 +109,15 @@ def processors() -> int:
 @takes(OrganismError)
 def run_calibration(config: CalibrationConfig, out: Path, *, jobs: Jobs = 1, cache: Path | None = None, execute: Execute = serially
                     ) -> Path:
-    """Build (or find in the cache) every organism, measure every instrument on each, and save one part per organism in `out`.
+    """Build (or find in the cache) every organism, measure every instrument on each, and save the parts of each in `out`.
 
-    `jobs` processes build; with one, each is built just before it is measured. Finished parts are not measured again. `execute` runs the
-    jobs (see `studies/jobs.py`).
+    An organism has two parts: all instruments, and what qualification says of it (see `qualified_organisms.py`). `jobs` processes build;
+    with one, each is built just before it is measured. Finished parts are not measured again. `execute` runs the jobs (see `jobs.py`).
 
     Errors: OrganismError or ResultError for a cache or folder that cannot be used.
     """
     with interruptible(out), StudyFolder.claim(out, config.identity(), share_of(execute)) as folder:
-        folder.refuse_taken(member.name for member in config.members)
+        folder.refuse_taken(name for member in config.members for name in parts_of(member))
         _measure_all(config, folder, jobs, cache, execute)
     return out
 
@@ -123,7 +126,7 @@ def _measure_all(config: CalibrationConfig, folder: StudyFolder, jobs: int, cach
     from alignblind_mi.organism.build import one_thread
 
     members = config.members
-    missing = [member for member in members if not folder.has(member.name)]
+    missing = [member for member in members if not all(map(folder.has, parts_of(member)))]
     progress = Progress(len(members) + (jobs > 1))
     if jobs > 1:
         with progress.part("build organisms", done=not missing):
@@ -135,15 +138,35 @@ def _measure_all(config: CalibrationConfig, folder: StudyFolder, jobs: int, cach
 def _job(config: CalibrationConfig, member: Member, cache: Path | None, say: Callable[[str], None]) -> Job:
     """Every instrument on one organism, which is built unless it is in the cache."""
     def run(folder: StudyFolder, advance: Advance) -> None:
-        folder.part(member.name, partial(_result, config, member, member_path(member, cache, say)))
+        path = member_path(member, cache, say)
+        for name, measure in parts.items():
+            folder.part(name, partial(_result, config, member, path, measure))
 
-    return Job(f"measure {member.name}", run, lambda folder: folder.has(member.name), member.name, makes=(member.name,))
+    parts = parts_of(member)
+    return Job(f"measure {member.name}", run, lambda folder: all(map(folder.has, parts)), member.name, makes=tuple(parts))
 
 
-def _result(config: CalibrationConfig, member: Member, path: Path) -> Result:
+Measure = Callable[[HookedModel, Concept, Member, CalibrationConfig], pd.DataFrame]
+
+
+def parts_of(member: Member) -> dict[str, Measure]:
+    """The parts of one organism by name: every instrument, and whether qualification is right about it."""
+    return {member.name: _instruments, f"{QUALIFIED}{member.name}": _qualified}
+
+
+def _instruments(model: HookedModel, concept: Concept, member: Member, config: CalibrationConfig) -> pd.DataFrame:
+    return measure_instruments(model, concept, seed=member.seed, word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS)
+
+
+def _qualified(model: HookedModel, concept: Concept, member: Member, config: CalibrationConfig) -> pd.DataFrame:
+    """On the concept's contexts of today, as a user's model is qualified: no organism was planted with them."""
+    few = {"shuffles": QUICK_SHUFFLES, "models": 1} if config.quick else {}
+    return qualify_organism(model, load_concept(family_concept()), CUE, seed=config.members.index(member), **few)
+
+
+def _result(config: CalibrationConfig, member: Member, path: Path, measure: Measure) -> Result:
     model = load_model(ModelSpec(str(path)))
-    rows = measure_instruments(model, measured_concept(family_concept()), seed=member.seed,
-                               word_pairs=QUICK_PAIRS if config.quick else WORD_PAIRS)
+    rows = measure(model, measured_concept(family_concept()), member, config)
     truth = {key: value for key, value in asdict(member).items() if key not in ("effect", "none", "quick")}
     failed = failed_gates(path.parent)
     truth["kind"] = LEAKY if member.kind == "decodable" and NO_EFFECT in failed else member.kind

@@ -21,6 +21,7 @@ from alignblind_mi.pages import calibration_page
 from alignblind_mi.stimuli.concept import former_digests, load_concept
 from alignblind_mi.studies import calibration
 from alignblind_mi.studies.calibration import CalibrationConfig, measure_instruments, run_calibration
+from alignblind_mi.studies.qualified_organisms import qualify_organism
 from alignblind_mi.studies.verdicts import (
     SMALLEST,
     advice,
@@ -212,18 +213,16 @@ def test_a_calibration_is_built_measured_resumed_and_shown(tmp_path, monkeypatch
 
     monkeypatch.setattr(calibration, "measure_instruments", ideal_rows)
     monkeypatch.setattr(calibration, "calibration_family", lambda seeds, quick: few)
-    monkeypatch.setattr(calibration, "build_family", lambda members, cache, jobs, progress: [
-        build_with(member, cache, tiny) for member in members])
     from alignblind_mi.organism.family import member_path
 
-    def build_with(member, cache, recipe):
-        return member_path(member, cache, recipe=recipe)
-
+    monkeypatch.setattr(calibration, "member_path", lambda member, cache, say: member_path(member, cache, recipe=tiny))
+    monkeypatch.setattr(calibration, "qualify_organism", lambda *args, seed, shuffles, models: qualify_organism(
+        *args, seed=seed, shuffles=2, models=1))
     config = CalibrationConfig((0,), quick=True)
     out = run_calibration(config, tmp_path / "out", cache=tmp_path / "cache")
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
-    assert len(before) == len(few)
-    monkeypatch.setattr(calibration, "build_family", lambda *a, **k: pytest.fail("built again"))
+    assert len(before) == 2 * len(few)
+    monkeypatch.setattr(calibration, "member_path", lambda *given: pytest.fail("built again"))
     assert run_calibration(config, out) == out
     assert {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")} == before
     page = calibration_page.write_calibration(out)
@@ -236,6 +235,9 @@ def test_a_calibration_is_built_measured_resumed_and_shown(tmp_path, monkeypatch
         assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
         assert html.count("data:image/svg+xml") == 4
     assert "A quick calibration" in html
+    honesty = {(record["instrument"], record["setting"]): record for record in json.loads((out / "qualified.json").read_text("utf-8"))}
+    assert honesty["patchscope", "tuned"]["shuffled_n"] == 2 * len(few)
+    assert "Is qualification right about them?" in html
     with pytest.raises(ResultError):
         run_calibration(replace(config, seeds=(1,)), out)
 
