@@ -652,6 +652,46 @@ def file_cases(to: Attack) -> None:
     _config_cases(to, StudyConfig, {"run_study": run_study, "run_comparison": run_comparison})
 
 
+def share_cases(to: Attack) -> None:
+    """Functions that divide a run and bring it together."""
+    from alignblind_mi import Share, merge, missing_jobs, run_on_ray, submit_shares
+
+    def run(**given: Any) -> None:
+        raise AssertionError("the run has begun")
+
+    for value in (*WHOLE, 0):
+        named = () if value in ("", None, []) or not isinstance(value, (int, float, str)) else None
+        to.call("Share", "number", value, lambda place, value=value: lambda: Share(value, 3), named=named)
+        for name in ("actors", "cpus"):
+            if (name, value) != ("actors", None):
+
+                def on_ray(place: Place, name: str = name, value: Any = value) -> Call:
+                    return lambda: run_on_ray(run, place.out, **{name: value})
+
+                to.call("run_on_ray", name, value, on_ray, named=named)
+
+        def submitted(place: Place, value: Any = value) -> Call:
+            return lambda: submit_shares(run, place.out, shares=value, executor=None)
+
+        to.call("submit_shares", "shares", value, submitted, named=())
+    for value in TEXT:
+        named = None if isinstance(value, str) else ()
+        to.call("Share.of", "text", value, lambda place, value=value: lambda: Share.of(value), named=named)
+        to.call("run_on_ray", "address", value, lambda place, value=value: lambda: run_on_ray(run, place.out, address=value), named=named)
+    for kind in attack.PATHS:
+        if kind != "":
+
+            def merged(place: Place, kind: str = kind) -> Call:
+                path = Path(attack.odd_path(kind, place.folder, ""))
+                return lambda: merge([path], place.out)
+
+            to.call("merge", "folders", kind, merged, named=("odd",))
+    for value in ([], None, 7, [7]):
+        to.call("merge", "folders", value, lambda place, value=value: lambda: merge(value, place.out), named=())
+        if value != []:
+            to.call("missing_jobs", "folder", value, lambda place, value=value: lambda: missing_jobs(value), named=())
+
+
 def _config_cases(to: Attack, kind: Any, runs: Mapping[str, Callable[..., Any]]) -> None:
     """`StudyConfig.create`, and a configuration changed afterwards and then run."""
     values: dict[str, tuple[Any, ...]] = {
@@ -1145,7 +1185,7 @@ def sound_cases(to: Attack) -> None:
 def all_cases() -> list[Case]:
     """The whole table."""
     to = Attack()
-    for some in (sound_cases, settings_cases, text_cases, statistics_cases, file_cases, model_cases):
+    for some in (sound_cases, settings_cases, text_cases, statistics_cases, file_cases, share_cases, model_cases):
         some(to)
     return to.cases
 
