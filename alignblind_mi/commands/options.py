@@ -40,6 +40,8 @@ EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own 
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along (read it first).")]
 Unpickling = Annotated[bool, typer.Option("--allow-pickle", help="Unpickle weights that lie in .bin files (torch, weights_only): only from "
                                                            "makers whom you trust.")]
+Minutes = Annotated[float | None, typer.Option(help="Measure as much as fits into so many minutes here (not with --quick): what is thinned "
+                                                    "is said, and kept in OUT.")]
 ShotsCount = Annotated[int, typer.Option("--shots", help="Worked examples of neutral items before every bias prompt.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn, sampled answers among it.")]
 Out = Annotated[Path, typer.Option(help="Results folder; what is in it already is not computed again.")]
@@ -92,6 +94,7 @@ class Asking:
     """How a model is asked."""
 
     quick: Quick = False
+    minutes: Minutes = None
     chat: Chatting = False
     system: System = ""
     chat_options: ChatOptions = ""

@@ -30,6 +30,7 @@ from alignblind_mi.studies.config import StudyConfig, as_begun, organism_record
 from alignblind_mi.studies.jobs import Execute, Job, serially
 from alignblind_mi.studies.part import Part, Parts
 from alignblind_mi.studies.parts import lora_groups, study_parts
+from alignblind_mi.studies.thinning import kept_model, thinned_to_fit
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Models:
             self.model = None
             gc.collect()
             spec = self.config.base if role == "base" else self.config.aligned
-            loaded = load_model(spec, adapters=adapters)
+            loaded = kept_model(None if adapters else spec)
+            loaded = load_model(spec, adapters=adapters) if loaded is None else loaded
             self.model = loaded if self.config.chat is None else loaded.in_chat(self.config.chat)
             self.key = (role, tuple(adapters))
             self.say(f"note: {spec.name} runs on the {self.model.engine.name} engine, in batches of at most {self.model.engine.budget}.")
@@ -68,6 +70,7 @@ def run_study(config: StudyConfig, out: File, *, skip: Names = (), execute: Exec
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
     config = as_begun(config, Path(out))
+    config = thinned_to_fit(config, Path(out), lambda tried: study_parts(tried, load_concept(tried.concept), skip=skip))
     return run_parts(config, out, list(study_parts(config, load_concept(config.concept), skip=skip)), execute=execute)
 
 
@@ -76,6 +79,9 @@ def run_parts(config: StudyConfig, out: File, parts: Parts, *, execute: Execute 
     """Run or resume some parts of a study, or parts of one's own, in the folder `out`. Returns `out`. Errors: as `run_study`."""
     from alignblind_mi.organism.build import one_thread
 
+    if config.minutes is not None and config.amounts is None:
+        raise ModelError(f"what fits into {config.minutes:g} minutes is not chosen yet: choose it by `within(config, "
+                         f"{config.minutes:g}, parts)`, and make the parts of what it returns.")
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     config = as_begun(config, Path(out))
     with one_thread() if organism_record(config.aligned) else nullcontext():

@@ -1,0 +1,118 @@
+"""How many tokens a part asks of a model, and how long they take, by what the loaded model needs for a few. Does NOT choose anything."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from statistics import fmean
+from time import perf_counter
+
+import torch
+
+from alignblind_mi.measures.behaviour import ask
+from alignblind_mi.measures.sources import thinned
+from alignblind_mi.models.configs import load_tokenizer
+from alignblind_mi.models.edits import Edit, Row
+from alignblind_mi.models.model import HookedModel
+from alignblind_mi.models.tokens import unknown_words
+from alignblind_mi.stimuli.concept import Concept
+from alignblind_mi.studies.config import StudyConfig, asked_concept
+from alignblind_mi.studies.part import Load
+
+SAMPLED = 40    # prompts of a load whose tokens are counted
+MOST_TIMED = 64    # rows of one kind that are timed
+Kind = tuple[str, ...]
+
+
+class TokenCount:
+    """Tokens that a load reads, and those that it makes at most, by the tokenizer of a study's aligned model."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.name, self.tokenizer, self.lengths = config.aligned.name, load_tokenizer(config.aligned), dict[str, int]()
+
+    def __call__(self, load: Load) -> tuple[float, float]:
+        """(read, made), of all rows. Of many prompts some are counted."""
+        step = max(1, len(load.prompts) // SAMPLED)
+        some = replace(load, prompts=load.prompts[::step])
+        length = fmean(map(self._length, some.texts(self.tokenizer, self.name)))
+        if load.scored:    # each of the answers is read behind its prompt, which has been read
+            length += fmean(sum(map(self._answer, texts)) for texts in load.scored[::step])
+        rows = len(load.prompts) * load.times
+        return length * rows, float(rows * load.new_tokens)
+
+    def _length(self, text: str, **how: bool) -> int:
+        if text not in self.lengths:
+            self.lengths[text] = len(self.tokenizer(text, **how)["input_ids"])
+        return self.lengths[text]
+
+    def _answer(self, text: str) -> int:
+        return self._length(text, add_special_tokens=False)
+
+
+def kind_of(load: Load) -> Kind:
+    """What loads of one kind have in common: how the model runs them, so that a token of one takes as long as a token of another."""
+    if load.new_tokens and not load.written:
+        return "answers", str(load.prompts[0].labels.get("kind", ""))
+    return ("texts" if load.new_tokens else "patches" if len(load.written) > 1 else "questions") if load.written else "readings",
+
+
+def timed(model: HookedModel, config: StudyConfig, loads: Sequence[Load], tokens: Callable[[Load], tuple[float, float]], *,
+          seconds: float) -> dict[Kind, float]:
+    """Seconds per token, read or made, of each kind of load: some rows of its largest are run, twice as many each time, until they are 64
+    or more would take longer than `seconds` in all.
+
+    A token that is not made, since an answer ends, counts as made: that is how loads count them. The first rows are for warming up.
+    """
+    concept, found = asked_concept(config), dict[Kind, float]()
+    kinds = list(dict.fromkeys(map(kind_of, loads)))
+    for kind in kinds:
+        same = sorted((one for one in loads if kind_of(one) == kind), key=lambda one: len(one.prompts) * one.times, reverse=True)
+        load = next((known for one in same if (known := _known(model, one)).prompts), None)
+        if load is None:
+            continue    # no word of it is known: it is not asked
+        most, rows, left, taken = min(MOST_TIMED, len(load.prompts) * (load.times if load.written else 1)), 2, seconds / len(kinds), 0.0
+        _run(model, config, concept, _some(load, rows))
+        while kind not in found or (rows < most and 2 * taken < left):
+            rows = min(2 * rows, most)
+            few, start = _some(load, rows), perf_counter()
+            _run(model, config, concept, few)
+            taken = perf_counter() - start
+            left -= taken
+            found[kind] = taken / sum(tokens(few))
+    return found
+
+
+def _known(model: HookedModel, load: Load) -> Load:
+    """A load without those prompts whose words the tokenizer does not know."""
+    at = [i for i, item in enumerate(model.encode(load.prompts)) if not unknown_words(model.tokenizer, item)]
+    return load if len(at) == len(load.prompts) else replace(
+        load, prompts=[load.prompts[i] for i in at], scored=[load.scored[i] for i in at] if load.scored else ())
+
+
+def _some(load: Load, rows: int) -> Load:
+    """So many rows of a load, its prompts evenly thinned."""
+    at = thinned(range(len(load.prompts)), rows)
+    return replace(load, prompts=[load.prompts[i] for i in at], scored=[load.scored[i] for i in at] if load.scored else (),
+                   times=max(1, rows // len(at)))
+
+
+def _run(model: HookedModel, config: StudyConfig, concept: Concept, load: Load) -> None:
+    """The rows of a load, as its part runs them."""
+    if load.new_tokens and not load.written:
+        ask(model, concept, [one for _ in range(load.times) for one in load.prompts], config.decoding, partial=True)
+        return
+    prompts = [one for one in load.prompts for _ in range(load.times)]
+    rows = model.rows(prompts) if load.chat is not None else [Row(one) for one in prompts]
+    if load.written:
+        noise = torch.randn(len(rows), model.d_model, generator=torch.Generator().manual_seed(config.seed))
+        sites = islice(cycle(load.written), len(rows))
+        rows = [Row(row.prompt, (Edit(site, vector),)) for row, site, vector in zip(rows, sites, noise, strict=True)]
+    if load.new_tokens:
+        model.generate(rows, load.new_tokens, temperature=config.decoding.temperature, seed=config.seed,
+                       draws=[str(i) for i in range(len(rows))])
+    else:
+        model.next_log_probs(rows)
+
+
+def seconds_of(loads: Sequence[Load], rates: Mapping[Kind, float], tokens: Callable[[Load], tuple[float, float]]) -> float:
+    """How long some loads take at these rates."""
+    return sum(rates.get(kind_of(load), 0.0) * sum(tokens(load)) for load in loads)
