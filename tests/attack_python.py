@@ -683,6 +683,7 @@ def _config_cases(to: Attack, kind: Any, runs: Mapping[str, Callable[..., Any]])
         "balanced_pairs": (0, -1, NAN, "abc", 1.5),
         "published_pairs": (0, -1, NAN, "abc"),
         "shots": (-1, 65, NAN, "abc", 1.5),
+        "minutes": (0, -1, NAN, BIG, "abc", 1.5),
         "selfie": ("abc", "", 7),
         "protocol": ("abc", "", 7, None),
         "cue": ("abc", "", 7),

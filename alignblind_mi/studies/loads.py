@@ -68,7 +68,8 @@ def timed(model: HookedModel, config: StudyConfig, loads: Sequence[Load], tokens
         same = sorted((one for one in loads if kind_of(one) == kind), key=lambda one: len(one.prompts) * one.times, reverse=True)
         load = next((known for one in same if (known := _known(model, one)).prompts), None)
         if load is None:
-            continue    # no word of it is known: it is not asked
+            found[kind] = 0.0    # no word of it is known: it is not asked
+            continue
         most, rows, left, taken = min(MOST_TIMED, len(load.prompts) * (load.times if load.written else 1)), 2, seconds / len(kinds), 0.0
         _run(model, config, concept, _some(load, rows))
         while kind not in found or (rows < most and 2 * taken < left):
@@ -115,4 +116,4 @@ def _run(model: HookedModel, config: StudyConfig, concept: Concept, load: Load) 
 
 def seconds_of(loads: Sequence[Load], rates: Mapping[Kind, float], tokens: Callable[[Load], tuple[float, float]]) -> float:
     """How long some loads take at these rates."""
-    return sum(rates.get(kind_of(load), 0.0) * sum(tokens(load)) for load in loads)
+    return sum(rates[kind_of(load)] * sum(tokens(load)) for load in loads)

@@ -1,9 +1,9 @@
 """The parts of a study: which there are, which model each needs, how its rows are computed. Does NOT hold models or folders."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -121,6 +121,8 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
     """
     compared = [early_window(n_layers), late_window(n_layers)]
     windows = layer_windows(n_layers) if config.taken(n_layers).every else compared
+    noise = cache(partial(_noise_loads, config, concept))
+    loads = {kinds: cache(partial(_answer_loads, config, concept, kinds, "published", True)) for kinds in (KINDS, ("implicit",))}
     for name in steering_names(concept):
         for window in windows:
             def treat(model: HookedModel, name: str = name, window: range = window) -> Treatment:
@@ -128,32 +130,40 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
 
             label = f"steering_{name}_{window[0]:02d}-{window[-1]:02d}"
             kinds: tuple[Kind, ...] = KINDS if window in compared else ("implicit",)
-            yield Part(label, "aligned", False, *_behaviour(config, concept, kinds, treat))
+            yield Part(label, "aligned", False, *_behaviour(config, concept, kinds, treat, loads=loads[kinds]))
             if window in compared:
                 yield Part(f"{label}_awareness", "aligned", False, *_awareness(config, concept, "paper", treat), config.target_layer)
     for window in windows:
-        yield Part(f"{NOISE}_{window[0]:02d}-{window[-1]:02d}", "aligned", False, *_noise(config, concept, window))
+        yield Part(f"{NOISE}_{window[0]:02d}-{window[-1]:02d}", "aligned", False, _noise(config, concept, window), noise)
 
 
-def _noise(config: StudyConfig, concept: Concept, window: range) -> Work:
+def _noise(config: StudyConfig, concept: Concept, window: range) -> Callable[[HookedModel, Advance], pd.DataFrame]:
     """Implicit answers under several draws of noise that displaces the stream as far as steering a window towards the group sense does.
 
     Each draw is asked of at most `NOISE_PAIRS` word pairs a category, so that all of them cost about as much as a control phrase.
     """
-    pairs, draws = min(NOISE_PAIRS, config.word_pairs("published") or NOISE_PAIRS), config.taken(depth_of(config.aligned)).draws
-    few = implicit_prompts(concept, config.cue, design="published", seed=config.seed, max_word_pairs=pairs)
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         steered = sense_steering(model, concept, config.cue, concept.group_sense, window, protocol=config.protocol)
         asked = _asked(config, concept)
-        drawn = noise_placebos(model, steered, asked, n=draws, seed=config.seed)
-        rows = with_effects(ask_under(model, concept, few, drawn, config.decoding, advance), treatment_effects(model, drawn, asked))
+        drawn = noise_placebos(model, steered, asked, n=config.taken(model.n_layers).draws, seed=config.seed)
+        rows = with_effects(ask_under(model, concept, _few(config, concept), drawn, config.decoding, advance),
+                            treatment_effects(model, drawn, asked))
         return _with_treatment(rows, drawn[0]).assign(sense=MATCHED_NOISE)
 
-    def loads() -> list[Load]:
-        matching = Load(_asked(config, concept)[:SAMPLE], times=MATCHING * draws, chat=config.chat)
-        return [Load(few, config.decoding.max_new_tokens, draws, config.chat), matching]
-    return compute, loads
+    return compute
+
+
+def _noise_loads(config: StudyConfig, concept: Concept) -> list[Load]:
+    draws = config.taken(depth_of(config.aligned)).draws
+    return [Load(_few(config, concept), config.decoding.max_new_tokens, draws, config.chat),
+            Load(_asked(config, concept)[:SAMPLE], times=MATCHING * draws, chat=config.chat)]
+
+
+def _few(config: StudyConfig, concept: Concept) -> list[Prompt]:
+    """What is asked under noise."""
+    pairs = min(NOISE_PAIRS, config.word_pairs("published") or NOISE_PAIRS)
+    return implicit_prompts(concept, config.cue, design="published", seed=config.seed, max_word_pairs=pairs)
 
 
 def _asked(config: StudyConfig, concept: Concept) -> list[Prompt]:
@@ -162,9 +172,9 @@ def _asked(config: StudyConfig, concept: Concept) -> list[Prompt]:
                             max_word_pairs=config.word_pairs("published"))
 
 
-def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], treat: Treat | None = None, design: Design = "published"
-               ) -> Work:
-    """Answers, and under a treatment what it does to the stream and to the next token as well."""
+def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], treat: Treat | None = None, design: Design = "published",
+               loads: Callable[[], list[Load]] | None = None) -> Work:
+    """Answers, and under a treatment what it does to the stream and to the next token as well; `loads`: those of another treatment."""
     pairs = config.word_pairs(design)
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
@@ -175,13 +185,16 @@ def _behaviour(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], tre
             rows = with_effects(rows, treatment_effects(model, treatment, _asked(config, concept), sites=identifier_sites(model.n_layers)))
         return _with_treatment(rows, treatment)
 
-    def loads() -> list[Load]:
-        asked = [behaviour_prompts(concept, config.cue, kind, design=design, seed=config.seed, max_word_pairs=pairs) for kind in kinds]
-        found = [Load.of_answers(concept, prompts, config.decoding.max_new_tokens, config.chat) for prompts in asked]
-        if treat is not None:
-            found.append(Load(_asked(config, concept)[:SAMPLE], times=MEASURING, chat=config.chat))
-        return found
-    return compute, loads
+    return compute, loads or partial(_answer_loads, config, concept, kinds, design, treat is not None)
+
+
+def _answer_loads(config: StudyConfig, concept: Concept, kinds: Sequence[Kind], design: Design, treated: bool) -> list[Load]:
+    asked = [behaviour_prompts(concept, config.cue, kind, design=design, seed=config.seed, max_word_pairs=config.word_pairs(design))
+             for kind in kinds]
+    found = [Load.of_answers(concept, prompts, config.decoding.max_new_tokens, config.chat) for prompts in asked]
+    if treated:
+        found.append(Load(_asked(config, concept)[:SAMPLE], times=MEASURING, chat=config.chat))
+    return found
 
 
 def _awareness(config: StudyConfig, concept: Concept, reading: str, treat: Treat, controls: Sequence[str] = ()) -> Work:

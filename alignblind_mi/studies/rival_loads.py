@@ -1,7 +1,7 @@
 """What a comparison asks of a model under each rival: how many word pairs, and all the loads. Does NOT measure, nor make a treatment."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -68,9 +68,10 @@ def comparison_parts(config: StudyConfig, *, unqualified: bool = False) -> list[
     """A comparison by its rivals: what each asks, all measures together. They say what there is to do, and are not run."""
     concept = asked_concept(config)
     plan = plan_of(config, concept)
+    same = cache(partial(_same_loads, config, concept, unqualified))    # of the rivals of one kind
     wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
     parts = [Part(f"rival_{role}_{rival.name}", role, False, _never,
-                  partial(_loads, config, concept, rival, unqualified)) for role, rival in wanted]
+                  partial(_loads, config, concept, rival, same)) for role, rival in wanted]
     if not unqualified:
         parts += [Part(f"competence_{len(plan.rivals)}", "aligned", False, _never), Part("qualified", "aligned", False, _never)]
     trained = [training for training in plan.trainings if "x0" not in training.name]    # the others are scaled
@@ -82,25 +83,30 @@ def _never(*_: Any) -> pd.DataFrame:
     return pd.DataFrame()
 
 
-def _loads(config: StudyConfig, concept: Concept, rival: Rival, unqualified: bool) -> list[Load]:
-    untreated, everywhere = rival is UNTREATED_RIVAL, rival.family in BY_ADAPTER_OR_PREFIX or rival.name.startswith("prompt")
+def _loads(config: StudyConfig, concept: Concept, rival: Rival, same: Callable[[bool, bool], list[Load]]) -> list[Load]:
+    few = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=min(word_pairs(config), NOISE_PAIRS))
+    draws = config.taken(depth_of(config.aligned)).draws if rival.more is not None else 0
+    more = [Load.of_answers(concept, few, config.decoding.max_new_tokens, config.chat, draws - 1)] if draws > 1 else []
+    times = 2 * ROUNDS + MEASURING + MATCHING * draws
+    return [*same(rival is UNTREATED_RIVAL, rival.family in BY_ADAPTER_OR_PREFIX or rival.name.startswith("prompt")), *more,
+            Load(few[:SAMPLE], times=times, chat=config.chat)]
+
+
+def _same_loads(config: StudyConfig, concept: Concept, unqualified: bool, untreated: bool, everywhere: bool) -> list[Load]:
+    """What every rival is asked; `everywhere`: it can act where no identifier stands."""
     new, chat, pairs = config.decoding.max_new_tokens, config.chat, word_pairs(config)
     answers: Callable[..., Load] = partial(Load.of_answers, new_tokens=new, chat=chat)
     found = [answers(concept, behaviour_prompts(concept, config.cue, kind, design="balanced", seed=config.seed, max_word_pairs=pairs))
              for kind in KINDS]
     if not unqualified and (untreated or everywhere):
-        found += competence_work(config, concept, Treatment(rival.name, family=rival.family))[1]()
+        found += competence_work(config, concept, Treatment("rival"))[1]()
     if not unqualified and untreated and has_instruments(config, concept):
         found += instruments_work(config, concept)[1]()
     found += _readings(config, concept, untreated)
     judged, read = asked_prompts(concept, config.cue, word_pairs=pairs, seed=config.seed)
     found += [answers(concept, judged), Load(read, chat=chat)]
-    found += [answers(other, implicit_prompts(other, cue, design="balanced", seed=config.seed, max_word_pairs=1))
+    return found + [answers(other, implicit_prompts(other, cue, design="balanced", seed=config.seed, max_word_pairs=1))
               for other, cue in elsewhere(concept, config.cue)]
-    few = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=min(pairs, NOISE_PAIRS))
-    draws = config.taken(depth_of(config.aligned)).draws if rival.more is not None else 0
-    found += [answers(concept, few, times=draws - 1)] if draws > 1 else []
-    return [*found, Load(few[:SAMPLE], times=2 * ROUNDS + MEASURING + MATCHING * draws, chat=chat)]
 
 
 def _readings(config: StudyConfig, concept: Concept, untreated: bool) -> list[Load]:

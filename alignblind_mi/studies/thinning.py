@@ -61,7 +61,9 @@ def _within(config: StudyConfig, minutes: float, parts: PartsOf) -> StudyConfig:
     loading = perf_counter() - start
     KEPT[:] = [model]
     rates = timed(model if config.chat is None else model.in_chat(config.chat), config, loads, counted.tokens, seconds=TIMED * 60 * minutes)
-    return fitting(counted, rates, spent=perf_counter() - begun, loading=loading * counted.loadings(larger))
+    loading *= counted.loadings(larger)
+    fitting(counted, rates, spent=perf_counter() - begun, loading=loading)
+    return fitting(counted, rates, spent=perf_counter() - begun, loading=loading)    # now with the time that counting took
 
 
 def kept_model(spec: ModelSpec | None) -> HookedModel | None:
