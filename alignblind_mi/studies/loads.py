@@ -19,7 +19,8 @@ from alignblind_mi.studies.config import StudyConfig, asked_concept
 from alignblind_mi.studies.part import Load
 
 SAMPLED = 40    # prompts of a load whose tokens are counted
-MOST_TIMED = 64    # rows of one kind that are timed
+FIRST, BATCH = (4, 16), 64    # rows that are timed; those that all are reckoned in batches of
+LEAST_EACH = 0.25    # of what a row of a batch takes, for a row more
 Kind = tuple[str, ...]
 
 
@@ -57,29 +58,40 @@ def kind_of(load: Load) -> Kind:
 
 def timed(model: HookedModel, config: StudyConfig, loads: Sequence[Load], tokens: Callable[[Load], tuple[float, float]], *,
           seconds: float) -> dict[Kind, float]:
-    """Seconds per token, read or made, of each kind of load: some rows of its largest are run, twice as many each time, until they are 64
-    or more would take longer than `seconds` in all.
+    """Seconds per token, read or made, of each kind of load, in batches of 64 rows.
 
-    A token that is not made, since an answer ends, counts as made: that is how loads count them. The first rows are for warming up.
+    4 and 16 rows of its largest are run, and 64 where that is to fit into `seconds` for all kinds; else what 64 take is drawn from the two,
+    as a line. A token that is not made, since an answer ends, counts as made: that is how loads count them.
     """
     concept, found = asked_concept(config), dict[Kind, float]()
     kinds = list(dict.fromkeys(map(kind_of, loads)))
+
+    def run(load: Load, rows: int) -> tuple[float, float, float]:
+        few, start = _some(load, rows), perf_counter()
+        _run(model, config, concept, few)
+        return float(rows), perf_counter() - start, sum(tokens(few))
+
     for kind in kinds:
         same = sorted((one for one in loads if kind_of(one) == kind), key=lambda one: len(one.prompts) * one.times, reverse=True)
         load = next((known for one in same if (known := _known(model, one)).prompts), None)
         if load is None:
             found[kind] = 0.0    # no word of it is known: it is not asked
             continue
-        most, rows, left, taken = min(MOST_TIMED, len(load.prompts) * (load.times if load.written else 1)), 2, seconds / len(kinds), 0.0
-        _run(model, config, concept, _some(load, rows))
-        while kind not in found or (rows < most and 2 * taken < left):
-            rows = min(2 * rows, most)
-            few, start = _some(load, rows), perf_counter()
-            _run(model, config, concept, few)
-            taken = perf_counter() - start
-            left -= taken
-            found[kind] = taken / sum(tokens(few))
+        most, left = min(BATCH, len(load.prompts) * (load.times if load.written else 1)), seconds / len(kinds)
+        model.next_log_probs(load.prompts[:1])    # for warming up
+        done = [run(load, min(rows, most)) for rows in FIRST]
+        if most > FIRST[-1] and sum(taken for _, taken, _ in done) + _taken(done, most) < left:
+            done = [done[-1], run(load, most)]
+        rows, _, counted = done[-1]
+        found[kind] = _taken(done, most) / most * rows / counted
     return found
+
+
+def _taken(done: Sequence[tuple[float, float, float]], most: int) -> float:
+    """Seconds of `most` rows, on the line through two timings (rows, seconds, tokens); a row more is never for nothing."""
+    (fewer, quicker, _), (rows, taken, _) = done
+    each = (taken - quicker) / (rows - fewer) if rows > fewer else 0.0
+    return taken + max(each, LEAST_EACH * taken / rows) * (most - rows)
 
 
 def _known(model: HookedModel, load: Load) -> Load:

@@ -25,7 +25,7 @@ from alignblind_mi.studies.part import Load, Part
 from alignblind_mi.studies.parts import study_parts, training_loads
 
 PLANNED = 0.8    # of the minutes: tables, pages and what no load counts have the rest
-TIMED = 0.06     # of the minutes, for measuring how long rows take
+TIMED = 0.1     # of the minutes, for measuring how long rows take
 KEPT: list[HookedModel] = []    # the model that the rate was measured on, until a run takes it
 PartsOf = Callable[[StudyConfig], Iterable[Part]]
 
