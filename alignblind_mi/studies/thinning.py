@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 
 from alignblind_mi.borders.settings import Positive, takes
-from alignblind_mi.borders.texts import say
+from alignblind_mi.borders.texts import say, shown
 from alignblind_mi.models.configs import depth_of, load_config
 from alignblind_mi.models.loading import check_model
 from alignblind_mi.models.model import HookedModel, load_model
@@ -55,7 +55,10 @@ def _within(config: StudyConfig, minutes: float, parts: PartsOf) -> StudyConfig:
     config = replace(config, minutes=minutes, amounts=None)
     check_model(config.aligned)
     counted = Counted(config, parts)
-    loads, larger = counted.loads(counted.ladder[0]), max((config.base, config.aligned), key=_size)
+    loads = counted.loads(counted.ladder[0])
+    if not loads:
+        raise ModelError("how long these parts take cannot be reckoned: none says what it asks (Part.loads).")
+    larger = max((config.base, config.aligned), key=_size)
     start = perf_counter()
     model = load_model(larger)
     loading = perf_counter() - start
@@ -82,7 +85,7 @@ class Counted:
         pairs = max(len(self.concept.categories[name].word_pairs())
                     for name in self.concept.cue(config.cue).categories or self.concept.categories)
         self.ladder = ladder(replace(FULL, pairs=pairs, layers=self.depth, texts=self.depth))
-        self.parts = cache(lambda amounts: [part for part in parts(replace(config, amounts=amounts)) if not part.same_as])
+        self.parts = cache(lambda amounts: [part for part in _made(parts, replace(config, amounts=amounts)) if not part.same_as])
 
     def loadings(self, there: ModelSpec) -> int:
         """How often a model is loaded, when one is there already, which serves where it comes first."""
@@ -99,6 +102,17 @@ class Counted:
     def asked(self, amounts: Amounts) -> list[Load]:
         """What the parts ask, without trainings."""
         return [load for part in self.parts(amounts) for load in _loads(part)]
+
+
+def _made(parts: PartsOf, config: StudyConfig) -> list[Part]:
+    """The parts that a function makes. Errors: ModelError for what is none, or makes others."""
+    if not callable(parts):
+        raise ModelError(f"parts must be a function of a configuration, such as bias_parts, got {shown(parts)}.")
+    made = parts(config)
+    found = list(made) if isinstance(made, Iterable) else [made]
+    if not all(isinstance(part, Part) for part in found):
+        raise ModelError(f"parts must be a function that makes parts of a configuration, such as bias_parts; it made {shown(made)}.")
+    return found
 
 
 @cache

@@ -186,6 +186,16 @@ def test_minutes_that_are_none_are_refused_before_anything_is_loaded(minutes, sa
             ask()
 
 
+@pytest.mark.parametrize(("parts", "said"), [
+    (7, "parts must be a function of a configuration, such as bias_parts, got 7"),
+    (lambda config: [7], "it made"),
+    (lambda config: [ab.Part("mine", "model", False, lambda model, advance: None)], "cannot be reckoned: none says what it asks")])
+def test_parts_that_cannot_be_reckoned_are_refused_before_anything_is_loaded(parts, said, monkeypatch):
+    monkeypatch.setattr(thinning, "load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ModelError, match=said):
+        thinning._within(ORGANISM, 1.0, parts)
+
+
 def test_minutes_and_a_quick_look_are_two_ways(tmp_path):
     for ask in (lambda: StudyConfig.create("organism:base", "organism:aligned", quick=True, minutes=1.0),
                 lambda: ab.within(StudyConfig.create("organism:base", "organism:aligned", quick=True), 1.0)):
