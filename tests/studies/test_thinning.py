@@ -187,8 +187,7 @@ def test_minutes_that_are_none_are_refused_before_anything_is_loaded(minutes, sa
 
 
 @pytest.mark.parametrize(("parts", "said"), [
-    (7, "parts must be a function of a configuration, such as bias_parts, got 7"),
-    (lambda config: [7], "it made"),
+    (lambda config: [7], "parts must be a function that makes parts of a configuration, such as bias_parts; it made"),
     (lambda config: [ab.Part("mine", "model", False, lambda model, advance: None)], "cannot be reckoned: none says what it asks")])
 def test_parts_that_cannot_be_reckoned_are_refused_before_anything_is_loaded(parts, said, monkeypatch):
     monkeypatch.setattr(thinning, "load_model", lambda *_: pytest.fail("loaded"))
