@@ -90,8 +90,8 @@ class StudyConfig:
         if self.quick and (self.minutes is not None or self.amounts is not None):
             raise ModelError("a quick look (quick, --quick) and minutes (minutes, --minutes) are two ways to ask less: give one of them.")
 
-    def taken(self, n_layers: int) -> Amounts:
-        """How much of everything is measured on a model of so many layers."""
+    def taken(self, n_layers: int = 0) -> Amounts:
+        """How much of everything is measured on a model of so many layers, on which layers and dear controls alone depend."""
         if self.amounts is not None:
             return self.amounts
         return (QUICK if n_layers > SHALLOW else QUICK_SHALLOW) if self.quick else FULL

@@ -49,7 +49,7 @@ def lora_groups(config: StudyConfig) -> list[str]:
     """The layer groups that this study trains; none where there is nothing to train awareness on."""
     if not trainable(load_concept(config.concept), config.cue):
         return []
-    return config.taken(depth_of(config.aligned)).groups
+    return config.taken().groups
 
 
 def study_parts(config: StudyConfig, concept: Concept, *, skip: Sequence[str] = ()) -> Iterator[Part]:
@@ -155,7 +155,7 @@ def _noise(config: StudyConfig, concept: Concept, window: range) -> Callable[[Ho
 
 
 def _noise_loads(config: StudyConfig, concept: Concept) -> list[Load]:
-    draws = config.taken(depth_of(config.aligned)).draws
+    draws = config.taken().draws
     return [Load(_few(config, concept), config.decoding.max_new_tokens, draws, config.chat),
             Load(_asked(config, concept)[:SAMPLE], times=MATCHING * draws, chat=config.chat)]
 
@@ -226,12 +226,12 @@ def text_layers(config: StudyConfig, n_layers: int) -> list[int]:
 
 def writes_texts(config: StudyConfig) -> bool:
     """Whether a study that names no instruments has texts written."""
-    return config.taken(depth_of(config.aligned)).texts > 0
+    return config.taken().texts > 0
 
 
 def controls_of(config: StudyConfig, concept: Concept) -> list[str]:
     """The controls of readings: those that the concept has what is needed for, or the negative ones alone."""
-    every = config.taken(depth_of(config.aligned)).controls
+    every = config.taken().controls
     return [name for name in possible_controls(concept) if every or name in NEGATIVE_CONTROLS]
 
 

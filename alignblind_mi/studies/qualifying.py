@@ -33,7 +33,7 @@ COMPETENCE, QUALIFIED = "competence", "qualified"    # how the names of the part
 
 def asked_pairs(config: StudyConfig) -> int:
     """How many word pairs of competence are asked."""
-    return config.taken(depth_of(config.aligned)).competence
+    return config.taken().competence
 
 
 def has_instruments(config: StudyConfig, concept: Concept) -> bool:
@@ -66,7 +66,7 @@ def competence_work(config: StudyConfig, concept: Concept, treatment: Treatment 
 
 def all_instruments(config: StudyConfig) -> tuple[str, ...]:
     """What is tried where no instruments are named: all, but those that write texts only where texts are written."""
-    return tuple(name for name in INSTRUMENTS if name != "selfie" or config.taken(depth_of(config.aligned)).texts)
+    return tuple(name for name in INSTRUMENTS if name != "selfie" or config.taken().texts)
 
 
 def injected(config: StudyConfig) -> list[Site]:
@@ -79,7 +79,7 @@ def instruments_work(config: StudyConfig, concept: Concept, instruments: Sequenc
     is left out to fit into minutes. Errors: ModelError for an unknown one."""
     instruments = all_instruments(config) if instruments is None else instruments
     check_instruments(instruments)
-    full = config.taken(depth_of(config.aligned)).tried
+    full = config.taken().tried
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         try:

@@ -37,7 +37,7 @@ BY_ADAPTER_OR_PREFIX = ("lora", "unlearning", "prompt", "combined")    # familie
 
 def word_pairs(config: StudyConfig) -> int:
     """Word pairs a category that every rival is asked."""
-    return min(QUICK_PAIRS if config.quick else PAIRS, config.taken(depth_of(config.aligned)).pairs)
+    return min(QUICK_PAIRS if config.quick else PAIRS, config.taken().pairs)
 
 
 def reading_options(config: StudyConfig, n_layers: int) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _never(*_: Any) -> pd.DataFrame:
 
 def _loads(config: StudyConfig, concept: Concept, rival: Rival, same: Callable[[bool, bool], list[Load]]) -> list[Load]:
     few = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=min(word_pairs(config), NOISE_PAIRS))
-    draws = config.taken(depth_of(config.aligned)).draws if rival.more is not None else 0
+    draws = config.taken().draws if rival.more is not None else 0
     more = [Load.of_answers(concept, few, config.decoding.max_new_tokens, config.chat, draws - 1)] if draws > 1 else []
     times = 2 * ROUNDS + MEASURING + MATCHING * draws
     return [*same(rival is UNTREATED_RIVAL, rival.family in BY_ADAPTER_OR_PREFIX or rival.name.startswith("prompt")), *more,
