@@ -141,5 +141,6 @@ from .studies.single import (
     patch_tables as patch_tables,
 )
 from .studies.study_file import read_study_file as read_study_file
+from .studies.thinning import within as within
 
 __version__: str

@@ -694,6 +694,8 @@ def share_cases(to: Attack) -> None:
 
 def _config_cases(to: Attack, kind: Any, runs: Mapping[str, Callable[..., Any]]) -> None:
     """`StudyConfig.create`, and a configuration changed afterwards and then run."""
+    from alignblind_mi import within
+
     values: dict[str, tuple[Any, ...]] = {
         "concept": TEXT,
         "cue": TEXT,
@@ -718,11 +720,24 @@ def _config_cases(to: Attack, kind: Any, runs: Mapping[str, Callable[..., Any]])
                 return lambda: kind.create(options.pop("base"), options.pop("aligned"), **options)
 
             to.call("StudyConfig.create", name, value, create, named=None if isinstance(value, (str, float)) else ())
+    wrong: dict[str, tuple[Any, ...]] = {
+        "minutes": (0, -1, NAN, BIG, "abc", None),
+        "parts": (7, "abc", None, lambda config: 7, lambda config: []),
+    }
+    for name, each in wrong.items():
+        for value in each:
+
+            def thinned(place: Place, name: str = name, value: Any = value) -> Call:
+                tiny = str(place.inputs / "tiny")
+                return lambda: within(kind.create(tiny, tiny), **{"minutes": 1.0, name: value})
+
+            to.call("within", name, value, thinned, named=())
     changes: dict[str, tuple[Any, ...]] = {
         "target_layer": (99, -1, BIG, NAN, "abc", 1.5),
         "balanced_pairs": (0, -1, NAN, "abc", 1.5),
         "published_pairs": (0, -1, NAN, "abc"),
         "shots": (-1, 65, NAN, "abc", 1.5),
+        "minutes": (0, -1, NAN, BIG, "abc", 1.5),
         "selfie": ("abc", "", 7),
         "protocol": ("abc", "", 7, None),
         "cue": ("abc", "", 7),

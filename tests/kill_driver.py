@@ -37,7 +37,7 @@ from alignblind_mi import (
     study_parts,
     train_lora,
 )
-from alignblind_mi.studies import comparison
+from alignblind_mi.studies import comparison, rival_loads
 from alignblind_mi.studies.parts import Part
 from alignblind_mi.studies.rivals import Plan, plan_rivals
 from alignblind_mi.studies.single import SteeringPlan, awareness_parts, bias_parts, measure_parts, steer_parts
@@ -90,7 +90,7 @@ def compare(config: StudyConfig, out: Path) -> None:
         names = ("steer_early", "lora_early")
         return Plan([rival for rival in plan.rivals if rival.name in names], [one for one in plan.trainings if one.name in names], {})
 
-    comparison.plan_rivals, comparison.MEASURED = few, ("answers",)
+    rival_loads.plan_rivals, comparison.MEASURED = few, ("answers",)
     comparison.run_comparison(config, out)
 
 

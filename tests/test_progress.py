@@ -151,7 +151,7 @@ def test_patching_that_is_interrupted_keeps_its_finished_parts(tmp_path, tiny_fo
     results = measure_parts(config, tmp_path / "out", parts)
     assert len(calls) == 3
     assert load_result(tmp_path / "out" / f"{parts[0].name}.parquet").rows.equals(results[0].rows)
-    whole = measure_patching(tiny, load_concept(brief), "default", parts=("residual", "heads"), controls=single.QUICK_CONTROLS,
+    whole = measure_patching(tiny, load_concept(brief), "default", parts=("residual", "heads"), controls=single.FEW_CONTROLS,
                              marks=single.HEAD_MARKS["context"], max_word_pairs=1)
     places = patch_tables(results)["places"]
     assert places.drop(columns="model").equals(patch_tables(whole)["places"].drop(columns="model"))

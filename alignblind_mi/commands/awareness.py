@@ -24,12 +24,17 @@ def awareness(
 
     Example: alignblind awareness --model meta-llama/Meta-Llama-3-8B --instruments patchscope,selfie --out awareness
     """
+    from functools import partial
+
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, tagged
     from alignblind_mi.results import records_of
     from alignblind_mi.studies.single import awareness_parts, awareness_tables, measure_parts
+    from alignblind_mi.studies.thinning import thinned_to_fit
 
     config = configured(asked, asking, loading)
-    results = measure_parts(config, out, awareness_parts(config, listed(instruments), reading, skip=listed(skip)))
+    parts = partial(awareness_parts, names=listed(instruments), reading=reading, skip=listed(skip))
+    config = thinned_to_fit(config, out, parts)
+    results = measure_parts(config, out, parts(config))
     tables = awareness_tables(results)
     if as_json:
         print_json(tagged(tables, results[0].provenance, config.seed, protocol=config.protocol))

@@ -28,9 +28,11 @@ def bias(
     from alignblind_mi.results import records_of
     from alignblind_mi.statistics.log_odds import check_outcome
     from alignblind_mi.studies.single import bias_parts, bias_tables, measure_parts
+    from alignblind_mi.studies.thinning import thinned_to_fit
 
     config = configured(asked, asking, loading)
     check_outcome(outcome)
+    config = thinned_to_fit(config, out, lambda tried: bias_parts(tried, design))
     (result,) = measure_parts(config, out, bias_parts(config, design))
     tables = bias_tables(result.rows, outcome)
     if as_json:

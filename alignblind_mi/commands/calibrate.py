@@ -29,7 +29,7 @@ def calibrate(
     from alignblind_mi.studies.calibration import CalibrationConfig, processors, run_calibration
 
     config = CalibrationConfig.create(seeds, quick=quick)
-    divided = spread.shard is not None or spread.ray is not None
-    building = 1 if jobs is None and divided else jobs or processors()
+    spread.check()
+    building = 1 if jobs is None and spread.divides else jobs or processors()
     if spread.carry_out(partial(run_calibration, config, jobs=building), out):
         say(f"The page is {write_calibration(out).resolve()}")

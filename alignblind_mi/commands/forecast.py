@@ -15,7 +15,7 @@ def forecast(
     context: typer.Context,
     file: StudyFile = None,
     pair: Pair,
-    asking: Annotated[Asking, Without("temperature", "seed")],
+    asking: Annotated[Asking, Without("temperature", "seed", "minutes")],
     loading: Annotated[Loading, Without("engine")],
     rate: Annotated[bool, typer.Option(help="Measure this machine's rate on two of the model's layers, without weights.")] = True,
     as_json: AsOneJson = False,

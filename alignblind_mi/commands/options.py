@@ -41,6 +41,8 @@ EngineOption = Annotated[str, typer.Option(help="fast, plain (transformers' own 
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along (read it first).")]
 Unpickling = Annotated[bool, typer.Option("--allow-pickle", help="Unpickle weights that lie in .bin files (torch, weights_only): only from "
                                                            "makers whom you trust.")]
+Minutes = Annotated[float | None, typer.Option(help="Measure as much as fits into so many minutes here (not with --quick): what is thinned "
+                                                    "is said, and kept in OUT.")]
 ShotsCount = Annotated[int, typer.Option("--shots", help="Worked examples of neutral items before every bias prompt.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn, sampled answers among it.")]
 Out = Annotated[Path, typer.Option(help="Results folder; what is in it already is not computed again.")]
@@ -100,6 +102,7 @@ class Asking:
     """How a model is asked."""
 
     quick: Quick = False
+    minutes: Minutes = None
     chat: Chatting = False
     system: System = ""
     chat_options: ChatOptions = ""
@@ -138,7 +141,12 @@ class Spread:
     cpus_each: CpusEach = None
     gpus_each: GpusEach = None
 
-    def check(self) -> None:
+    @property
+    def divides(self) -> bool:
+        """Whether it is more than this process."""
+        return self.shard is not None or self.ray is not None
+
+    def check(self, minutes: float | None = None) -> None:
         """Errors: AlignblindError for options that do not go together, ShareError for a share that does not exist."""
         from alignblind_mi.studies.shares import Share
 
@@ -147,15 +155,17 @@ class Spread:
             raise AlignblindError(f"--{given[0].replace('_', '-')} belongs to --ray: give that as well (--ray local for this machine).")
         if self.shard is not None and self.ray is not None:
             raise AlignblindError("--shard and --ray are two ways to divide a run: give one of them.")
+        if minutes is not None and self.divides:
+            raise AlignblindError(f"{minutes:g} minutes are those of one process on this machine, which measures what fits: leave out "
+                                  f"--{'shard' if self.shard else 'ray'}, or the minutes.")
         if self.shard is not None:
             Share.of(self.shard)
 
     def carry_out(self, run: Callable[..., Any], out: Path) -> bool:
-        """Do a run that lacks its folder alone; whether it is whole now. What is missing is said."""
+        """Do a run that lacks its folder alone (after `check`); whether it is whole now. What is missing is said."""
         from alignblind_mi.studies.on_ray import run_on_ray
         from alignblind_mi.studies.shares import Share, missing_jobs
 
-        self.check()
         if self.ray is not None:
             run_on_ray(run, out, address=self.ray, actors=self.actors, gpus=self.gpus_each,
                        cpus=1 if self.cpus_each is None else self.cpus_each)
@@ -172,7 +182,8 @@ class Spread:
 
 def said_missing(jobs: Sequence[str]) -> str:
     """How many jobs are missing, and the first of them, as a sentence."""
-    return f"{len(jobs)} jobs are missing yet ({', '.join(jobs[:3])}{', ...' if len(jobs) > 3 else ''})."
+    are = "job is" if len(jobs) == 1 else "jobs are"
+    return f"{len(jobs)} {are} missing yet ({', '.join(jobs[:3])}{', ...' if len(jobs) > 3 else ''})."
 
 
 KINDS = (One, Pair, Asking, Loading, Spread)

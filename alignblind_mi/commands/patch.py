@@ -24,13 +24,18 @@ def patch(
 
     Example: alignblind patch --model meta-llama/Meta-Llama-3-8B-Instruct --parts residual,heads --out patch
     """
+    from functools import partial
+
     from alignblind_mi.measures.patching import effect_span
     from alignblind_mi.pages.terminal import about, interval, number, print_json, print_table, tagged
     from alignblind_mi.results import records_of
     from alignblind_mi.studies.single import measure_parts, patch_parts, patch_tables, strongest_places
+    from alignblind_mi.studies.thinning import thinned_to_fit
 
     config = configured(asked, asking, loading)
-    results = measure_parts(config, out, patch_parts(config, listed(parts), swap=swap, max_word_pairs=max_word_pairs))
+    wanted = partial(patch_parts, parts=listed(parts), swap=swap, max_word_pairs=max_word_pairs)
+    config = thinned_to_fit(config, out, wanted)
+    results = measure_parts(config, out, wanted(config))
     result, tables = results[0], patch_tables(results)
     if as_json:
         print_json(tagged(tables, result.provenance, config.seed))

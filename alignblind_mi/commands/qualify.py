@@ -36,7 +36,8 @@ def qualify(
     from alignblind_mi.studies.running import run_parts
 
     config = configured(asked, asking, loading)
-    if not spread.carry_out(partial(run_parts, config, parts=qualification_parts(config, listed(instruments))), out):
+    spread.check(config.minutes)
+    if spread.divides and not spread.carry_out(partial(run_parts, config, parts=qualification_parts(config, listed(instruments))), out):
         return
     found, results = run_qualification(config, out, listed(instruments))
     page = write_qualification(out, found, results)

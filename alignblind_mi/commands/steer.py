@@ -35,12 +35,14 @@ def steer(
     from alignblind_mi.results import records_of
     from alignblind_mi.statistics.log_odds import check_outcome
     from alignblind_mi.studies.single import SteeringPlan, measure_parts, steer_parts, steer_tables, vectors_file
+    from alignblind_mi.studies.thinning import thinned_to_fit
 
     config = configured(asked, asking, loading)
     check_outcome(outcome)
     plan = SteeringPlan.create(config, sense=sense, method=method, how=how, layers=layers, strengths=strengths, positions=positions)
     if gguf is not None:
         check_gguf(gguf, plan.method, "resid_post", [layer for group in plan.layers for layer in group])
+    config = thinned_to_fit(config, out, lambda tried: steer_parts(tried, plan, out))
     (result,) = measure_parts(config, out, steer_parts(config, plan, out))
     vectors = vectors_file(plan, out)
     if gguf is not None:

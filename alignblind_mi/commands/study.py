@@ -49,6 +49,7 @@ def study(
 
     config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "skip", "outcome", *SPREAD))
     check_outcome(outcome)
+    spread.check(config.minutes)
     if not spread.carry_out(partial(run_study, config, skip=listed(skip)), out):
         return
     page = out / "report.html"

@@ -136,11 +136,27 @@ def _copying(model: HookedModel, concept: Concept, cue: Cue, word_pairs: int, se
     return [", ".join(some) for some in drawn], [float(some == words) for some, words in zip(said, drawn, strict=True)]
 
 
+def asked_prompts(concept: Concept, cue: str | Cue, *, word_pairs: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """What `measure_side_effects` asks at most: what is answered (judging), and what is read."""
+    cue = concept.cue(cue) if isinstance(cue, str) else cue
+    settled = [one for sense in (concept.group_sense, concept.other_sense) for one in _settled(concept, cue, sense)]
+    asked = [_asked(one, question.text, role, name) for one in settled for question in concept.interpretations.values()
+             for role, name in (("marked", cue.marked[0]), ("unmarked", cue.unmarked[0]))]
+    texts = [Prompt(text) for text in _data()["texts"]]
+    judged = [prompt for some in _judged_prompts(concept, word_pairs, seed) for prompt in some]
+    return judged, [*texts, *texts, *settled, *asked]
+
+
+def _judged_prompts(concept: Concept, word_pairs: int, seed: int) -> list[list[Prompt]]:
+    """The concept's implicit task with each bad and good option in the identifiers' place."""
+    return [implicit_prompts(concept, Cue(f"{bad}-{good}", (bad,), (good,)), design="balanced", seed=seed, max_word_pairs=word_pairs)
+            for bad, good in _data()["judged"]]
+
+
 def _judging(model: HookedModel, concept: Concept, cue: Cue, word_pairs: int, seed: int) -> tuple[list[str], list[float]]:
     """The concept's implicit task with a bad and a good option in the identifiers' place. They are no identifiers: no edit is at them."""
     items, right = [], []
-    for bad, good in _data()["judged"]:
-        asked = implicit_prompts(concept, Cue(f"{bad}-{good}", (bad,), (good,)), design="balanced", seed=seed, max_word_pairs=word_pairs)
+    for asked in _judged_prompts(concept, word_pairs, seed):
         rows = ask(model, concept, [replace(prompt, marks={}) for prompt in asked], Decoding(), partial=True)
         items += [f"{prompt.labels['cue']}|{prompt.labels['template']}|{prompt.labels['option_order']}|{prompt.labels['word_order']}|"
                   f"{prompt.labels['word_pair']}" for prompt in asked]

@@ -305,4 +305,5 @@ def _command(study: Study) -> str:
     for name, default in (("dtype", None), ("device_map", None), ("quantization", None), ("engine", "auto")):
         given = config["aligned"].get(name, default)
         words += [f"--{name.replace('_', '-')}", str(given)] if given != default else []
-    return shlex.join([*words, *(["--quick"] if config["quick"] else []), "--out", study.folder.name])
+    minutes = ["--minutes", f"{config['minutes']:g}"] if config.get("minutes") else []
+    return shlex.join([*words, *(["--quick"] if config["quick"] else []), *minutes, "--out", study.folder.name])

@@ -12,12 +12,13 @@ from alignblind_mi.borders.reading import is_file, is_folder, named, read_json
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.mitigation import early_window, late_window, steering_names
 from alignblind_mi.mitigations.lora import trainable
-from alignblind_mi.mitigations.lora_settings import LAYER_GROUPS, layers_text
+from alignblind_mi.mitigations.lora_settings import layers_text
 from alignblind_mi.mitigations.steering import can_steer, layer_windows
 from alignblind_mi.models.spec import EMBEDDED, ModelSpec
-from alignblind_mi.results import Result
+from alignblind_mi.results import STUDY, Result
 from alignblind_mi.statistics.log_odds import alike, check_outcome, judged, leading
 from alignblind_mi.stimuli.concept import Concept, load_concept
+from alignblind_mi.studies.amounts import FULL, QUICK, Amounts
 from alignblind_mi.studies.config import organism_record
 from alignblind_mi.studies.parts import NOISE, QUALIFICATION, instruments, questions, view_names
 from alignblind_mi.studies.qualified import Qualification, qualification_of, read_qualification
@@ -27,7 +28,6 @@ from alignblind_mi.studies.running import load_study
 ROLES = ("base", "aligned")
 PARTS = ("competence_", "qualified_", "behaviour_", "balanced_", "awareness_", "reading_", "view_", "steering_", "noise_",
          "lora_")    # how names of parts begin
-QUICK_GROUPS = ("early", "late")
 BOTH_COLUMNS = frozenset({"model", "treatment", "role"})
 ANSWER_COLUMNS = BOTH_COLUMNS | {"kind", "category", "template", "word_pair", "option_order", "word_order", "outcome", "log_odds"}
 INSTRUMENT_COLUMNS = BOTH_COLUMNS | {"instrument", "identifier", "context", "control", "mark", "mention", "layer", "blind"}
@@ -198,19 +198,20 @@ def expected_parts(config: dict[str, Any], concept: Concept, n_layers: int | Non
     """Names of all parts of a study, in the order in which they are computed (see `study_parts`); without steering where the depth is not
     known yet."""
     names, cue = list[str](), config["cue"]
+    taken = Amounts.read(config["amounts"], STUDY) if config.get("amounts") else QUICK if config["quick"] else FULL
     for role in ROLES:
         tried = [f"{QUALIFIED}_{role}"] if concept.has_senses(cue) and concept.contexts else []
         names += [] if skip else [f"{COMPETENCE}_{role}", *tried]
         names += [f"behaviour_{role}", f"balanced_{role}", *(f"awareness_{role}_{question}" for question in questions(concept, cue)),
-                  *(f"reading_{name}_{role}" for name in instruments(concept, cue, config.get("selfie", "paper"))),
+                  *(f"reading_{name}_{role}" for name in instruments(concept, cue, config.get("selfie", "paper"), texts=taken.texts > 0)),
                   *(f"view_{name}_{role}" for name in view_names(concept, cue))]
     if can_steer(concept, cue) and n_layers:
         compared = [early_window(n_layers), late_window(n_layers)]
         for sense in steering_names(concept):
-            for window in compared if config["quick"] else layer_windows(n_layers):
+            for window in layer_windows(n_layers) if taken.every else compared:
                 label = f"steering_{sense}_{window[0]:02d}-{window[-1]:02d}"
                 names += [label, f"{label}_awareness"] if window in compared else [label]
-        names += [f"{NOISE}_{window[0]:02d}-{window[-1]:02d}" for window in (compared if config["quick"] else layer_windows(n_layers))]
-    for group in (QUICK_GROUPS if config["quick"] else LAYER_GROUPS) if trainable(concept, cue) else ():
+        names += [f"{NOISE}_{window[0]:02d}-{window[-1]:02d}" for window in (layer_windows(n_layers) if taken.every else compared)]
+    for group in taken.groups if trainable(concept, cue) else ():
         names += [f"lora_{group}", f"lora_{group}_awareness", *([] if skip else [f"lora_{group}_{COMPETENCE}"])]
     return list(dict.fromkeys(names))

@@ -38,22 +38,31 @@ from alignblind_mi.models.tokens import unknown_words
 from alignblind_mi.progress import Advance, Progress, interruptible
 from alignblind_mi.results import Result, StudyFolder, check_parts, json_value, stamp
 from alignblind_mi.statistics.rates import CLUSTERS
-from alignblind_mi.stimuli.concept import Concept, concept_names, load_concept
+from alignblind_mi.stimuli.concept import Concept
 from alignblind_mi.stimuli.prompts import KINDS, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig, as_begun, asked_concept, organism_record
 from alignblind_mi.studies.drawn import write_drawn
 from alignblind_mi.studies.jobs import Execute, Job, serially, share_of
-from alignblind_mi.studies.parts import instruments, selfie_options, skipped
+from alignblind_mi.studies.parts import instruments, skipped, writes_texts
 from alignblind_mi.studies.qualifying import COMPETENCE, QUALIFIED, competence_work, has_instruments, instruments_work
-from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, noise_prompts, plan_rivals
+from alignblind_mi.studies.rival_loads import (
+    READING_PAIRS,
+    ROUNDS,
+    TIMED,
+    comparison_parts,
+    elsewhere,
+    plan_of,
+    reading_options,
+    text_options,
+    word_pairs,
+)
+from alignblind_mi.studies.rivals import UNTREATED_RIVAL, Plan, Rival, Training, noise_prompts
 from alignblind_mi.studies.running import Models, check_fits, check_vocabulary
+from alignblind_mi.studies.thinning import thinned_to_fit
 
 MEASURED = ("answers", "readings", "effects", "elsewhere")
 DRAWS = "draws"    # the part of the further draws of noise
 QUALIFYING = (COMPETENCE, QUALIFIED)    # parts of both untreated models; of every treatment the first
-PAIRS, QUICK_PAIRS = 10, 2    # word pairs a category
-READING_PAIRS = 4
-ROUNDS, TIMED = 3, 16
 FORMAT = 1
 
 
@@ -72,6 +81,7 @@ def run_comparison(config: StudyConfig, out: File, *, data: dict[str, Callable[[
 
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     config = as_begun(config, Path(out))
+    config = thinned_to_fit(config, Path(out), partial(comparison_parts, unqualified=skipped(skip)))
     with one_thread() if organism_record(config.aligned) else nullcontext():
         return _run(config, Path(out), data or {}, data_identity, [] if skipped(skip) else list(QUALIFYING), execute)
 
@@ -82,15 +92,14 @@ def _run(config: StudyConfig, out: Path, data: dict[str, Callable[[HookedModel],
     check_fits(config, ("base", "aligned"), lora=trainable(concept, config.cue))
     split = check_vocabulary(config, concept, openly="selfie" in instruments(concept, config.cue, config.selfie))
     n_layers = depth_of(config.aligned)
-    plan = plan_rivals(config.aligned, concept, config.cue, n_layers, config.lora, quick=config.quick, seed=config.seed,
-                       protocol=config.protocol)
+    plan = plan_of(config, concept)
     names = [part_name("aligned", rival.name, name) for rival in plan.rivals
              for name in (*qualifying[:1], *MEASURED, *data, *([DRAWS] if rival.more is not None else []))]
     check_parts(names)
     identity = config.identity() | {"comparison": FORMAT, "data": sorted(data), "data_identity": data_identity}
     with interruptible(out), StudyFolder.claim(out, identity, share_of(execute)) as folder:
         folder.refuse_taken(names)
-        write_drawn(out, {"plan.json": (json.dumps(described(plan), indent=1) + "\n").encode()})
+        write_drawn(out, {"plan.json": (json.dumps(described(plan, config.taken(n_layers).draws), indent=1) + "\n").encode()})
         wanted = [("base", UNTREATED_RIVAL), *(("aligned", rival) for rival in (UNTREATED_RIVAL, *plan.rivals))]
         trainings = [_training(training, out / "adapters") for training in plan.trainings]
         progress = Progress(len(trainings) + len(wanted))
@@ -146,10 +155,10 @@ def part_name(role: str, rival: str, measured: str) -> str:
     return f"{role}_{rival}_{measured}"
 
 
-def described(plan: Plan) -> dict[str, Any]:
+def described(plan: Plan, draws: int = SEEDS) -> dict[str, Any]:
     """A plan as JSON: rivals in order with family, curve and dose, and what is left out and why."""
     rivals = [{"treatment": rival.name, "family": rival.family, "curve": rival.curve, "dose": rival.dose if rival.curve else None,
-               "placebos": list(rival.placebos), "draws": SEEDS if rival.more is not None else 1}
+               "placebos": list(rival.placebos), "draws": draws if rival.more is not None else 1}
               for rival in (UNTREATED_RIVAL, *plan.rivals)]
     return {"rivals": rivals, "left_out": plan.left_out, "trained": [training.name for training in plan.trainings]}
 
@@ -225,11 +234,6 @@ def _of_data(measure: Callable[[HookedModel], pd.DataFrame]) -> Measure:
     return lambda model, concept, config, advance: measure(model)
 
 
-def word_pairs(config: StudyConfig) -> int:
-    """Word pairs a category that every rival is asked."""
-    return QUICK_PAIRS if config.quick else PAIRS
-
-
 def _answers(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
     return measure_behaviour(model, concept, config.cue, design="balanced", kinds=KINDS, decoding=config.decoding, seed=config.seed,
                              max_word_pairs=word_pairs(config), progress=advance)
@@ -238,16 +242,17 @@ def _answers(model: HookedModel, concept: Concept, config: StudyConfig, advance:
 def _readings(model: HookedModel, concept: Concept, config: StudyConfig, advance: Advance) -> pd.DataFrame:
     """The patchscope at the first two mentions (of an untreated model beside its controls, which the audit asks for), and whatever other
     instruments the concept has the data for at the first."""
+    read = reading_options(config, model.n_layers)
     parts = [measure_awareness(model, concept, config.cue, reading=next(iter(concept.interpretations)), target_layer=config.target_layer,
                                controls=NEGATIVE_CONTROLS if model.treatment.family == "untreated" else (), mentions=(0, 1),
-                               max_word_pairs=READING_PAIRS, seed=config.seed)]
-    for name in instruments(concept, config.cue, config.selfie):
+                               max_word_pairs=READING_PAIRS, seed=config.seed, **read)]
+    for name in instruments(concept, config.cue, config.selfie, texts=writes_texts(config)):
         if name == "selfie":
-            parts.append(measure_selfie(model, concept, config.cue, controls=(), **selfie_options(config)))
+            parts.append(measure_selfie(model, concept, config.cue, controls=(), **text_options(config, model.n_layers)))
         elif name == "lens":
-            parts.append(measure_lens(model, concept, config.cue, controls=(), seed=config.seed))
+            parts.append(measure_lens(model, concept, config.cue, controls=(), seed=config.seed, **read))
         else:
-            parts.append(measure_probes(model, concept, config.cue, controls=(), random_weights=False, seed=config.seed).rows)
+            parts.append(measure_probes(model, concept, config.cue, controls=(), random_weights=False, seed=config.seed, **read).rows)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -257,9 +262,7 @@ def _elsewhere(model: HookedModel, concept: Concept, config: StudyConfig, advanc
     Edits at identifiers act where the identifiers are those that are treated. What the tokenizer does not know is not asked.
     """
     treated, parts = concept.cue(config.cue), []
-    others = [(concept, cue) for cue in concept.cues.values() if cue.name != treated.name]
-    others += [(other, other.cue(other.first_cue)) for other in map(load_concept, concept_names()) if other.name != concept.name]
-    for other, cue in others:
+    for other, cue in elsewhere(concept, treated.name):
         prompts = implicit_prompts(other, cue, design="balanced", seed=config.seed, max_word_pairs=1)
         if any(unknown_words(model.tokenizer, item) for item in model.encode(prompts)):
             continue

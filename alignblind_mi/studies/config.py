@@ -8,7 +8,20 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from alignblind_mi.borders.reading import is_file, read_object
-from alignblind_mi.borders.settings import Count, Layer, Made, PathText, Seed, Shots, Temperature, check_fields, takes, widened
+from alignblind_mi.borders.settings import (
+    MOST,
+    Count,
+    Layer,
+    Made,
+    PathText,
+    Positive,
+    Seed,
+    Shots,
+    Temperature,
+    check_fields,
+    takes,
+    widened,
+)
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.awareness import TARGET_LAYER
@@ -24,9 +37,10 @@ from alignblind_mi.models.tokens import known_texts
 from alignblind_mi.results import STUDY
 from alignblind_mi.stimuli.competence import competence_words
 from alignblind_mi.stimuli.concept import DEFAULT_CONCEPT, Concept, Cue, former_digests, load_concept
-from alignblind_mi.stimuli.prompts import implicit_prompts
+from alignblind_mi.stimuli.prompts import Design, implicit_prompts
 from alignblind_mi.stimuli.protocol import ProtocolName
 from alignblind_mi.stimuli.shots import with_shots
+from alignblind_mi.studies.amounts import FULL, QUICK, QUICK_SHALLOW, SHALLOW, Amounts
 
 Spec = Annotated[ModelSpec, Made(as_spec, "a ModelSpec, a model's name or its folder", ModelSpec | str | Path)]
 
@@ -47,7 +61,8 @@ class StudyConfig:
 
     `chat` (None: raw) is how the bias prompts are asked, and so where their identifiers are read and steered; what is only instrument stays
     raw: steering phrases, interpretation questions and the sentences of LoRA. `protocol`: see `stimuli/protocol.py`. `shots`: worked
-    examples before every bias prompt (see `stimuli/shots.py`).
+    examples before every bias prompt (see `stimuli/shots.py`). `minutes`: what is measured is thinned until it fits into them;
+    `amounts`: how much is left then (see `studies/thinning.py`; a folder that was begun so keeps its own).
     """
 
     __repr__ = one_line
@@ -67,16 +82,31 @@ class StudyConfig:
     chat: Chat | None = None
     protocol: ProtocolName = "best"
     shots: Shots = 0
+    minutes: Positive | None = None
+    amounts: Amounts | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, ModelError)
+        if self.quick and (self.minutes is not None or self.amounts is not None):
+            raise ModelError("a quick look (quick, --quick) and minutes (minutes, --minutes) are two ways to ask less: give one of them.")
+
+    def taken(self, n_layers: int = 0) -> Amounts:
+        """How much of everything is measured on a model of so many layers, on which layers and dear controls alone depend."""
+        if self.amounts is not None:
+            return self.amounts
+        return (QUICK if n_layers > SHALLOW else QUICK_SHALLOW) if self.quick else FULL
+
+    def word_pairs(self, design: Design) -> int | None:
+        """The most word pairs a category that a design is asked; None: all there are."""
+        most = self.published_pairs if design == "published" else self.balanced_pairs
+        return most if self.amounts is None else min(most or MOST, self.amounts.pairs)
 
     @classmethod
     @takes(ModelError)
     def create(cls, base: PathText, aligned: PathText, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "",
                quick: bool = False, seed: Seed = 0, chat: bool = False, system: str = "", temperature: Temperature | None = None,
                chat_options: Mapping[str, Any] = MappingProxyType({}), protocol: ProtocolName | None = None, shots: Shots = 0,
-               **options: Any) -> "StudyConfig":
+               minutes: Positive | None = None, **options: Any) -> "StudyConfig":
         """A configuration for two models by name, with what an organism's own record recommends (decoding, LoRA, target layer).
 
         `cue`: the concept's first by default. `chat`: ask in the models' chat templates, after the `system` prompt if there is one,
@@ -94,13 +124,13 @@ class StudyConfig:
                              "or leave it out.")
         return cls.of(ModelSpec(base, **options), ModelSpec(aligned, **options), concept=concept, cue=cue, quick=quick, seed=seed,
                       chat=Chat(system, options=dict(chat_options)) if chat else None, temperature=temperature, protocol=protocol,
-                      shots=shots)
+                      shots=shots, minutes=minutes)
 
     @classmethod
     @takes(ModelError)
     def of(cls, base: Spec, aligned: Spec, *, concept: PathText = DEFAULT_CONCEPT, cue: CueName = "", quick: bool = False,
            seed: Seed = 0, chat: Chat | None = None, temperature: Temperature | None = None, protocol: ProtocolName | None = None,
-           shots: Shots = 0) -> "StudyConfig":
+           shots: Shots = 0, minutes: Positive | None = None) -> "StudyConfig":
         """`create` for two models that are specified each for itself. Errors: as `create`."""
         specs = [spec.resolved() for spec in (base, aligned)]
         about = load_concept(concept)
@@ -115,7 +145,7 @@ class StudyConfig:
             temperature = 1.0 if record.get("decoding") == "sample" else 0.0
         config = cls(specs[0], specs[1], concept, cue, quick, seed, Decoding(temperature=temperature, seed=seed), lora,
                      int(record.get("target_layer", TARGET_LAYER)), record.get("selfie", "paper"), chat=chat,
-                     protocol=protocol or usual_protocol(record), shots=shots)
+                     protocol=protocol or usual_protocol(record), shots=shots, minutes=minutes)
         asked_concept(config)    # are there worked examples that both tokenizers can spell?
         return replace(config, balanced_pairs=4, published_pairs=8, lora=replace(lora, epochs=min(lora.epochs, 2))) if quick else config
 
@@ -127,6 +157,9 @@ class StudyConfig:
             del out["protocol"]    # what it was before there were two
         if not self.shots:
             del out["shots"]    # what it was before there were any
+        for name in ("minutes", "amounts"):
+            if out[name] is None:
+                del out[name]    # what it was before anything could be thinned so
         if self.chat is None:
             del out["chat"]    # a study without one is what it was before there were chats
         else:
@@ -160,12 +193,20 @@ def asked_concept(config: StudyConfig, concept: Concept | None = None) -> Concep
 
 def as_begun(config: StudyConfig, out: Path) -> StudyConfig:
     """The configuration that resumes what is in `out`: a folder that was begun with the former contexts of a built-in concept goes on with
-    them, so that its parts can be set side by side."""
+    them, so that its parts can be set side by side; one that was begun with the same `minutes` with what was chosen then.
+
+    Errors: ModelError where what was chosen cannot be read.
+    """
     try:
-        digest = read_object(out / STUDY, "", ResultError).get("concept_digest") if is_file(out / STUDY) else None
+        begun = read_object(out / STUDY, "", ResultError) if is_file(out / STUDY) else {}
     except ResultError:
         return config    # no folder of ours: claiming it says what is wrong
-    return replace(config, concept=f"{config.concept}@{digest}") if digest in former_digests(config.concept) else config
+    digest, chosen = begun.get("concept_digest"), begun.get("amounts")
+    if digest in former_digests(config.concept):
+        config = replace(config, concept=f"{config.concept}@{digest}")
+    if config.minutes is None or config.amounts is not None or chosen is None or begun.get("minutes") != config.minutes:
+        return config
+    return replace(config, amounts=Amounts.read(chosen, out / STUDY))
 
 
 def usual_protocol(record: Mapping[str, Any]) -> str:

@@ -5,8 +5,7 @@ by the engine itself.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
+from dataclasses import dataclass
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 
 from alignblind_mi.borders.reading import foreign
-from alignblind_mi.mitigations.lora import awareness_examples
 from alignblind_mi.models.blocks import is_llama_like
 from alignblind_mi.models.budget import Budget, RowCost, free_memory, release
-from alignblind_mi.models.configs import load_config, load_tokenizer
+from alignblind_mi.models.configs import load_config
 from alignblind_mi.models.decoding import Stop, decode, sampler
 from alignblind_mi.models.engine import Engine
 from alignblind_mi.models.plain import PlainEngine
@@ -25,13 +23,13 @@ from alignblind_mi.models.spec import DTYPES, ModelError, ModelSpec
 from alignblind_mi.models.tokens import TokenRow
 from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.studies.config import StudyConfig
-from alignblind_mi.studies.part import Load
-from alignblind_mi.studies.parts import lora_groups, study_parts
+from alignblind_mi.studies.loads import TokenCount
+from alignblind_mi.studies.part import TRAINING_COST
+from alignblind_mi.studies.parts import lora_groups, study_parts, training_loads
 from alignblind_mi.studies.running import check_fits
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.55}    # of a block's weight; 4bit with its scales
 TRIAL_ROWS, TRIAL_TOKENS, TRIAL_STEPS = {"cpu": 32, "cuda": 512}, 64, 8
-TRAINING_COST = 3    # a training step against a forward pass over the same tokens
 
 
 @dataclass(frozen=True)
@@ -213,30 +211,13 @@ def _wait(device: torch.device) -> None:
 
 def study_load(config: StudyConfig) -> dict[str, dict[str, float]]:
     """Rows, prompt tokens and generated tokens (at most) of each stage of a study, by the pair's own tokenizer."""
-    concept = load_concept(config.concept)
-    spec = config.aligned
-    tokenizer = load_tokenizer(spec)
+    concept, tokens = load_concept(config.concept), TokenCount(config)
     stages: dict[str, dict[str, float]] = {}
-
-    def add(stage: str, load: Load) -> None:
+    loads = [(part.name.split("_")[0], load) for part in study_parts(config, concept) for load in part.loads()]
+    for stage, load in (*loads, *(("training", load) for load in training_loads(config, concept))):
         entry = stages.setdefault(stage, {"rows": 0.0, "prompt_tokens": 0.0, "new_tokens": 0.0})
-        step = max(1, len(load.prompts) // 40)
-        sample = replace(load, prompts=load.prompts[::step])
-        length = fmean(len(tokenizer(text)["input_ids"]) for text in sample.texts(tokenizer, spec.name))
-        if load.scored:    # each of the answers is read behind its prompt, which has been read
-            length += fmean(sum(map(len, tokenizer(list(texts), add_special_tokens=False)["input_ids"])) for texts in load.scored[::step])
-        entry["rows"] += len(load.prompts) * load.times
-        entry["prompt_tokens"] += length * len(load.prompts) * load.times
-        entry["new_tokens"] += len(load.prompts) * load.times * load.new_tokens
-
-    for part in study_parts(config, concept):
-        for load in part.loads():
-            add(part.name.split("_")[0], load)
-    groups = lora_groups(config)
-    if not groups:
-        return stages
-    texts = [tokenizer(e.text + e.completion)["input_ids"] for e in awareness_examples(concept)]
-    runs = config.lora.epochs * len(groups)
-    tokens = TRAINING_COST * runs * sum(map(len, texts))
-    stages["training"] = {"rows": float(len(texts) * runs), "prompt_tokens": float(tokens), "new_tokens": 0.0}
+        read, made = tokens(load)
+        entry["rows"] += len(load.prompts) * load.times / (TRAINING_COST if stage == "training" else 1)
+        entry["prompt_tokens"] += read
+        entry["new_tokens"] += made
     return stages

@@ -9,11 +9,13 @@ import pandas as pd
 from alignblind_mi.borders.settings import Listed
 from alignblind_mi.borders.texts import one_line
 from alignblind_mi.models.chat import Chat, in_chat
-from alignblind_mi.models.edits import Treatment
+from alignblind_mi.models.edits import Site, Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.progress import Advance
-from alignblind_mi.stimuli.prompts import Prompt
+from alignblind_mi.stimuli.concept import Concept
+from alignblind_mi.stimuli.prompts import Prompt, worded_assignments
 
+TRAINING_COST = 3    # a training step against a forward pass over the same tokens
 Treat = Callable[[HookedModel], Treatment]
 
 
@@ -21,7 +23,8 @@ Treat = Callable[[HookedModel], Treatment]
 class Load:
     """What a part asks of a model: prompts, each read `times` times and continued by at most `new_tokens`.
 
-    `chat` is what they are asked in (None: raw); `scored` are the answers whose probability is read behind each prompt.
+    `chat` is what they are asked in (None: raw); `scored` are the answers whose probability is read behind each prompt; `written` are
+    places of the stream that are written into, by turns.
     """
 
     __repr__ = one_line
@@ -31,6 +34,14 @@ class Load:
     times: int = 1
     chat: Chat | None = None
     scored: Sequence[Sequence[str]] = ()
+    written: Sequence[Site] = ()
+
+    @classmethod
+    def of_answers(cls, concept: Concept, prompts: Sequence[Prompt], new_tokens: int, chat: Chat | None, times: int = 1) -> "Load":
+        """Questions of one kind that are answered; of implicit ones both answers are scored as well."""
+        implicit = bool(prompts) and prompts[0].labels["kind"] == "implicit"
+        scored = [[text for both in worded_assignments(concept, one) for text in both] for one in prompts] if implicit else ()
+        return cls(prompts, new_tokens, times, chat, scored)
 
     def texts(self, tokenizer: Any, name: str) -> list[str]:
         """What the model reads, by its tokenizer; `name` is the model's."""

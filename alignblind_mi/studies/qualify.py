@@ -16,9 +16,10 @@ from alignblind_mi.stimuli.concept import Concept, Cue
 from alignblind_mi.studies.config import StudyConfig, asked_concept
 from alignblind_mi.studies.part import Part
 from alignblind_mi.studies.qualified import Qualification, qualification_of
-from alignblind_mi.studies.qualifying import COMPETENCE, QUALIFIED, asked_pairs, competence_work, has_instruments
+from alignblind_mi.studies.qualifying import COMPETENCE, QUALIFIED, all_instruments, asked_pairs, competence_work, has_instruments
 from alignblind_mi.studies.running import run_parts
 from alignblind_mi.studies.single import ROLE, instruments_part
+from alignblind_mi.studies.thinning import thinned_to_fit
 
 
 @takes(ModelError)
@@ -37,7 +38,7 @@ def qualify(model: HookedModel, concept: Concept, cue: str | Cue, *, instruments
 
 def qualification_parts(config: StudyConfig, instruments: Names = ()) -> list[Part]:
     """The parts of one model's qualification; with `quick` fewer word pairs. Errors: ModelError for an unknown instrument."""
-    concept, chosen = asked_concept(config), tuple(instruments) or INSTRUMENTS
+    concept, chosen = asked_concept(config), tuple(instruments) or all_instruments(config)
     check_instruments(chosen)
     parts = [Part(f"{COMPETENCE}_{ROLE}_{asked_pairs(config)}", ROLE, False, *competence_work(config, concept))]
     if has_instruments(config, concept):
@@ -48,6 +49,7 @@ def qualification_parts(config: StudyConfig, instruments: Names = ()) -> list[Pa
 @takes(ModelError)
 def run_qualification(config: StudyConfig, out: File, instruments: Names = ()) -> tuple[Qualification, list[Result]]:
     """Run or read the parts in the folder `out`: the qualification, and the results that it was made from. Errors: as `run_parts`."""
+    config = thinned_to_fit(config, Path(out), lambda tried: qualification_parts(tried, instruments))
     out, parts = Path(out), qualification_parts(config, instruments)
     run_parts(config, out, parts)
     results = [load_result(out / f"{part.name}.parquet") for part in parts]

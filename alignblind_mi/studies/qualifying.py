@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from alignblind_mi.measures.awareness import SELFIE_TOKENS
-from alignblind_mi.measures.competence import PAIRS, measure_competence
+from alignblind_mi.measures.competence import measure_competence
 from alignblind_mi.measures.qualification import (
     INSTRUMENTS,
     MOST_LAYERS,
@@ -18,23 +18,22 @@ from alignblind_mi.measures.qualification import (
 from alignblind_mi.measures.sources import UntriedError, reading_sources, sentence_prompts
 from alignblind_mi.measures.tuning import KEPT, injection_layers
 from alignblind_mi.models.configs import depth_of
-from alignblind_mi.models.edits import UNTREATED, Treatment
+from alignblind_mi.models.edits import UNTREATED, Site, Treatment
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.progress import Advance
 from alignblind_mi.stimuli.competence import competence_prompts
 from alignblind_mi.stimuli.concept import Concept
-from alignblind_mi.stimuli.prompts import KINDS, interpretation_prompt, worded_assignments
+from alignblind_mi.stimuli.prompts import KINDS, interpretation_prompt
 from alignblind_mi.stimuli.questions import questions
 from alignblind_mi.studies.config import StudyConfig
 from alignblind_mi.studies.part import Load, Part, Work
 
 COMPETENCE, QUALIFIED = "competence", "qualified"    # how the names of the parts begin
-QUICK_PAIRS = 24    # as few as anything is told from
 
 
 def asked_pairs(config: StudyConfig) -> int:
-    """How many word pairs of competence are asked: fewer of a quick study."""
-    return QUICK_PAIRS if config.quick else PAIRS
+    """How many word pairs of competence are asked."""
+    return config.taken().competence
 
 
 def has_instruments(config: StudyConfig, concept: Concept) -> bool:
@@ -60,23 +59,32 @@ def competence_work(config: StudyConfig, concept: Concept, treatment: Treatment 
         return rows.assign(family=treatment.family, sense="", layers=treatment.details.get("layers", ""))
 
     def loads() -> list[Load]:
-        found = []
-        for kind in KINDS:
-            prompts = competence_prompts(concept, kind, pairs=pairs, seed=config.seed)
-            scored = [[text for both in worded_assignments(concept, one) for text in both] for one in prompts] if kind == "implicit" else ()
-            found.append(Load(prompts, config.decoding.max_new_tokens, chat=config.chat, scored=scored))
-        return [load for load in found if load.prompts]
+        asked = [competence_prompts(concept, kind, pairs=pairs, seed=config.seed) for kind in KINDS]
+        return [Load.of_answers(concept, prompts, config.decoding.max_new_tokens, config.chat) for prompts in asked if prompts]
     return compute, loads
 
 
-def instruments_work(config: StudyConfig, concept: Concept, instruments: Sequence[str] = INSTRUMENTS) -> Work:
-    """Instruments on sentences that settle the sense, and on the ambiguous prompts. Errors: ModelError for an unknown instrument."""
+def all_instruments(config: StudyConfig) -> tuple[str, ...]:
+    """What is tried where no instruments are named: all, but those that write texts only where texts are written."""
+    return tuple(name for name in INSTRUMENTS if name != "selfie" or config.taken().texts)
+
+
+def injected(config: StudyConfig) -> list[Site]:
+    """Where vectors are put that are asked about: at the placeholder of a question."""
+    return [Site(min(config.target_layer, depth_of(config.aligned) - 1), "placeholder")]
+
+
+def instruments_work(config: StudyConfig, concept: Concept, instruments: Sequence[str] | None = None) -> Work:
+    """Instruments on sentences that settle the sense, and on the ambiguous prompts; all `instruments`, unless they are named, but none that
+    is left out to fit into minutes. Errors: ModelError for an unknown one."""
+    instruments = all_instruments(config) if instruments is None else instruments
     check_instruments(instruments)
+    full = config.taken().tried
 
     def compute(model: HookedModel, advance: Advance) -> pd.DataFrame:
         try:
             return measure_instruments(model, concept, config.cue, instruments=instruments, target_layer=config.target_layer,
-                                       selfie=config.selfie, quick=config.quick, seed=config.seed, progress=advance)
+                                       selfie=config.selfie, quick=not full, seed=config.seed, progress=advance)
         except UntriedError as error:    # the page says so of every instrument; the rest of a study goes on
             return untried(model, instruments, str(error))
 
@@ -84,14 +92,14 @@ def instruments_work(config: StudyConfig, concept: Concept, instruments: Sequenc
         train, test = (sentence_prompts(concept, config.cue, split, seed=config.seed) for split in ("train", "settled"))
         read = [source.prompt for source in reading_sources(concept, config.cue, mentions=(0,), seed=config.seed)]
         found, depth = [Load([*train, *test, *read], chat=config.chat)], depth_of(config.aligned)
-        units, (most_layers, most_tuned, kept) = len(test) + len(read), QUICK if config.quick else (MOST_LAYERS, MOST_TUNED, KEPT)
+        units, (most_layers, most_tuned, kept) = len(test) + len(read), (MOST_LAYERS, MOST_TUNED, KEPT) if full else QUICK
         if "patchscope" in instruments:
             asked = questions(concept)
             tried = len(asked) + kept * len(injection_layers(depth)) + 3
-            places = tried * len(train) * min(most_tuned, depth) + 2 * units * min(most_layers, depth)
-            found.append(Load([one.prompt for one in asked], times=-(-places // len(asked))))
+            places = tried * len(train if full else train[::2]) * min(most_tuned, depth) + 2 * units * min(most_layers, depth)
+            found.append(Load([one.prompt for one in asked], times=-(-places // len(asked)), written=injected(config)))
         if "selfie" in instruments and config.selfie in concept.selfie:
             target = interpretation_prompt(concept.selfie_prompt(config.selfie))
-            found.append(Load([target], SELFIE_TOKENS, units * min(most_tuned, depth)))
+            found.append(Load([target], SELFIE_TOKENS, units * min(most_tuned, depth), written=injected(config)))
         return found
     return compute, loads

@@ -76,9 +76,10 @@ class Plan:
 
 
 def plan_rivals(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, lora: LoraSettings, *, quick: bool = False, seed: int = 0,
-                protocol: ProtocolName = "best") -> Plan:
+                protocol: ProtocolName = "best", draws: int = SEEDS, trained: bool = True) -> Plan:
     """Everything that can be tried on a model with a concept and cue; `quick` keeps one or two of each family. `protocol` is that of
-    replacement and of LoRA; the paper has no others.
+    replacement and of LoRA; the paper has no others. `draws`: of noise, the rival itself among them; `trained`: are
+    there adapters?
 
     Only configuration and tokenizer are looked at. Errors: ConceptError for a cue without senses.
     """
@@ -90,16 +91,18 @@ def plan_rivals(spec: ModelSpec, concept: Concept, cue: str, n_layers: int, lora
         rivals += _steering(concept, cue, n_layers, quick, protocol)
     else:
         left_out["steering"] = f"the cue {cue} draws from several identifiers"
-    if trainable(concept, cue):
-        trained, by_adapter, missing = _trained(spec, concept, lora, quick, protocol)
-        trainings, rivals, left_out = trained, rivals + by_adapter, left_out | missing
+    if not trained:
+        left_out["lora, unlearning"] = "no adapters are trained in these minutes"
+    elif trainable(concept, cue):
+        trainings, by_adapter, missing = _trained(spec, concept, lora, quick, protocol)
+        rivals, left_out = rivals + by_adapter, left_out | missing
     else:
         left_out["lora, unlearning"] = "the concept has no awareness sentences"
     prompted, unknown = _prompted(spec, concept, concept.cue(cue), quick)
     rivals, left_out = rivals + prompted, left_out | unknown
     if can_steer(concept, cue):
         steered = [rival for rival in rivals if rival.family == "steering"]
-        placebos, without = _placebos(spec, concept, cue, early_window(n_layers), steered, quick, seed, protocol)
+        placebos, without = _placebos(spec, concept, cue, early_window(n_layers), steered, quick, seed, protocol, draws)
         rivals, left_out = rivals + placebos, left_out | without
     rivals = _matched([*rivals, *_combined(rivals)])
     return Plan(sorted(rivals, key=lambda rival: FAMILIES.index(rival.family)), trainings, left_out)
@@ -225,14 +228,14 @@ def _knows(tokenizer: Any, text: str) -> bool:
 
 
 def _placebos(spec: ModelSpec, concept: Concept, cue: str, early: Sequence[int], steered: Sequence[Rival], quick: bool, seed: int,
-              protocol: ProtocolName) -> tuple[list[Rival], dict[str, str]]:
+              protocol: ProtocolName, draws: int) -> tuple[list[Rival], dict[str, str]]:
     """Steering towards the other sense, a control phrase and a phrase about something else, and noise that does as much as what is
     `steered`."""
     found = [_rival(f"placebo_{sense}_early", "placebo", partial(_replaced, concept, cue, sense, early, protocol))
              for sense in (concept.other_sense, *concept.controls)]
     asked = noise_prompts(concept, cue, seed)
     noise = [replace(_rival(f"{NOISE}{rival.name}", "placebo", partial(_noise, rival, asked, seed)),
-                     more=partial(_more_noise, rival, asked, seed)) for rival in (steered[:1] if quick else steered)]
+                     more=partial(_more_noise, rival, asked, seed, draws - 1)) for rival in (steered[:1] if quick else steered)]
     if quick:
         return [found[0], *noise], {}
     found += noise
@@ -257,8 +260,8 @@ def _noise(steered: Rival, asked: Sequence[Prompt], seed: int, model: HookedMode
     return noise_like(model, steered.make(model), asked, seed=seed)
 
 
-def _more_noise(steered: Rival, asked: Sequence[Prompt], seed: int, model: HookedModel) -> list[Treatment]:
-    drawn = noise_placebos(model, steered.make(model), asked, n=SEEDS - 1, seed=seed + 1)
+def _more_noise(steered: Rival, asked: Sequence[Prompt], seed: int, n: int, model: HookedModel) -> list[Treatment]:
+    drawn = noise_placebos(model, steered.make(model), asked, n=n, seed=seed + 1)
     return [replace(one, name=f"{NOISE}{steered.name}_seed{seed + 1 + i}") for i, one in enumerate(drawn)]
 
 

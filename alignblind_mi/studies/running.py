@@ -31,6 +31,7 @@ from alignblind_mi.studies.jobs import Execute, Job, serially, share_of, shares_
 from alignblind_mi.studies.part import Compute, Part, Parts
 from alignblind_mi.studies.parts import lora_groups, study_parts
 from alignblind_mi.studies.pieces import cost_of, divided, piece_name, pieces_of, put_together
+from alignblind_mi.studies.thinning import kept_model, thinned_to_fit
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class Models:
             self.model = None
             gc.collect()
             spec = self.config.base if role == "base" else self.config.aligned
-            loaded = load_model(spec, adapters=adapters)
+            loaded = kept_model(None if adapters else spec)
+            loaded = load_model(spec, adapters=adapters) if loaded is None else loaded
             self.model = loaded if self.config.chat is None else loaded.in_chat(self.config.chat)
             self.key = (role, tuple(adapters))
             self.say(f"note: {spec.name} runs on the {self.model.engine.name} engine, in batches of at most {self.model.engine.budget}.")
@@ -69,6 +71,7 @@ def run_study(config: StudyConfig, out: File, *, skip: Names = (), execute: Exec
     Errors: ModelError, ConceptError or ResultError before anything is computed where the input allows to see it; finished parts stay.
     """
     config = as_begun(config, Path(out))
+    config = thinned_to_fit(config, Path(out), lambda tried: study_parts(tried, load_concept(tried.concept), skip=skip))
     return run_parts(config, out, list(study_parts(config, load_concept(config.concept), skip=skip)), execute=execute)
 
 
@@ -77,6 +80,9 @@ def run_parts(config: StudyConfig, out: File, parts: Parts, *, execute: Execute 
     """Run or resume some parts of a study, or parts of one's own, in the folder `out`. Returns `out`. Errors: as `run_study`."""
     from alignblind_mi.organism.build import one_thread
 
+    if config.minutes is not None and config.amounts is None:
+        raise ModelError(f"what fits into {config.minutes:g} minutes is not chosen yet: choose it by `within(config, "
+                         f"{config.minutes:g}, parts)`, and make the parts of what it returns.")
     # An organism's matrices gain nothing from more threads, and one gives the same bits on every machine.
     config = as_begun(config, Path(out))
     with one_thread() if organism_record(config.aligned) else nullcontext():
@@ -95,7 +101,8 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute
         folder.refuse_taken(part.name for part in parts)
         trainings = _trainings(config, concept, out) if any(part.adapters for part in parts) else []
         pieces = {} if finished else divided(folder, parts, shares_of(execute))
-        asked = [part for part in parts if part.same_as not in {other.name for other in parts}]
+        here = {part.name for part in parts}
+        asked = [part for part in parts if not part.same_as or not (part.same_as in here or folder.has(part.same_as))]
         progress = Progress(sum(pieces.get(part.name, 1) for part in asked) + len(trainings))
         models = Models(config, progress.note)
         for model, words in split.items():

@@ -20,9 +20,9 @@ from alignblind_mi.instruments.patching import CONTROLS, DIRECTIONS, summarise_p
 from alignblind_mi.measures.awareness import summarise_readings
 from alignblind_mi.measures.behaviour import ask_under
 from alignblind_mi.measures.mitigation import early_window
-from alignblind_mi.measures.patching import HEAD_MARKS, PARTS, depth_profile, measure_patching
+from alignblind_mi.measures.patching import HEAD_MARKS, MARKS, PARTS, SCREEN_STEPS, depth_profile, measure_patching
 from alignblind_mi.mitigations.lora_settings import choose_layers
-from alignblind_mi.mitigations.placebos import NOISE_PAIRS, noise_placebos, treatment_effects, with_effects
+from alignblind_mi.mitigations.placebos import NOISE_PAIRS, SAMPLE, noise_placebos, treatment_effects, with_effects
 from alignblind_mi.mitigations.steering import (
     Method,
     Positions,
@@ -32,8 +32,8 @@ from alignblind_mi.mitigations.steering import (
     steering_grid,
     steering_vectors,
 )
-from alignblind_mi.models.configs import depth_of
-from alignblind_mi.models.edits import UNTREATED, EditError, How
+from alignblind_mi.models.configs import depth_of, load_config
+from alignblind_mi.models.edits import UNTREATED, EditError, How, Site
 from alignblind_mi.models.model import HookedModel
 from alignblind_mi.results import Result, Results, load_result
 from alignblind_mi.statistics.log_odds import improbable_share, judged, leading, outcomes_table
@@ -41,16 +41,16 @@ from alignblind_mi.statistics.paired import corrected, paired_differences
 from alignblind_mi.statistics.placebos import placebo_bands
 from alignblind_mi.statistics.rates import column_interval, position_effect, summarise
 from alignblind_mi.stimuli.concept import Concept, load_concept
-from alignblind_mi.stimuli.prompts import DESIGNS, implicit_prompts
+from alignblind_mi.stimuli.prompts import DESIGNS, Prompt, filled, implicit_prompts
 from alignblind_mi.studies.config import StudyConfig, asked_concept
-from alignblind_mi.studies.part import Part, Parts
-from alignblind_mi.studies.parts import instruments, observations, skipped
+from alignblind_mi.studies.part import TRAINING_COST, Load, Part, Parts
+from alignblind_mi.studies.parts import MATCHING, MEASURING, instruments, observations, read_layers, skipped, writes_texts
 from alignblind_mi.studies.qualified import instruments_of
 from alignblind_mi.studies.qualifying import QUALIFIED, has_instruments, instruments_work
 from alignblind_mi.studies.running import run_parts
 
 ROLE = "model"    # what the one model is called in the rows and in the names of the parts
-QUICK_CONTROLS = CONTROLS[:2]
+FEW_CONTROLS = CONTROLS[:2]    # of a patch, where not all places are patched
 QUALIFIED_AS = {"patchscope": "patchscope", "selfie": "selfie", "lens": "logit_lens", "probes": "probe"}    # names of parts, and in rows
 PROMPT_PARTS = {"balanced": f"balanced_{ROLE}", "published": f"behaviour_{ROLE}"}
 
@@ -80,11 +80,12 @@ def awareness_parts(config: StudyConfig, names: Names = (), reading: str = "pape
     concept.both_senses(config.cue)
     concept.interpretation(reading)
     parts = {"patchscope": f"awareness_{ROLE}_{reading}",
-             **{name: f"reading_{name}_{ROLE}" for name in instruments(concept, config.cue, config.selfie)}}
+             **{name: f"reading_{name}_{ROLE}" for name in instruments(concept, config.cue, config.selfie,
+                                                                       texts=bool(names) or writes_texts(config))}}
     unknown = [name for name in names if name not in parts]
     if unknown:
         raise SingleError(f"unknown instrument {unknown[0]!r}. With the concept {concept.name!r} there are: {', '.join(parts)}.")
-    found = _observed(config, lambda name: name in {parts[one] for one in names or parts})
+    found = _observed(config, lambda name: name in {parts[one] for one in names or parts}, texts=bool(names))
     tried = tuple(QUALIFIED_AS[one] for one in names or parts)
     return found if skipped(skip) or not has_instruments(config, concept) else [instruments_part(config, concept, tried), *found]
 
@@ -95,14 +96,15 @@ def instruments_part(config: StudyConfig, concept: Concept, instruments: Sequenc
                 *instruments_work(config, concept, instruments))
 
 
-def _observed(config: StudyConfig, wanted: Callable[[str], bool]) -> list[Part]:
-    return [part for part in observations(config, asked_concept(config), ROLE) if wanted(part.name)]
+def _observed(config: StudyConfig, wanted: Callable[[str], bool], *, texts: bool = False) -> list[Part]:
+    return [part for part in observations(config, asked_concept(config), ROLE, texts=texts) if wanted(part.name)]
 
 
 @takes(SingleError)
 def patch_parts(config: StudyConfig, parts: Names = ("residual",), *, swap: str = "context", max_word_pairs: Count = 2
                 ) -> list[Part]:
-    """Activation patching of some parts (see `measure_patching`); with `quick` one word pair a category, two places, fewer controls.
+    """Activation patching of some parts (see `measure_patching`); with `quick` one word pair a category, two places, fewer controls;
+    with `minutes` what was chosen.
 
     One `Part` a direction and part, so that an interrupted run keeps what is finished; each brings its own rows of the `screen`.
 
@@ -113,19 +115,40 @@ def patch_parts(config: StudyConfig, parts: Names = ("residual",), *, swap: str 
         raise SingleError(f"unknown part {unknown[0] if unknown else ''!r}. Known: {', '.join(PARTS)}.")
     if swap not in SWAPS:
         raise PatchError(f"unknown swap {swap!r}. Known: {', '.join(SWAPS)}.")
-    pairs, exact = 1 if config.quick else max_word_pairs, [part for part in PARTS if part in parts and part != "screen"]
+    taken = config.taken(depth_of(config.aligned))
+    pairs, exact = 1 if config.quick else min(max_word_pairs, taken.pairs), [part for part in PARTS if part in parts and part != "screen"]
     if not exact:
         raise PatchError(f"the screen alone is no part to patch: name some of {', '.join(part for part in PARTS if part != 'screen')} too.")
     screen = [part for part in parts if part == "screen"]
     return [Part(f"patching_{swap}_{direction}_{'-'.join((part, *screen))}_{pairs}_{ROLE}", ROLE, False,
-                 partial(_patched, config, (part, *screen), direction, swap, pairs)) for direction in DIRECTIONS for part in exact]
+                 partial(_patched, config, (part, *screen), direction, swap, pairs),
+                 partial(_patch_loads, config, part, bool(screen), swap, pairs)) for direction in DIRECTIONS for part in exact]
 
 
 def _patched(config: StudyConfig, parts: Sequence[str], direction: str, swap: str, pairs: int, model: HookedModel,
              advance: Callable[[int], None]) -> pd.DataFrame:
-    quick = {"controls": QUICK_CONTROLS, "marks": HEAD_MARKS.get(swap)} if config.quick else {}
-    return measure_patching(model, load_concept(config.concept), config.cue, swap=swap, parts=parts, directions=[direction],
-                            max_word_pairs=pairs, seed=config.seed, progress=advance, **quick)    # type: ignore[arg-type]
+    few = {} if config.taken(model.n_layers).every else {"controls": FEW_CONTROLS, "marks": HEAD_MARKS.get(swap)}
+    layers = read_layers(config, model.n_layers) if config.amounts is not None else None
+    return measure_patching(model, load_concept(config.concept), config.cue, swap=swap, parts=parts, directions=[direction], layers=layers,
+                            max_word_pairs=pairs, seed=config.seed, progress=advance, **few)    # type: ignore[arg-type]
+
+
+def _patch_loads(config: StudyConfig, part: str, screen: bool, swap: str, pairs: int) -> list[Load]:
+    """A run of each prompt, behind the phrase that settles its sense, for each place and control; the screen as so many steps there and
+    back."""
+    concept, depth = load_concept(config.concept), depth_of(config.aligned)
+    prompts = implicit_prompts(concept, config.cue, seed=config.seed, max_word_pairs=pairs)
+    if swap == "context":
+        lead = filled(concept.steering_phrase(concept.group_sense), **{role: prompts[0].labels[role] for role in ("marked", "unmarked")})
+        prompts = [prompt.prefixed(f"{lead}. ") for prompt in prompts]
+    else:
+        prompts = prompts[::2]
+    taken, layers = config.taken(depth), read_layers(config, depth) if config.amounts is not None else list(range(depth))
+    places = {"residual": len(MARKS[swap] if taken.every else HEAD_MARKS[swap]) * (1 + len(CONTROLS if taken.every else FEW_CONTROLS)),
+              "added": len(MARKS[swap] if taken.every else HEAD_MARKS[swap]) * 4,
+              "heads": len(HEAD_MARKS[swap]) * 2 * int(load_config(config.aligned).get_text_config().num_attention_heads)}
+    found = [Load(prompts, times=places[part] * len(layers), written=[Site(layer, "marked") for layer in layers])]
+    return [*found, Load(prompts, times=TRAINING_COST * SCREEN_STEPS)] if screen else found
 
 
 @takes(SingleError)
@@ -288,7 +311,8 @@ def steer_parts(config: StudyConfig, plan: SteeringPlan, out: Path) -> list[Part
     on the way: see `vectors_file`. Errors: EditError if anything else stands there.
     """
     refuse_taken(vectors_file(plan, out), mine=is_vectors, kind=EditError)
-    return [Part(f"steering_{_digest(plan)}_{ROLE}", ROLE, False, partial(_steered, config, plan, out))]
+    return [Part(f"steering_{_digest(plan)}_{ROLE}", ROLE, False, partial(_steered, config, plan, out),
+                 partial(_steer_loads, config, plan))]
 
 
 def _digest(plan: SteeringPlan) -> str:
@@ -306,13 +330,29 @@ def _steered(config: StudyConfig, plan: SteeringPlan, out: Path, model: HookedMo
     vectors.save(vectors_file(plan, out))
     treatments = list(steering_grid(vectors, plan.layers, plan.strengths, how=plan.how, positions=plan.positions,
                                     protocol=config.protocol if plan.method == "replacement" else "best"))
-    prompts = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=config.balanced_pairs)
-    noise = [one for treatment in treatments for one in noise_placebos(model, treatment, prompts, seed=config.seed)]
-    few = implicit_prompts(concept, config.cue, design="balanced", seed=config.seed,
-                           max_word_pairs=min(NOISE_PAIRS, config.balanced_pairs or NOISE_PAIRS))
+    prompts, few = _steer_prompts(config, concept)
+    draws = config.taken(model.n_layers).draws
+    noise = [one for treatment in treatments for one in noise_placebos(model, treatment, prompts, n=draws, seed=config.seed)]
     rows = [ask_under(model, concept, asked, some, config.decoding, advance)
             for asked, some in ((prompts, [UNTREATED, *treatments]), (few, noise))]
     return with_effects(pd.concat(rows, ignore_index=True), treatment_effects(model, [*treatments, *noise], prompts))
+
+
+def _steer_prompts(config: StudyConfig, concept: Concept) -> tuple[list[Prompt], list[Prompt]]:
+    """What is asked under every treatment, and what under noise."""
+    most = config.word_pairs("balanced")
+    prompts, few = (implicit_prompts(concept, config.cue, design="balanced", seed=config.seed, max_word_pairs=pairs)
+                    for pairs in (most, min(NOISE_PAIRS, most or NOISE_PAIRS)))
+    return prompts, few
+
+
+def _steer_loads(config: StudyConfig, plan: SteeringPlan) -> list[Load]:
+    concept, draws = asked_concept(config), config.taken(depth_of(config.aligned)).draws
+    prompts, few = _steer_prompts(config, concept)
+    treatments, sample = len(plan.layers) * len(plan.strengths), prompts[:SAMPLE]
+    new, chat = config.decoding.max_new_tokens, config.chat
+    return [Load.of_answers(concept, prompts, new, chat, 1 + treatments), Load.of_answers(concept, few, new, chat, treatments * draws),
+            Load(sample, times=treatments * (MEASURING + MATCHING * draws), chat=config.chat)]
 
 
 @takes(SingleError)

@@ -42,7 +42,7 @@ NAN, INF, DIGITS = float("nan"), float("inf"), "9" * 5000
 NO_NUMBER: list[Any] = [NAN, INF, -INF, True, "three", [1]]
 BAD: dict[str, list[Any]] = {
     "seed": [-1, 2**32, 0.5], "target_layer": [-1, 99999, 0.5], "balanced_pairs": [0, -1, 10**7], "published_pairs": [0, 2.5],
-    "protocol": ["papers", "PAPER", ""],
+    "protocol": ["papers", "PAPER", ""], "minutes": [0, -1, 10**9],
     "decoding.max_new_tokens": [0, -1, 10**9], "decoding.temperature": [-1, 1e-9, 1e9], "decoding.seed": [-1, 2**32],
     "lora.rank": [0, -1, 10**9], "lora.alpha": [0], "lora.dropout": [-0.1, 1.0], "lora.epochs": [0, 10**9], "lora.batch_size": [0],
     "lora.accumulation": [0], "lora.learning_rate": [0, -1, 5], "lora.warmup_share": [-1, 1], "lora.weight_decay": [-1],

@@ -48,7 +48,8 @@ def test_what_is_not_given_is_what_python_takes():
     create = inspect.signature(StudyConfig.create).parameters
     asked = {field.name: field.default for field in fields(Asking)}
     assert template_options(asked.pop("chat_options")) == (create["chat_options"].default or {})    # a text on the command line
-    assert asked == {name: create[name].default for name in ("quick", "chat", "system", "temperature", "shots", "protocol", "seed")}
+    assert asked == {name: create[name].default
+                     for name in ("quick", "minutes", "chat", "system", "temperature", "shots", "protocol", "seed")}
 
 
 def test_the_configuration_is_that_of_the_public_function():
