@@ -1,6 +1,8 @@
 """The public names of alignblind_mi and where each is defined; `__init__.py` reads this list."""
 
 from .errors import AlignblindError as AlignblindError
+from .exchange.harness import export_steered as export_steered, write_harness as write_harness
+from .exchange.inspect_logs import read_inspect_bbq as read_inspect_bbq, read_inspect_logs as read_inspect_logs
 from .instruments.attribution import (
     attribution_patching as attribution_patching,
     screen_agreement as screen_agreement,
