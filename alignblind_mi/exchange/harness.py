@@ -132,7 +132,7 @@ def export_steered(vectors: SteeringVectors, path: File, *, how: str = "add", st
                else f"unknown way {how!r} to steer. Known: add, ablate" if how not in ("add", "ablate")
                else "the harness ablates a direction as a whole: leave the strength at 1" if how == "ablate" and strength != 1
                else f"the hookpoint {hookpoint!r} does not say where a layer lies: write {{layer}} for its number, as in layers.{{layer}}"
-               if "{layer}" not in hookpoint else f"{path.name} does not end in .pt, by which the harness knows such files"
+               if "{layer}" not in hookpoint else f"{path} does not end in .pt, by which the harness knows such files"
                if path.suffix != ".pt" else "")
     if problem:
         raise EditError(f"{problem}.")

@@ -37,9 +37,10 @@ _CUT = ("max_tokens", "model_length")
 def read_inspect_logs(logs: Files) -> pd.DataFrame:
     """The answers in Inspect's logs (.eval), a row an answer, with the columns of `measure_behaviour` as far as a served model tells them.
 
-    `model` is the one that the log names, or the folder that it was loaded from (`-M model_path=`); `prompt` what the user's turn said. Beside them: `refused` (see `stimuli/refusals.py`; of a model
-    whose provider cut the answer out, too), `stop_reason`, `epoch`, `sample`, `log`, and `log_odds_bounded` (see `exchange/served.py`). Of
-    competence items also `competence` and `right`. A sample that failed has no answer and no row: `.attrs["failed"]` counts them.
+    `model` is the one that the log names, or the folder that it was loaded from (`-M model_path=`); `prompt` what the user's turn said.
+    Beside them: `refused` (see `stimuli/refusals.py`; of a model whose provider cut the answer out, too), `stop_reason`, `epoch`, `sample`,
+    `log`, and `log_odds_bounded` (see `exchange/served.py`); of competence items `competence` and `right`. A sample that failed has no
+    answer and no row: `.attrs["failed"]` counts them.
 
     Errors: ScoreError for a file that is no log, or one without answers to this project's prompts; without the package inspect-ai.
     """
@@ -130,8 +131,8 @@ def _samples(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     with foreign(f"{path} is no log of Inspect", ScoreError, ADVICE):
         log = read_eval_log(str(path))
     config = log.plan.config.merge(log.eval.model_generate_config)
-    about = {"model": str(log.eval.model_args.get("model_path", log.eval.model)), "log": path.name, "decoding_max_new_tokens": config.max_tokens,
-             "decoding_temperature": config.temperature, "decoding_seed": config.seed}
+    about = {"model": str(log.eval.model_args.get("model_path", log.eval.model)), "log": path.name,
+             "decoding_max_new_tokens": config.max_tokens, "decoding_temperature": config.temperature, "decoding_seed": config.seed}
     yield from ((sample, about) for sample in log.samples or [])
 
 
@@ -166,7 +167,7 @@ def judged(metadata: Mapping[str, Any], output: Any) -> dict[str, Any]:
     outcome = judge(answer, metadata)
     refused = is_refusal(answer, outcome, metadata) or (withheld and outcome.label == "invalid")
     return {"outcome": outcome.label, "reason": outcome.reason, "refused": refused,
-            **probability_columns(_tokens(output), answer, metadata, metadata.get(POSITIONS, ()))}
+            **probability_columns(_tokens(output), answer, metadata, [(yes, no) for yes, no in metadata.get(POSITIONS, ())])}
 
 
 def _tokens(output: Any) -> list[Token]:

@@ -11,7 +11,7 @@ from typing import Any
 from alignblind_mi.stimuli.agreement import takes_position
 from alignblind_mi.stimuli.outcome import Outcome
 
-_DO = (r"(?:answer|help|assist|comply|respond|provide|participate|engage|fulfil|complete|continue|proceed|do (?:that|this)|make|take part"
+_DO = (r"(?:answer|help|assist|comply|respond|provide|participate|engage|fulfill?|complete|continue|proceed|do (?:that|this)|make|take part"
        r"|support|assign|associate|choose|pick|select|match|pair|link|write|generate|create|discuss|share|offer"
        r"|endorse|express|rate|agree or)")
 _DECLINES = re.compile(
