@@ -119,8 +119,9 @@ def export_steered(vectors: SteeringVectors, path: File, *, how: str = "add", st
     """Write steering vectors for the harness: `lm_eval --model steered --model_args pretrained=M,steer_path=PATH`, a new .pt file.
 
     how: `add` times strength, or `ablate` (its `clamp` to 0 along the direction). The harness steers every token that a model reads or
-    writes: here that is `vectors.treatment(how=..., positions=("prompt", "generated"))`. `hookpoint` is where a layer lies below
-    the model's base: `layers.{layer}` in most families, `h.{layer}` in GPT-2's.
+    writes: here that is `vectors.treatment(how=..., positions=("prompt", "generated"))`, but for a token that begins the text (BOS), which
+    the harness steers too, and which changes what is read after it. `hookpoint` is where a layer lies below the model's base:
+    `layers.{layer}` in most families, `h.{layer}` in GPT-2's.
 
     Errors: EditError for vectors that replace, are not of `resid_post`, a strength other than 1 for `ablate`, a hookpoint without {layer},
     a name that does not end in .pt, or one that is taken.

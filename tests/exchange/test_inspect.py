@@ -1,4 +1,5 @@
 import json
+import tomllib
 from collections import Counter
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -6,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import tomllib
 from attack_inputs import bbq_items
 from inspect_ai import eval as inspect_eval
 from inspect_ai._util.registry import registry_lookup
@@ -131,8 +131,7 @@ def test_rows_of_a_log_go_into_pairs_and_power(race, answers, log, tmp_path):
     cue = race.cue("default")
     text = filled(race.instructions[name].text, marked=cue.marked[0], unmarked=cue.unmarked[0])
     changed = run(tasks.implicit_bias(max_word_pairs=2, instruction=name),
-                  served(lambda prompt: next(iter(answers.values())) if not prompt.startswith(text) else answers[prompt.removeprefix(text)]),
-                  tmp_path)
+                  served(lambda prompt: answers[prompt.removeprefix(text)] if prompt.startswith(text) else NONSENSE), tmp_path)
     rows = ab.read_inspect_logs([log.location, changed.location])
     rows = rows[rows["epoch"] == 1]
     (pair,) = ab.paired_differences(rows).to_dict("records")
@@ -205,8 +204,8 @@ def both_ways(race, tmp_path_factory) -> pd.DataFrame:
     folder = str(organism_path("aligned"))
     model = get_model("hf/local", model_path=folder, do_sample=False, device="cpu", **RAW)
     given = {"design": "published", "max_word_pairs": 1}
-    logs = inspect_eval([tasks.implicit_bias(**given), tasks.explicit_bias(**given)], model=model, log_dir=str(tmp_path_factory.mktemp("hf")),
-                        display="none", logprobs=True, top_logprobs=20, max_tasks=2)
+    logs = inspect_eval([tasks.implicit_bias(**given), tasks.explicit_bias(**given)], model=model, display="none",
+                        log_dir=str(tmp_path_factory.mktemp("hf")), logprobs=True, top_logprobs=20, max_tasks=2)
     theirs = ab.read_inspect_logs([log.location for log in logs])
     ours = ab.measure_behaviour(ab.load_model(folder), race, "default", **given)
     found = ours.merge(theirs, on=ITEM, suffixes=("", "_inspect"))
@@ -223,7 +222,7 @@ def test_greedy_answers_are_the_same_texts_and_the_same_rates(both_ways):
 
 def test_the_probability_outcome_of_a_served_model_is_ours(both_ways):
     implicit, explicit = (both_ways[both_ways["kind"] == kind] for kind in KINDS)
-    np.testing.assert_allclose(implicit["log_odds_inspect"], implicit["log_odds_first"], atol=0.02)    # theirs ends where the answer decides
+    np.testing.assert_allclose(implicit["log_odds_inspect"], implicit["log_odds_first"], atol=0.02)    # read where the answer decides
     assert (implicit["log_p_stereotyped_inspect"] >= implicit["log_p_stereotyped"] - 0.02).all()
     for name in ("log_p_endorsed", "log_p_refused", "log_odds_endorsed"):
         np.testing.assert_allclose(explicit[f"{name}_inspect"], explicit[name], atol=1e-3)
