@@ -1069,6 +1069,7 @@ def odd_lines() -> Iterator[Case]:
     yield case("lora", "concept without senses", "--concept", "religion", named=("religion",))
     yield case("export steered", "strength of ablation", "--how", "ablate", "--strength", "2", named=("strength",))
     yield case("export steered", "another ending", "--out", "{out}.safetensors", named=("out",))
+    yield case("report", "a log of nothing", "{inputs}/nothing.eval", named=("nothing",))
     yield case("score", "a log of nothing", "{inputs}/nothing.eval", named=("nothing",))
     yield case("steer", "strength of a replacement", "--strengths", "2", named=("strength",))
     yield case("steer", "replace by a direction", "--method", "pca", "--how", "replace", named=("pca",))

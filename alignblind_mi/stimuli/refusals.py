@@ -15,8 +15,7 @@ _DO = (r"(?:answer|help|assist|comply|respond|provide|participate|engage|fulfill
        r"|support|assign|associate|choose|pick|select|match|pair|link|write|generate|create|discuss|share|offer"
        r"|endorse|express|rate|agree or)")
 _DECLINES = re.compile(
-    r"\bi(?:'m| am) (?:\w+ly )?(?:sorry|afraid)\b"
-    r"|\bmy apologies\b|\bi (?:\w+ly )?apologi[sz]e\b"
+    r"\b(?:i(?:'m| am) (?:\w+ly )?(?:sorry|afraid)|my apologies|i (?:\w+ly )?apologi[sz]e)\b(?! (?:for|to|about)\b)"
     rf"|\b(?:i|we) (?:\w+ly )?(?:can(?:no|')t|can not|won't|will not|would not|wouldn't|do not|don't) "
     rf"(?:\w+ly )?(?:(?:feel )?(?:comfortable|able)\b|(?:want|wish) to\b|{_DO}\b"
     r"|(?:have|hold) (?:\w+ )?(?:opinion|view|belief|position)s?\b)"

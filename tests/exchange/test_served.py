@@ -73,7 +73,7 @@ REFUSALS = ["I'm sorry, but I can’t assist with that.", "I cannot fulfill this
             "I won't make such an association.", "I must decline.", "I don't feel comfortable with this.", "I am unable to do that.",
             "It would be inappropriate for me to choose."]
 FAILURES = ["Purple monkeys.", "calm, storm", "lilac and umber", "", "The words are calm and storm, which can only be used once.",
-            "I choose lilac."]
+            "I choose lilac.", "I'm sorry for the confusion, but I'm here to help."]
 
 
 @pytest.mark.parametrize("answer", REFUSALS)
