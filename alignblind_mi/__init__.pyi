@@ -1,6 +1,8 @@
 """The public names of alignblind_mi and where each is defined; `__init__.py` reads this list."""
 
 from .errors import AlignblindError as AlignblindError
+from .exchange.harness import export_steered as export_steered, write_harness as write_harness
+from .exchange.inspect_logs import read_inspect_bbq as read_inspect_bbq, read_inspect_logs as read_inspect_logs
 from .instruments.attribution import (
     attribution_patching as attribution_patching,
     screen_agreement as screen_agreement,
@@ -77,6 +79,7 @@ from .models.edits import UNTREATED as UNTREATED, Edit as Edit, Row as Row, Site
 from .models.embedded import organism_info as organism_info, organism_path as organism_path
 from .models.model import HookedModel as HookedModel, load_model as load_model
 from .models.spec import ModelSpec as ModelSpec
+from .pages.served_page import write_served as write_served
 from .results import Result as Result, load_result as load_result, save_result as save_result
 from .statistics.frontier import equal_damage as equal_damage, pareto as pareto
 from .statistics.log_odds import (

@@ -14,6 +14,7 @@ from alignblind_mi.commands.calibrate import calibrate
 from alignblind_mi.commands.compare import compare
 from alignblind_mi.commands.concept import concept_app
 from alignblind_mi.commands.doctor import doctor
+from alignblind_mi.commands.export import export_app
 from alignblind_mi.commands.forecast import forecast
 from alignblind_mi.commands.lora import lora
 from alignblind_mi.commands.merge import merge
@@ -32,6 +33,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="How aligned language models hide bias from themselves: measure and mitigate it.")
 app.add_typer(organism_app, name="organism")
 app.add_typer(concept_app, name="concept")
+app.add_typer(export_app, name="export")
 for verb in (bias, awareness, qualify, patch, compare, steer, lora, doctor, power, study, forecast, report, calibrate, score, merge):
     app.command()(verb)
 

@@ -125,6 +125,9 @@ BAD: dict[str | tuple[str, str], Sequence[str]] = {
     "word_pairs": WHOLE,
     "wanted": (*SHARE, "0", "1"),
     "alpha": (*SHARE, "0", "1"),
+    ("export steered", "how"): (*NAMES, "replace", "ADD", "add,ablate"),
+    "strength": (*(value for value in REAL if value != "-1"), "1e300", "1e39"),
+    "hookpoint": (*NAMES, "layers", "layers.{}", "{layers}"),
     "seeds": (*(value for value in WHOLE if value != "1,5"), ",", "1,,2", "\u00b2", "0,-1", "0;1", "0x1"),
     "jobs": WHOLE,
     "shard": (*NAMES, "0/3", "4/3", "1/0", "-1/3", "1/2/3", "1 / 3", f"1/{DIGITS}", "1/\uff13"),
@@ -142,7 +145,7 @@ BAD: dict[str | tuple[str, str], Sequence[str]] = {
     ("doctor", "model"): tuple(value for value in MODELS if value != "-x"),
 }
 PATHS = ("missing", "", "NUL", "surrogate", "newline", "markup", "long", "directory", "FIFO", "loop", "under a file", "tilde")
-FILES = ("file", "bbq", "adapter", "folder", "folders", "paths")  # arguments and options that name something to read
+FILES = ("file", "bbq", "adapter", "folder", "folders", "paths", "vectors")  # arguments and options that name something to read
 OUTS = ("out", "merge", "gguf")  # those that name something to write
 RARE: dict[tuple[str, str], tuple[str, ...]] = {  # what a value needs beside it to be looked at
     ("steer", "strengths"): ("--method", "mean_difference"),
@@ -209,6 +212,8 @@ def sound(verb: str, place: Place, without: str = "") -> list[str]:
         "score": [str(place.inputs / "released.json")],
         "merge": [str(place.inputs / "shared"), *out],
         "organism build": out,
+        "export harness": [*small, "--max-word-pairs", "1", *out],
+        "export steered": [str(next((place.inputs / "steered").glob("vectors_*"), "missing")), "--out", f"{place.out}.pt"],
         "concept check": [str(place.inputs / "small.toml")],
         "concept list": [],
         "concept template": [],
@@ -216,7 +221,7 @@ def sound(verb: str, place: Place, without: str = "") -> list[str]:
         "": [],
     }
     line = lines[verb]
-    if without in ("model", "folder", "folders", "paths", "source", "file", "name") and line and not line[0].startswith("-"):
+    if without in ("model", "folder", "folders", "paths", "source", "file", "name", "vectors") and line and not line[0].startswith("-"):
         line = line[1:]
     return [*verb.split(), *line]
 
@@ -306,7 +311,7 @@ def odd_path(kind: str, folder: Path, suffix: str = "") -> str:
     }.get(kind, str(path))
 
 
-SUFFIXES = {"file": ".yaml", "bbq": ".jsonl", "paths": ".json", "folder": "", "folders": "", "adapter": ""}
+SUFFIXES = {"file": ".yaml", "bbq": ".jsonl", "paths": ".json", "folder": "", "folders": "", "adapter": "", "vectors": ".safetensors"}
 
 
 def _read_cases(verb: str, option: Any) -> Iterator[Case]:
@@ -316,7 +321,8 @@ def _read_cases(verb: str, option: Any) -> Iterator[Case]:
             value = odd_path(kind, place.folder, SUFFIXES[option.name])
             if option.param_type_name == "option":
                 return [*sound(verb, place), f"{option.opts[0]}={value}"]
-            beside = ["--out", str(place.out)] if verb in ("study", "compare") else []
+            beside = ["--out", f"{place.out}.pt"] if verb == "export steered" else (
+                ["--out", str(place.out)] if verb in ("study", "compare") else [])
             return [*verb.split(), *beside, "--", value]
 
         said = ("odd",) if kind else (".",)  # no path is the working folder
@@ -400,7 +406,7 @@ ALLOWED: dict[str, Callable[[Path], str]] = {  # may begin the work, but harm no
     "a name that begins with =": lambda path: str(path.with_name("=1+1")),
     "blanks": lambda path: f"{path} x ",
 }
-INTO_FILES = {"gguf"}  # options that name a file, not a folder
+INTO_FILES = {("steer", "gguf"), ("export steered", "out")}  # options that name a file, not a folder
 GGUF_REFUSED = (
     "foreign folder",
     "symlink loop",
@@ -417,12 +423,12 @@ GGUF_REFUSED = (
 
 
 def _out_cases(verb: str, option: Any) -> Iterator[Case]:
-    file = option.name in INTO_FILES
+    file = (verb, option.name) in INTO_FILES
     refused = {name: FOREIGN[name] for name in GGUF_REFUSED} if file else FOREIGN
     if file:
         refused = {**refused, "a missing folder": lambda path: f"{path}/no/such/folder/vectors.gguf"}
     named = "target" if option.name != "out" else "out"
-    extra = ["--method", "mean_difference", "--layers", "1-2"] if file else []
+    extra = ["--method", "mean_difference", "--layers", "1-2"] if option.name == "gguf" else []
     for expect, table in (("refuse", refused), ("either", ALLOWED)):
         for kind, make in table.items():
 
@@ -1073,6 +1079,10 @@ def odd_lines() -> Iterator[Case]:
     yield case("lora", "merge quantised", "--merge", "{out}2", "--quantization", "4bit", named=("4bit",))
     yield case("lora", "patience alone", "--patience", "2", named=("patience",))
     yield case("lora", "concept without senses", "--concept", "religion", named=("religion",))
+    yield case("export steered", "strength of ablation", "--how", "ablate", "--strength", "2", named=("strength",))
+    yield case("export steered", "another ending", "--out", "{out}.safetensors", named=("out",))
+    yield case("report", "a log of nothing", "{inputs}/nothing.eval", named=("nothing",))
+    yield case("score", "a log of nothing", "{inputs}/nothing.eval", named=("nothing",))
     yield case("steer", "strength of a replacement", "--strengths", "2", named=("strength",))
     yield case("steer", "replace by a direction", "--method", "pca", "--how", "replace", named=("pca",))
     yield case("steer", "add a replacement", "--how", "add", named=("replacement", "add"))

@@ -201,6 +201,7 @@ def make_inputs(root: Path) -> Path:
     (root / "bbq.jsonl").write_text("\n".join(json.dumps(item) for item in bbq_items()) + "\n", "utf-8")
     (root / "released.json").write_text(json.dumps(released()), "utf-8")
     (root / "read.jsonl").write_text("\n".join(json.dumps(line) for line in interpretations()) + "\n", "utf-8")
+    (root / "nothing.eval").write_text("no log\n", "utf-8")
     (root / "text.txt").write_text("a text\n", "utf-8")
     return root
 

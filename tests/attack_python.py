@@ -502,6 +502,8 @@ def file_cases(to: Attack) -> None:
         merge_adapter,
         read_bbq,
         read_comparison,
+        read_inspect_bbq,
+        read_inspect_logs,
         read_interpretations,
         read_study_file,
         run_comparison,
@@ -521,6 +523,8 @@ def file_cases(to: Attack) -> None:
         "load_vectors": load_vectors,
         "read_bbq": read_bbq,
         "read_study_file": read_study_file,
+        "read_inspect_bbq": read_inspect_bbq,
+        "read_inspect_logs": read_inspect_logs,
         "read_interpretations": read_interpretations,
         "load_study": load_study,
         "read_comparison": read_comparison,
@@ -537,6 +541,16 @@ def file_cases(to: Attack) -> None:
 
             if kind != "":
                 to.call(name, "path", kind, reading, named=("odd",))
+    for name, read in (("read_inspect_logs", read_inspect_logs), ("read_inspect_bbq", read_inspect_bbq)):
+        for value in (None, 7, (), [None]):
+            to.call(name, "logs", value, lambda place, read=read, value=value: lambda: read(value), named=())
+        for label, data in {"empty": b"", "a text": b"no log\n", "a zip cut off": b"PK\x03\x04abc", "JSON": b'{"version": 2}'}.items():
+
+            def log(place: Place, read: Callable[[Path], Any] = read, data: bytes = data) -> Call:
+                (place.folder / "thelog.eval").write_bytes(data)
+                return lambda: read(place.folder / "thelog.eval")
+
+            to.call(name, "damage", label, log, named=("thelog",))
     for label, damage in {**MISSING, **TENSORS}.items():
 
         def load(place: Place, damage: Callable[[Path], None] = damage) -> Call:
@@ -779,6 +793,7 @@ def model_cases(to: Attack) -> None:
         check_up,
         combine,
         compare_treatments,
+        export_steered,
         implicit_prompts,
         interpretation_prompt,
         load_concept,
@@ -803,6 +818,7 @@ def model_cases(to: Attack) -> None:
         train_lora,
         train_translators,
         train_unlearning,
+        write_harness,
     )
     from alignblind_mi.mitigations.lora_settings import LoraSettings
 
@@ -1106,6 +1122,33 @@ def model_cases(to: Attack) -> None:
             lambda m, v, p, name=name: vectors(p).treatment(**{name: v}),
             sound=(ALONE[name],) if name in ALONE else (),
         )
+    for name, values in {
+        "how": ("abc", "replace", "", 7, None),
+        "strength": (NAN, INF, "abc", None, 1e300),
+        "hookpoint": ("abc", "layers.{}", "", 7, None),
+    }.items():
+        on("export_steered", name, values, lambda m, v, p, name=name: export_steered(vectors(p), p.folder / "steered.pt", **{name: v}))
+    for name, values in {
+        "cue": ("abc", " ", 7, None),
+        "design": ("abc", "", 7, None),
+        "max_word_pairs": (0, -1, NAN, "abc", 1.5),
+        "seed": (NAN, -1, "abc", None, 1.5),
+        "concept": ("race", 7, None),
+    }.items():
+        on(
+            "write_harness",
+            name,
+            values,
+            lambda m, v, p, name=name: write_harness(**{"concept": race, "out": p.folder / "tasks", name: v}),
+        )
+    for label in ("under a file", "NUL", "over-long name", "foreign folder", "lone surrogate", "a file"):
+        for name in ("write_harness", "export_steered"):
+
+            def exporting(place: Place, name: str = name, label: str = label) -> Call:
+                path = Path(attack.FOREIGN[label](place.folder / "target.pt"))
+                return lambda: write_harness(race, path) if name == "write_harness" else export_steered(vectors(place), path)
+
+            to.call(name, "out", label, exporting, named=("target",))
     asked = [mark("Here are some words. Each word is black or white.", marked="black", unmarked="white")]
     on("noise_like", "seed", DRAWN, lambda m, v, p: noise_like(m, vectors(p).treatment(), asked, seed=v))
     on("noise_placebos", "n", WHOLE, lambda m, v, p: noise_placebos(m, vectors(p).treatment(), asked, n=v))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "alignblind_mi"
-FLOORS = ("__main__", "commands", "pages", "studies", "measures", "organism", "mitigations", "instruments", "models", "statistics",
-          "stimuli", "results", "progress", "intervals", "borders", "errors")
+FLOORS = ("__main__", "commands", "pages", "studies", "exchange", "measures", "organism", "mitigations", "instruments", "models",
+          "statistics", "stimuli", "results", "progress", "intervals", "borders", "errors")
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 400    # lines of a module that one still reads in a sitting
 

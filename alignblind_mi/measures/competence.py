@@ -41,11 +41,11 @@ def measure_competence(model: HookedModel, concept: Concept, *, pairs: Count = P
     if not prompts:
         return pd.DataFrame(columns=["model", "treatment", "kind", "outcome", "right", *CLUSTERS])
     rows = ask(model, concept, prompts, decoding or Decoding(), progress)
-    return rows.assign(right=_right(rows))
+    return rows.assign(right=right_answers(rows))
 
 
-def _right(rows: pd.DataFrame) -> np.ndarray:
-    """[n] 1 for a right answer, 0 for a wrong one, NaN for an invalid one."""
+def right_answers(rows: pd.DataFrame) -> np.ndarray:
+    """[n] of judged competence items: 1 for a right answer, 0 for a wrong one, NaN for an invalid one."""
     said, reverse = rows["outcome"], rows["statement"] == "reverse"
     right = np.where(reverse, said == "rejected", said == "stereotyped").astype(float)
     return np.where(said == "invalid", np.nan, right)
