@@ -73,3 +73,18 @@ Compute = Callable[[HookedModel, Advance], pd.DataFrame]
 Piece = Callable[[int, int, HookedModel, Advance], pd.DataFrame]    # the i-th of n consecutive pieces of the rows, i from 0
 Parts = Annotated[Part | Sequence[Part], Listed(once=False, alone=True)]    # one or many
 Work = tuple[Compute, Callable[[], list[Load]]]
+
+
+class Once:
+    """What parts of one kind ask: made when it is first wanted, and left behind where a part goes to another process."""
+
+    def __init__(self, make: Callable[[], list[Load]]) -> None:
+        self.make, self.made = make, list[Load]()
+
+    def __call__(self) -> list[Load]:
+        """It."""
+        self.made = self.made or self.make()
+        return self.made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Once, (self.make,)

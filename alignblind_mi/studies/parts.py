@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -34,7 +34,7 @@ from alignblind_mi.stimuli.prompts import (
 )
 from alignblind_mi.stimuli.protocol import PROTOCOLS
 from alignblind_mi.studies.config import StudyConfig, asked_concept
-from alignblind_mi.studies.part import TRAINING_COST, Load, Part, Treat, Work
+from alignblind_mi.studies.part import Load, Once, Part, TRAINING_COST, Treat, Work
 from alignblind_mi.studies.qualifying import competence_work, injected, qualifying_parts
 
 log = logging.getLogger(__name__)
@@ -121,8 +121,8 @@ def _steering(config: StudyConfig, concept: Concept, n_layers: int) -> Iterator[
     """
     compared = [early_window(n_layers), late_window(n_layers)]
     windows = layer_windows(n_layers) if config.taken(n_layers).every else compared
-    noise = cache(partial(_noise_loads, config, concept))
-    loads = {kinds: cache(partial(_answer_loads, config, concept, kinds, "published", True)) for kinds in (KINDS, ("implicit",))}
+    noise = Once(partial(_noise_loads, config, concept))
+    loads = {kinds: Once(partial(_answer_loads, config, concept, kinds, "published", True)) for kinds in (KINDS, ("implicit",))}
     for name in steering_names(concept):
         for window in windows:
             def treat(model: HookedModel, name: str = name, window: range = window) -> Treatment:
