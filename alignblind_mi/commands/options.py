@@ -29,6 +29,8 @@ Quick = Annotated[bool, typer.Option("--quick", help="A small share of the promp
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")]
+TensorParallel = Annotated[bool, typer.Option("--tensor-parallel", help="One model on several GPUs: each process of torchrun holds a "
+                                                                        "part of every layer.")]
 Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes; pip install 'alignblind-mi\\[quantized]').")]
 Chatting = Annotated[bool, typer.Option("--chat", help="Ask in the models' own chat templates (default: raw text, as the paper).")]
 System = Annotated[str, typer.Option(help="A system prompt before every prompt of the chat.")]
@@ -112,6 +114,7 @@ class Loading:
     engine: EngineOption = "auto"
     trust_remote_code: RemoteCode = False
     allow_pickle: Unpickling = False
+    tensor_parallel: TensorParallel = False
 
     def spec(self, name: str, *, revision: str | None = None) -> "ModelSpec":
         """A model that is loaded so. Errors: ModelError for a value that does not exist."""

@@ -5,6 +5,7 @@ from typing import Annotated, no_type_check
 
 import typer
 
+from alignblind_mi.borders.ranks import leads
 from alignblind_mi.borders.texts import say
 from alignblind_mi.commands.options import (
     Asking,
@@ -45,6 +46,8 @@ def study(
     config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "skip", "outcome"))
     check_outcome(outcome)
     page = run_study(config, out, skip=listed(skip)) / "report.html"
+    if not leads():
+        return
     if not is_drawn(out, page.name) or context.get_parameter_source("outcome").name == "COMMANDLINE":
         write_report(out, outcome)
     say(f"The report is {page.resolve()}")
