@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.borders.texts import label, say, visible
 
 Advance = Callable[[int], None]
@@ -48,6 +49,8 @@ def in_notebook() -> bool:
 
 def is_shown() -> bool:
     """Whether somebody looks: see the module."""
+    if not ranks.leads():
+        return False
     switch = os.environ.get(SWITCH, "")
     if switch:
         return switch != "0"
@@ -152,7 +155,7 @@ class Progress:
     def __init__(self, total: int) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=not ranks.leads())
         self.total, self.begun = total, 0
 
     @contextlib.contextmanager

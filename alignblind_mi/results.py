@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.borders.reading import is_file, named, read_json, said as one_line
 from alignblind_mi.borders.settings import File, Listed, takes
 from alignblind_mi.borders.texts import html_summary, named_line
@@ -224,6 +225,10 @@ class StudyFolder:
 
         Errors: as `open`, and ResultError if another process is at work there, or the folder cannot be written in.
         """
+        if not ranks.leads():    # writing is the first process' business
+            ranks.agreed(None)
+            yield cls(path)
+            return
         _is_begun(path, config)    # a folder that is not ours is not touched
         busy = ResultError(f"another process{_holder(path)} is at work in {path}: wait until it ends, or give another --out (nothing was "
                            "touched).")
@@ -249,6 +254,7 @@ class StudyFolder:
                 return
             write_text(path / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname(),
                                                   "since": datetime.now(UTC).isoformat(timespec="seconds")}))
+            ranks.agreed(None)    # the others go on when the folder is ours
             try:
                 yield folder
             finally:
@@ -257,11 +263,11 @@ class StudyFolder:
 
     def holds(self, config: Mapping[str, Any], names: Iterable[str]) -> bool:
         """Whether the folder is of this configuration and has all of these parts: then there is nothing to write. Errors: as `open`."""
-        return _is_begun(self.path, config) and all(self.has(name) for name in names)
+        return ranks.agreed(ranks.leads() and _is_begun(self.path, config)) and all(self.has(name) for name in names)
 
     def has(self, name: str) -> bool:
         """Whether the part `name` is finished."""
-        return self._file(name).is_file()
+        return ranks.agreed(self._file(name).is_file())
 
     def _file(self, name: str) -> Path:
         check_parts([name])
@@ -277,10 +283,12 @@ class StudyFolder:
     def part(self, name: str, compute: Callable[[], Result]) -> Result:
         """The result `name`: read if it is there, else computed and saved."""
         file = self._file(name)
-        if file.is_file():
+        if self.has(name):
             return load_result(file)
         result = compute()
-        save_result(result, file)
+        if ranks.leads():
+            save_result(result, file)
+        ranks.agreed(None)    # nobody looks for it before it is there
         return result
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from benchmarks import __main__ as command, gpu, jobs
 from benchmarks.models import SIZES, make_checkpoint
@@ -85,11 +84,21 @@ def test_a_rival_that_does_not_install_is_left_out_with_a_message(tmp_path, monk
     assert said[-1] == "nnsight is left out: no such thing"
 
 
-def test_the_gpu_script_measures_both_sides(monkeypatch):
-    config = LlamaConfig(vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, eos_token_id=2, bos_token_id=1, pad_token_id=0)
-    monkeypatch.setattr(gpu, "NEW", 3)
-    record = gpu.measure(config, "cpu", 9, 1)
-    assert set(record["tokens_per_second"]) == {"ours", "hugging_face", "ours_sweep"}
+def test_the_gpu_script_measures_both_sides_and_writes_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "NEW", 4)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--shape", "tiny", "--device", "cpu", "--rows", "32", "--rounds", "1", "--out", str(tmp_path)])
+    gpu.main()
+    record, written = json.loads((tmp_path / "record.json").read_text()), (tmp_path / "table.md").read_text()
+    assert set(record["tokens_per_second"]) == set(record["floor_share"]) == {"ours", "hugging_face", "ours_sweep"}
+    assert record["floor_seconds"]["ours_sweep"] < record["floor_seconds"]["ours"]
+    assert capsys.readouterr().out.strip() == written.strip()
+    assert [line.count("|") for line in written.splitlines()[2:7]] == [5] * 5
     assert gpu.shape(32).num_key_value_heads == 8
-    assert gpu.paper_tokens(gpu.shape(32)) > 1e6
+    assert record["paper"]["new_tokens"] > 1e5
+
+
+def test_the_paper_s_time_counts_prompts_beyond_those_that_the_rate_includes():
+    record = {"tokens_per_second": {"ours": 10.0}, "seconds": {"prompts": 2.0}, "rows": 1}
+    usual = {"prompt_tokens": 64.0, "new_tokens": 40.0}
+    assert gpu.paper_seconds(usual, record) == 4.0
+    assert gpu.paper_seconds({**usual, "prompt_tokens": 128.0}, record) == 6.0

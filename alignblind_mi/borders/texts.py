@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from alignblind_mi.borders import ranks
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -139,6 +141,8 @@ def _shown_cell(cell: Any) -> str:
 
 def say(text: object, *, err: bool = False, end: str = "\n") -> None:
     """Print a text as it is, on whatever terminal: without markup, control characters visible, what the encoding lacks written out."""
+    if not ranks.leads():
+        return
     stream = sys.stderr if err else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     stream.write((visible(text) + end).encode(encoding, "backslashreplace").decode(encoding))

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.errors import AlignblindError, ResultError
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,8 @@ def _unfinished() -> str:
 
 def write_whole(path: Path, write: Callable[[Path], Any], then: Callable[[Path], Any] | None = None) -> None:
     """A file that appears whole or not at all: `write` it beside its place, do what is to be done `then` with it, and put it there."""
+    if not ranks.leads():    # of several processes with one model the first one writes
+        return
     beside = path.with_name(_unfinished())
     try:
         if path.is_symlink():

@@ -56,7 +56,7 @@ def compare(
     beside = ("out", "bbq", "bbq_items", "skip", "outcome", *SPREAD)
     config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=beside)
     check_outcome(outcome)
-    spread.check(config.minutes)
+    spread.check(config)
     if bbq is None and bbq_items != 100:
         raise AlignblindError(f"--bbq-items {bbq_items} was given without --bbq: give BBQ's files, or leave it out.")
     data, digest = {}, ""

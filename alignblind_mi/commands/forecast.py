@@ -16,7 +16,7 @@ def forecast(
     file: StudyFile = None,
     pair: Pair,
     asking: Annotated[Asking, Without("temperature", "seed", "minutes")],
-    loading: Annotated[Loading, Without("engine")],
+    loading: Annotated[Loading, Without("engine", "tensor_parallel")],
     rate: Annotated[bool, typer.Option(help="Measure this machine's rate on two of the model's layers, without weights.")] = True,
     as_json: AsOneJson = False,
 ) -> None:

@@ -28,7 +28,7 @@ def lora(
     protocol: ProtocolOption = None,
     seed: Seed = 0,
     merge: Annotated[Path | None, typer.Option(help="Also write a plain checkpoint with the adapter merged into the weights.")] = None,
-    loading: Annotated[Loading, Without("engine")],
+    loading: Annotated[Loading, Without("engine", "tensor_parallel")],
 ) -> None:
     """Train a LoRA adapter as a mitigation, its rival or its placebo; a PEFT folder that load_model(adapters=[...]) takes.
 

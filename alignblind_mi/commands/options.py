@@ -30,6 +30,8 @@ Quick = Annotated[bool, typer.Option("--quick", help="A small share of the promp
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: by device).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed to transformers, e.g. auto for a model on several GPUs.")]
+TensorParallel = Annotated[bool, typer.Option("--tensor-parallel", help="One model on several GPUs: each process of torchrun holds a "
+                                                                        "part of every layer.")]
 Quantized = Annotated[str | None, typer.Option(help="8bit or 4bit (bitsandbytes; pip install 'alignblind-mi\\[quantized]').")]
 Chatting = Annotated[bool, typer.Option("--chat", help="Ask in the models' own chat templates (default: raw text, as the paper).")]
 System = Annotated[str, typer.Option(help="A system prompt before every prompt of the chat.")]
@@ -123,6 +125,7 @@ class Loading:
     engine: EngineOption = "auto"
     trust_remote_code: RemoteCode = False
     allow_pickle: Unpickling = False
+    tensor_parallel: TensorParallel = False
 
     def spec(self, name: str, *, revision: str | None = None) -> "ModelSpec":
         """A model that is loaded so. Errors: ModelError for a value that does not exist."""
@@ -146,7 +149,7 @@ class Spread:
         """Whether it is more than this process."""
         return self.shard is not None or self.ray is not None
 
-    def check(self, minutes: float | None = None) -> None:
+    def check(self, config: "StudyConfig | None" = None) -> None:
         """Errors: AlignblindError for options that do not go together, ShareError for a share that does not exist."""
         from alignblind_mi.studies.shares import Share
 
@@ -155,9 +158,13 @@ class Spread:
             raise AlignblindError(f"--{given[0].replace('_', '-')} belongs to --ray: give that as well (--ray local for this machine).")
         if self.shard is not None and self.ray is not None:
             raise AlignblindError("--shard and --ray are two ways to divide a run: give one of them.")
-        if minutes is not None and self.divides:
-            raise AlignblindError(f"{minutes:g} minutes are those of one process on this machine, which measures what fits: leave out "
-                                  f"--{'shard' if self.shard else 'ray'}, or the minutes.")
+        way = "--ray" if self.ray is not None else "--shard"
+        if config is not None and self.divides and config.minutes is not None:
+            raise AlignblindError(f"{config.minutes:g} minutes are those of one process on this machine, which measures what fits: leave out "
+                                  f"{way}, or the minutes.")
+        if config is not None and self.divides and config.aligned.tensor_parallel:
+            raise AlignblindError(f"--tensor-parallel and {way} are two ways to use several GPUs: give one of them ({way} with --device-map "
+                                  "auto, for a model that needs several GPUs).")
         if self.shard is not None:
             Share.of(self.shard)
 

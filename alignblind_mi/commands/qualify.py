@@ -36,7 +36,7 @@ def qualify(
     from alignblind_mi.studies.running import run_parts
 
     config = configured(asked, asking, loading)
-    spread.check(config.minutes)
+    spread.check(config)
     if spread.divides and not spread.carry_out(partial(run_parts, config, parts=qualification_parts(config, listed(instruments))), out):
         return
     found, results = run_qualification(config, out, listed(instruments))

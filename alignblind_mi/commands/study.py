@@ -5,6 +5,7 @@ from typing import Annotated, no_type_check
 
 import typer
 
+from alignblind_mi.borders.ranks import leads
 from alignblind_mi.borders.texts import say
 from alignblind_mi.commands.options import (
     SPREAD,
@@ -49,8 +50,8 @@ def study(
 
     config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=("out", "skip", "outcome", *SPREAD))
     check_outcome(outcome)
-    spread.check(config.minutes)
-    if not spread.carry_out(partial(run_study, config, skip=listed(skip)), out):
+    spread.check(config)
+    if not spread.carry_out(partial(run_study, config, skip=listed(skip)), out) or not leads():
         return
     page = out / "report.html"
     if not is_drawn(out, page.name) or context.get_parameter_source("outcome").name == "COMMANDLINE":

@@ -73,6 +73,8 @@ def log_odds_gradients(model: HookedModel, row: Row, answers: tuple[str, str], p
     Both answers are read behind the prompt in one batch; a prompt's activation counts for both, so its gradients add up. `shift` is added
     to the embeddings of the prompt's tokens.
     """
+    if model.spec.tensor_parallel:
+        raise ModelError(f"gradients on {model.spec.name} are not taken with tensor parallelism: load it in one process.")
     (tokens,) = model.token_rows([row])
     (choices,) = model.continuation_ids([row], [list(answers)])
     rows = [TokenRow((*tokens.ids, *ids), tokens.edits) for ids in choices]

@@ -101,6 +101,9 @@ def finetune(job: Job, out: Path) -> Treatment:
     problem = name_problem(adapter_name(out))
     if problem:
         raise LoraError(f"{out} cannot be the name of an adapter: it {problem}.")
+    if not _is_trained(out) and job.spec.tensor_parallel:
+        raise LoraError(f"{out} is not trained with tensor parallelism: train it in one process (leave out tensor_parallel, "
+                        "--tensor-parallel); what is trained may be used with it.")
     if not _is_trained(out):
         refuse_taken(out, what="folder", kind=LoraError)
         refuse_taken(_draft(out), what="folder", mine=_claimed, kind=LoraError)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.models.edits import EditError
 from alignblind_mi.models.tokens import Taps
 
@@ -100,6 +101,25 @@ def input_device(model: Any) -> torch.device:
     return torch.device(getattr(getattr(table, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
+def device_shares(model: Any) -> dict[torch.device, float]:
+    """The devices that a model lies on, and which share of all keys and values each of them holds.
+
+    Layers count where they are run (offloaded ones: where their hook brings them); of several processes each holds its part.
+    """
+    layers = decoder_layers(model)
+    shares = {input_device(model): 0.0}
+    for layer in layers:
+        hooks = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in layer.modules())
+        run_on = next((place for place in hooks if place is not None), None)
+        weight = next((weight for weight in layer.parameters() if not weight.is_meta), None)
+        if run_on is not None:
+            where = torch.device("cuda", run_on) if isinstance(run_on, int) else torch.device(run_on)
+        else:
+            where = input_device(model) if weight is None else weight.device
+        shares[where] = shares.get(where, 0.0) + 1 / (len(layers) * ranks.together())
+    return shares
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers. Errors: EditError if the model has no list of as many modules as its config has layers."""
     depth = text_config(model).num_hidden_layers
@@ -156,6 +176,7 @@ def mixer(layer: nn.Module, stream: str) -> nn.Module:
 def mixer_width(layer: nn.Module, stream: str) -> int:
     """The size of a layer's `z` (all heads together) or `post`."""
     module: Any = mixer(layer, stream)
+    module = getattr(module, "base_layer", module)    # around a part of a projection PEFT says the part's size
     return int(module.in_features if hasattr(module, "in_features") else module.weight.shape[0])    # GPT-2's Conv1D is [in, out]
 
 
@@ -178,8 +199,13 @@ def inner_taps(layer: nn.Module, index: int, taps: Taps) -> Iterator[None]:
 
 
 def _mixer_taps(layer: nn.Module, index: int, stream: Any, taps: Taps) -> contextlib.AbstractContextManager[None]:
+    width = mixer_width(layer, stream)
+
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (taps.touch(index, stream, args[0]), *args[1:])
+        value = args[0]
+        if value.shape[-1] == width:
+            return (taps.touch(index, stream, value), *args[1:])
+        return (ranks.own_part(taps.touch(index, stream, ranks.gathered(value))), *args[1:])
 
     return hooked(mixer(layer, stream).register_forward_pre_hook(before))
 
@@ -256,10 +282,11 @@ def log_probs_of(model: Any, hidden: Float[Tensor, "row d_model"], ids: Int[Tens
                  ) -> Float[Tensor, "row target"]:
     """Exact log-probabilities of target tokens after residual streams, on the CPU.
 
-    Logits exist for a `block` of (rows, words) at a time. A head that is more than a matrix in memory is asked for all words at once.
+    Logits exist for a `block` of (rows, words) at a time. A head that is more than a matrix in memory, or a part of one, is asked for all
+    words at once.
     """
     head, (rows, words) = model.get_output_embeddings(), block
-    whole = type(head) is not nn.Linear or hasattr(head, "_hf_hook")
+    whole = type(head) is not nn.Linear or hasattr(head, "_hf_hook") or hasattr(head.weight, "to_local")
     out = torch.empty(len(hidden), len(ids))
     for start in range(0, len(hidden), rows):
         normed = final_norm(model)(hidden[start : start + rows])

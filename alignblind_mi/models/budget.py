@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.errors import AlignblindError
 
 USABLE = 0.6             # share of the free memory that a batch may fill
@@ -71,15 +72,26 @@ class RowCost:
 
 
 class Budget:
-    """What may run together on a device. `tokens` prompt tokens and `rows` rows at most, and `memory` bytes."""
+    """What may run together: `tokens` prompt tokens and `rows` rows at most, and on each device what its own free memory holds.
 
-    def __init__(self, cost: RowCost, device: torch.device | str, *, free: int | None = None) -> None:
+    `shares`: the devices that a model lies on besides, and which share of all keys and values each holds (`blocks.device_shares`); without
+    it all lie on `device`. Of several processes the one with the least memory decides, so that all make the same batches.
+    """
+
+    def __init__(self, cost: RowCost, device: torch.device | str, *, free: int | None = None,
+                 shares: Mapping[torch.device, float] | None = None) -> None:
         self.kind = kind = torch.device(device).type
         self.cost, self.device = cost, device
-        self.memory = int(USABLE * (free_memory(device) if free is None else free))
+        self.places = [(ranks.least(int(USABLE * (free_memory(place) if free is None else free))), share)
+                       for place, share in (shares or {torch.device(device): 1.0}).items()]
         self.tokens = max(1, min(MOST_TOKENS.get(kind, MOST_TOKENS["cpu"]), self.memory // cost.token))
         self.rows = MOST_ROWS.get(kind, MOST_ROWS["cpu"])
         self.lens_block = LENS_BLOCK.get(kind, LENS_BLOCK["cpu"])
+
+    @property
+    def memory(self) -> int:
+        """Bytes that may be filled on the device that has the least."""
+        return min(memory for memory, _ in self.places)
 
     @property
     def logit_rows(self) -> int:
@@ -88,8 +100,9 @@ class Budget:
 
     def most_rows(self, tokens: int, columns: int, *, keep: bool) -> int:
         """How many rows may run at a time, each computing `tokens` and, with `keep`, caching `columns` in all layers: at least one."""
-        each = tokens * self.cost.token + (columns * self.cost.column if keep else 0)
-        most = min(self.rows, self.tokens // tokens, self.memory // each, self.logit_rows if keep else self.rows)
+        kept = columns * self.cost.column if keep else 0
+        holds = min(int(memory / (tokens * self.cost.token + share * kept)) for memory, share in self.places)
+        most = min(self.rows, self.tokens // tokens, holds, self.logit_rows if keep else self.rows)
         return max(1, most)
 
     def trunks(self, groups: Sequence[list[int]], length: Sequence[int]) -> Iterator[Sequence[list[int]]]:
@@ -122,10 +135,14 @@ class Budget:
 
     def shrink(self, error: BaseException) -> None:
         """Half as much from now on. Errors: OutOfMemoryError where there is nothing left to halve."""
+        if ranks.together() > 1:    # one process alone cannot go on otherwise than the others
+            raise OutOfMemoryError(f"memory ran out on {self.device} ({error}), and batches are not halved with tensor parallelism: start "
+                                   "more processes, use a smaller dtype, or see to it that nothing else fills the memory.") from error
         if self.tokens == 1 or self.rows == 1:
             raise OutOfMemoryError(f"not even one row fits into the memory of {self.device} ({error}): use a smaller dtype, a larger "
                                    "device or device_map='auto'.") from error
-        self.tokens, self.rows, self.memory = max(1, self.tokens // 2), max(1, self.rows // 2), self.memory // 2
+        self.tokens, self.rows = max(1, self.tokens // 2), max(1, self.rows // 2)
+        self.places = [(memory // 2, share) for memory, share in self.places]
         log.warning("out of memory on %s: going on with batches of at most %s", self.device, self)
 
     def __str__(self) -> str:

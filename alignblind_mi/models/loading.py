@@ -6,6 +6,7 @@ Knows Hugging Face checkpoints, PEFT folders and the embedded organism; does NOT
 import logging
 from typing import Any
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.borders.reading import foreign
 from alignblind_mi.models.configs import clear_errors, load_config, load_tokenizer, quiet, without_reports
 from alignblind_mi.models.gguf import check_gguf_weights
@@ -49,10 +50,29 @@ def check_config(spec: ModelSpec) -> None:
             raise ModelError(f"{spec.name} is quantised already in its checkpoint ({stored}), and cannot be in {spec.quantization} beside "
                              "that: leave out the quantization, or give the checkpoint that it was made from.")
         log.warning("%s is quantised in its checkpoint (%s): numbers on it are those of the quantised weights.", spec.name, stored)
+    if spec.tensor_parallel:
+        check_plan(spec, config)
+        ranks.join()
     if spec.quantization is not None:
         if spec.name.startswith(EMBEDDED):
             raise ModelError(f"{spec.name} cannot be quantised: it is tiny, and was measured as it is; leave out the quantization.")
         quantization_config(spec)
+
+
+def check_plan(spec: ModelSpec, config: Any) -> None:
+    """Whether a model's layers can be cut among the processes of torchrun. Errors: ModelError saying why not."""
+    text, count = config.get_text_config(), ranks.started()
+    plan = getattr(text, "base_model_tp_plan", None)
+    if not plan:
+        raise ModelError(f"transformers has no plan of tensor parallelism for {config.model_type!r} models such as {spec.name}: use "
+                         "device_map='auto' (--device-map auto) instead.")
+    if stored_quantization(config) or getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
+        raise ModelError(f"{spec.name} has quantised weights or experts, which are not run with tensor parallelism here: use "
+                         "device_map='auto' (--device-map auto) instead.")
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(text, name, None)
+        if isinstance(size, int) and size % count:
+            raise ModelError(f"{spec.name} cannot be cut among {count} processes: its {name} is {size}; start a number that divides it.")
 
 
 def stored_quantization(config: Any) -> str:
@@ -80,6 +100,10 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     assert spec.dtype is not None    # of a resolved spec, whose devices are known to be here
     options: dict[str, Any] = {"device_map": spec.device_map, "offload_folder": spec.offload_folder,
                                "use_safetensors": None if spec.allow_pickle or spec.gguf_file is not None else True, **spec.options}
+    if spec.tensor_parallel:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_plan="auto", tp_size=ranks.started())
     if spec.quantization is not None:
         options["quantization_config"] = quantization_config(spec)
     with clear_errors(spec):
@@ -98,7 +122,7 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False).eval()
-    return (model if spec.device_map or spec.quantization else model.to(spec.device)), tokenizer
+    return (model if spec.device_map or spec.quantization or spec.tensor_parallel else model.to(spec.device)), tokenizer
 
 
 def _forget_the_file(model: Any) -> None:

@@ -315,6 +315,8 @@ def untrained(model: HookedModel, *, seed: Seed = 0) -> HookedModel:
     """
     from transformers import AutoModelForCausalLM
 
+    if model.spec.tensor_parallel:
+        raise ModelError(f"an untrained model beside {model.spec.name} is not made with tensor parallelism: load it in one process.")
     with _LOADING, torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.engine.model.config), dtype=DTYPES[str(model.spec.dtype)],

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import torch
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.borders.settings import Made, PathText, check_fields, path_text, widened
 from alignblind_mi.borders.texts import one_line, shown
 from alignblind_mi.errors import AlignblindError
@@ -32,6 +33,10 @@ class ModelSpec:
     is passed on to transformers, as is `quantization` (bitsandbytes, the optional extra `quantized`). `engine`: `fast` shares work between
     rows, `plain` is transformers' own forward pass; `auto` takes the fast one where it has been seen to give the model's own numbers.
 
+    `tensor_parallel`: every process that torchrun has started holds a part of each layer, by transformers' plan of the model's family; all
+    of them run the same calls. How numbers come about is no setting of a study: its folder may be begun without and gone on with, or the
+    other way round.
+
     `trust_remote_code` lets a checkpoint run Python code that it brings along (transformers' option of that name): off unless asked for.
     Weights are read from safetensors files alone, and never unpickled unless `allow_pickle` asks for it (a model's or an adapter's .bin
     files are read then where there are no others, by torch with weights_only: from makers that you trust).
@@ -49,6 +54,7 @@ class ModelSpec:
     engine: str = "auto"
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    tensor_parallel: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, ModelError)
@@ -61,6 +67,9 @@ class ModelSpec:
         if self.quantization is not None and self.gguf_file is not None:
             raise ModelError(f"{self.name} is a GGUF file: its weights are quantised already, and are expanded when it is read; leave out "
                              "the quantization.")
+        beside = next((name for name in ("device_map", "quantization", "gguf_file") if getattr(self, name) is not None), None)
+        if self.tensor_parallel and beside is not None:
+            raise ModelError(f"{self.name} cannot be loaded with tensor parallelism and a {beside} at once: leave out one of them.")
         if self.engine not in ENGINES:
             raise ModelError(f"unknown engine {self.engine!r}. Known: {', '.join(ENGINES)}.")
 
@@ -112,6 +121,8 @@ AnySpec = Annotated[ModelSpec | str | Path, Made(as_spec, "a ModelSpec, a model'
 
 def check_device(spec: ModelSpec) -> None:
     """Whether this machine has the devices that a spec names. Errors: ModelError saying which there are."""
+    if spec.tensor_parallel:
+        _check_processes(spec)
     if spec.device is not None:
         _check_device(spec.device)
     known, given = ("auto", "balanced", "balanced_low_0", "sequential"), spec.device_map
@@ -128,6 +139,19 @@ def check_device(spec: ModelSpec) -> None:
             raise ModelError(f"the device map {given!r} cannot be used: give {', '.join(known)}, or a device: {error}") from error
     if spec.quantization is not None and torch.device(spec.device or "cpu").type == "mps":
         raise ModelError(f"{spec.quantization} loading does not run on {spec.device}: leave out the quantization, or use a CUDA GPU.")
+
+
+def _check_processes(spec: ModelSpec) -> None:
+    """Whether several processes run, each with a device of its own. Errors: ModelError saying how to start them."""
+    count, kind = ranks.started(), ranks.kind()
+    if count < 2:
+        raise ModelError(f"{spec.name} is to be loaded with tensor parallelism, which needs several processes: start with "
+                         "torchrun --nproc-per-node N -m alignblind_mi ..., or leave it out.")
+    if spec.device not in (None, kind):
+        raise ModelError(f"tensor parallelism works on all {kind} devices of this machine, not on {spec.device!r}: leave out the device.")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and count > torch.cuda.device_count()):
+        raise ModelError(f"torchrun has started {count} processes, and this machine has {torch.accelerator.device_count()} devices of the "
+                         f"kind {kind}: start one process for each CUDA GPU.")
 
 
 def _device(name: Any) -> torch.device:

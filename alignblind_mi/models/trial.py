@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignblind_mi.borders.reading import foreign, said
-from alignblind_mi.models.blocks import input_device, is_llama_like, text_config, tolerance, trial_ids
+from alignblind_mi.models.blocks import device_shares, input_device, is_llama_like, text_config, tolerance, trial_ids
 from alignblind_mi.models.budget import Budget, RowCost
 from alignblind_mi.models.decoding import refuse_nan
 from alignblind_mi.models.engine import Engine
@@ -33,7 +33,7 @@ def choose_engine(spec: ModelSpec, model: Any) -> Engine | PlainEngine:
     """
     with foreign(f"the configuration of {spec.name} cannot be used", ModelError):
         cost = RowCost.of(model.config, DTYPES[str(spec.dtype)].itemsize)
-    plain = PlainEngine(model, Budget(cost, input_device(model)))
+    plain = PlainEngine(model, Budget(cost, input_device(model), shares=device_shares(model)))
     try:
         expected = _settle(spec, plain)    # before the fast engine changes the model's attention
     except FloatingPointError as error:

@@ -86,6 +86,9 @@ class View:
 
         It is one object for all views, with the adapter (or none) of the view that it was last asked from, and without edits: see `cache`.
         """
+        if self.spec.tensor_parallel:
+            raise ModelError(f"{self.spec.name} has no bridge with tensor parallelism (transformer-lens needs whole layers): load it in "
+                             "one process, with device_map='auto' where it needs several GPUs.")
         with self.lock:
             bridge = self.twin.bridge
             if self.peft is not None:

@@ -189,6 +189,7 @@ def _shape(sizes: Collection[int]) -> str:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are finite; true for whole numbers and packed bits. One pass, without a copy."""
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor    # a process' own part
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     low, high = torch.aminmax(tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float())    # NaN and infinity carry through

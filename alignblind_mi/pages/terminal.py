@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.borders.texts import json_text, say, visible
 from alignblind_mi.results import records_of
 
@@ -62,7 +63,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]], *, said: Sequence
 def _console() -> "Console":
     from rich.console import Console
 
-    console = Console()
+    console = Console(quiet=not ranks.leads())
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         console.width = WIDTH
     return console

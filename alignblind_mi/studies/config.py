@@ -169,6 +169,7 @@ class StudyConfig:
         for role in ("base", "aligned"):
             if not out[role]["allow_pickle"]:
                 del out[role]["allow_pickle"]    # what it was before this could be asked for
+            del out[role]["tensor_parallel"]    # how it is run: a folder goes on with or without
         concept = load_concept(self.concept)
         out["concept"] = self.concept.removesuffix(f"@{concept.digest}")
         out["concept_digest"] = concept.digest

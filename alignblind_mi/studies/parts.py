@@ -34,7 +34,7 @@ from alignblind_mi.stimuli.prompts import (
 )
 from alignblind_mi.stimuli.protocol import PROTOCOLS
 from alignblind_mi.studies.config import StudyConfig, asked_concept
-from alignblind_mi.studies.part import Load, Once, Part, TRAINING_COST, Treat, Work
+from alignblind_mi.studies.part import TRAINING_COST, Load, Once, Part, Treat, Work
 from alignblind_mi.studies.qualifying import competence_work, injected, qualifying_parts
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.borders.reading import is_file, read_object
 from alignblind_mi.borders.writing import FOREVER, one_process, write_text
 from alignblind_mi.errors import ResultError
@@ -47,8 +48,10 @@ def pieces_of(folder: StudyFolder) -> StudyFolder:
 def divided(folder: StudyFolder, parts: Sequence[Part], shares: int) -> dict[str, int]:
     """The parts that are computed in pieces, and in how many: decided by whoever first divides the run, and kept in the folder.
 
-    With one share nothing is split that has not been split before.
+    With one share nothing is split that has not been split before; where several processes hold one model, nothing is.
     """
+    if ranks.together() > 1:
+        return {}
     plan = folder.path / PIECES / PLAN
     if not is_file(plan) and shares > 1:
         costs = {part.name: cost_of(part) for part in parts}

@@ -12,8 +12,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from alignblind_mi.borders import ranks
 from alignblind_mi.borders.reading import is_file, is_folder, named
 from alignblind_mi.borders.settings import File, Names, many, takes
+from alignblind_mi.borders.texts import say
 from alignblind_mi.errors import ResultError
 from alignblind_mi.mitigations.lora import awareness_examples, train_lora
 from alignblind_mi.mitigations.lora_settings import check_modules, choose_layers, layer_group
@@ -91,6 +93,7 @@ def run_parts(config: StudyConfig, out: File, parts: Parts, *, execute: Execute 
 
 def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute) -> Path:
     check_parts(part.name for part in parts)
+    parts = _without_training(config, out, parts)
     concept = load_concept(config.concept)
     injected = {part.role for part in parts if part.injects_at is not None}
     check_fits(config, injected, lora=any(part.adapters for part in parts))
@@ -114,6 +117,17 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute
             if part not in asked and folder.has(part.same_as):
                 folder.part(part.name, partial(_copied, part, folder))
     return out
+
+
+def _without_training(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Sequence[Part]:
+    """The parts that can be run: with tensor parallelism nothing is trained, so that those behind adapters wait until these are there."""
+    missing = [folder for folder in adapter_folders(config, out) if not (folder / "training.json").is_file()]
+    kept = [part for part in parts if not part.adapters]
+    if not config.aligned.tensor_parallel or not ranks.agreed(bool(missing)) or len(kept) == len(parts):
+        return parts
+    say(f"note: {len(parts) - len(kept)} parts with adapters are left out, as nothing is trained with tensor parallelism: the same command "
+        "in one process adds them.", err=True)
+    return kept
 
 
 def _jobs(config: StudyConfig, models: Models, parts: Sequence[Part], trainings: Sequence[Job], split: dict[str, dict[str, int]],

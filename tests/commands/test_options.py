@@ -24,7 +24,8 @@ def verb(*, asked: One, times: int = 3, loading: Annotated[Loading, Without("eng
 
 def test_a_kind_s_options_stand_in_its_place_without_those_left_out():
     assert list(inspect.signature(verb).parameters) == [
-        "model", "concept", "cue", "times", "device", "device_map", "quantization", "trust_remote_code", "allow_pickle", "seed", "as_json"]
+        "model", "concept", "cue", "times", "device", "device_map", "quantization", "trust_remote_code", "allow_pickle", "tensor_parallel",
+        "seed", "as_json"]
     assert verb.__doc__ == "What a verb says of itself."
 
 
