@@ -160,11 +160,11 @@ class Spread:
             raise AlignblindError("--shard and --ray are two ways to divide a run: give one of them.")
         way = "--ray" if self.ray is not None else "--shard"
         if config is not None and self.divides and config.minutes is not None:
-            raise AlignblindError(f"{config.minutes:g} minutes are those of one process on this machine, which measures what fits: leave out "
-                                  f"{way}, or the minutes.")
+            raise AlignblindError(f"{config.minutes:g} minutes are those of one process on this machine, which measures what fits: "
+                                  f"leave out {way}, or the minutes.")
         if config is not None and self.divides and config.aligned.tensor_parallel:
-            raise AlignblindError(f"--tensor-parallel and {way} are two ways to use several GPUs: give one of them ({way} with --device-map "
-                                  "auto, for a model that needs several GPUs).")
+            raise AlignblindError(f"--tensor-parallel and {way} are two ways to use several GPUs: give one of them ({way} with "
+                                  "--device-map auto, for a model that needs several GPUs).")
         if self.shard is not None:
             Share.of(self.shard)
 
