@@ -158,8 +158,8 @@ def table(record: dict[str, Any]) -> str:
     """The record as a page of Markdown."""
     names = {"ours": "this engine", "hugging_face": "transformers' generate", "ours_sweep": "this engine, steering sweep"}
     lines = [f"{record['shape']} on {record['device']}: {record['rows']} rows of {LENGTH} tokens, {NEW} new ones, bfloat16, random "
-             f"weights, median of {record['rounds']} rounds.", "", "| | tokens/s | peak memory, GiB | share of the floor |",
-             "|---|---|---|---|"]
+             f"weights, median of {record['rounds']} rounds.", "",
+             "| | tokens/s | peak memory, GiB | share of the floor |", "|---|---|---|---|"]
     for key, name in names.items():
         peak = f"{record['peak_bytes'][key] / 2**30:.1f}" if key in record["peak_bytes"] else "-"
         lines.append(f"| {name} | {record['tokens_per_second'][key]:,.0f} | {peak} | {record['floor_share'][key]:.0%} |")

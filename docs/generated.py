@@ -1,7 +1,7 @@
 """What the documentation says that is known elsewhere, put in when it is built: numbers, commands, public names, modules, notebooks.
 
 A hook of MkDocs (see mkdocs.yml). Pages are Jinja templates with the functions in `FUNCTIONS`; what a page asks for and is not there stops
-the build. Nothing here is written down twice: numbers come from docs/calibration.json and docs/error_rates.json, commands from Typer, names
+the build. Nothing here is written down twice: numbers come from the JSON files in docs/, commands from Typer, names
 from the package, floors from the list that tests/test_floors.py keeps, and notebooks are shown as they were run (docs/executed.py).
 """
 
@@ -46,6 +46,24 @@ def calibration_table() -> str:
     """All instruments of the calibration, one a row."""
     names = [one["instrument"] for one in records()]
     return _table([["instrument", *SAID], *([name.replace("_", " "), *(write(record(name)) for write in SAID.values())] for name in names)])
+
+
+def honesty_table() -> str:
+    """What qualification says of organisms, of random weights and of shuffled senses, from docs/qualified.json."""
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.0f}"
+
+    def alarms(one: dict[str, Any], key: str) -> str:
+        if not one[f"{key}_n"]:
+            return "–"
+        return f"{100 * one[f'{key}_reads']:.1f} [{100 * one[f'{key}_low']:.1f}–{100 * one[f'{key}_high']:.1f}] of {one[f'{key}_n']}"
+
+    header = ["instrument", "setting", "organisms", "reads %", "rank correlation", "distance", "held %", "random weights %",
+              "shuffled senses %"]
+    found = json.loads((ROOT / "docs" / "qualified.json").read_text("utf-8"))
+    return _table([header, *([one["instrument"].replace("_", " "), one["setting"], str(one["organisms"]), share(one["reads"]),
+                              f"{one['spearman']:.2f}", f"{one['error']:.2f}", share(one["held"]), alarms(one, "random"),
+                              alarms(one, "shuffled")] for one in found)])
 
 
 def advice(*instruments: str) -> str:
@@ -246,7 +264,8 @@ def _root_page() -> str:
 
 # ---- the hook ----------------------------------------------------------------------------------------------------------
 
-FUNCTIONS = {"calibrated": calibrated, "calibration_table": calibration_table, "advice": advice, "record": record, "records": records,
+FUNCTIONS = {"calibrated": calibrated, "calibration_table": calibration_table,
+             "honesty_table": honesty_table, "advice": advice, "record": record, "records": records,
              "commands": commands, "public_names": public_names,
              "floor_table": floor_table, "protocol_table": protocol_table, "protocol_stays": protocol_stays, "error_rates": error_rates,
              "coverage_table": coverage_table, "size_table": size_table, "difference_table": difference_table,

@@ -121,9 +121,10 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute
 
 def _without_training(config: StudyConfig, out: Path, parts: Sequence[Part]) -> Sequence[Part]:
     """The parts that can be run: with tensor parallelism nothing is trained, so that those behind adapters wait until these are there."""
-    missing = [folder for folder in adapter_folders(config, out) if not (folder / "training.json").is_file()]
     kept = [part for part in parts if not part.adapters]
-    if not config.aligned.tensor_parallel or not ranks.agreed(bool(missing)) or len(kept) == len(parts):
+    if not config.aligned.tensor_parallel or len(kept) == len(parts):
+        return parts
+    if ranks.agreed(all((folder / "training.json").is_file() for folder in adapter_folders(config, out))):
         return parts
     say(f"note: {len(parts) - len(kept)} parts with adapters are left out, as nothing is trained with tensor parallelism: the same command "
         "in one process adds them.", err=True)
