@@ -21,6 +21,7 @@ from torch import Tensor
 
 from alignblind_mi.models.blocks import has_own_keys, inner_taps, input_device, keys_and_values, log_probs_of, position_limit, unembed
 from alignblind_mi.models.budget import Budget
+from alignblind_mi.models.kernels import without_plans
 from alignblind_mi.models.stems import common_stems, cut, first_column
 from alignblind_mi.models.tokens import Later, Reader, Taps, TokenRow, left_pad, positions
 
@@ -322,6 +323,7 @@ class Engine:
         turn = (rope[0][:, -1:], rope[1][:, -1:])
         return self._layer(last, hidden[:, -1:], None if mask is None else mask[:, :, -1:], turn, cache)
 
+    @without_plans
     def step(self, tokens: Int[Tensor, "row new"], mask: Bool[Tensor, "row column"], store: Store, taps: Taps | None = None
              ) -> Float[Tensor, "row new d_model"]:
         """Residual streams after more tokens, whose keys and values are written into the store; `mask` covers them, `taps` touch them."""
