@@ -229,7 +229,8 @@ def measure_probes(model: HookedModel, concept: Concept, cue: str | Cue, *, ment
     The rows have the columns that identify a reading (see `measure_awareness`), instrument ("probe"), p_group, p_other and blind: the
     reading on the scale of the `test` contexts, -1 and 1 at the means of the two senses, and p_other = (1 + blind) / 2. They are NaN at a
     layer that gives no reading; `no_reading` says why, and `blind_unchecked` what it would have been. `random_weights`:
-    also probe models of random weights (None: if the model has at most two thousand million parameters, since each takes as much memory).
+    also probe models of random weights (None: if the model has at most two thousand million parameters, since each takes as much memory,
+    and is held by one process).
 
     Under a treatment the ambiguous prompts are read under it; probes are trained without its edits (but with its adapter).
 
@@ -267,7 +268,7 @@ def probe_sources(recorded: Recorded, concept: Concept, cue: str | Cue, *, rando
     tested = {"sense": [probes.accuracy(test.resid, test.labels)], "bag_of_words": [np.full(len(layers), words)],
               "shuffled": [_control_accuracy(train, test, layers, seed + i) for i in range(SHUFFLES)]}
     size = sum(part.numel() for part in model.engine.model.parameters())
-    if random_weights if random_weights is not None else size <= UNTRAINED_UP_TO:
+    if random_weights if random_weights is not None else size <= UNTRAINED_UP_TO and not model.spec.tensor_parallel:
         tested["untrained"] = [_untrained_accuracy(model, concept, cue, layers, mentions, seed + i) for i in range(UNTRAINED)]
     said = probes.readings(recorded.resid, test.resid, test.labels)
     table = _accuracy_table(model, tested, layers, len(set(test.sentences)))
