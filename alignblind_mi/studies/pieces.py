@@ -45,8 +45,9 @@ def pieces_of(folder: StudyFolder) -> StudyFolder:
     return StudyFolder(folder.path / PIECES)
 
 
-def divided(folder: StudyFolder, parts: Sequence[Part], shares: int) -> dict[str, int]:
+def divided(folder: StudyFolder, parts: Sequence[Part], shares: int, costs: Mapping[str, float]) -> dict[str, int]:
     """The parts that are computed in pieces, and in how many: decided by whoever first divides the run, and kept in the folder.
+    `costs`: what each part asks, by name (see `cost_of`).
 
     With one share nothing is split that has not been split before; where several processes hold one model, nothing is.
     """
@@ -54,7 +55,6 @@ def divided(folder: StudyFolder, parts: Sequence[Part], shares: int) -> dict[str
         return {}
     plan = folder.path / PIECES / PLAN
     if not is_file(plan) and shares > 1:
-        costs = {part.name: cost_of(part) for part in parts}
         most = MOST * sum(costs.values()) / shares
         whole = {part.same_as for part in parts}    # what is copied as it is
         wanted = {part.name: min(ceil(costs[part.name] / most), _prompts(part) // FEWEST) for part in parts

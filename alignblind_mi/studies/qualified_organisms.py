@@ -5,7 +5,6 @@ planted reading is known? What does it say of the same organism with random weig
 setting on sentences whose senses were shuffled find one that passes on other sentences, shuffled too? Does NOT know how they are trained.
 """
 
-
 from functools import lru_cache
 from typing import Any
 
@@ -13,12 +12,11 @@ import numpy as np
 import pandas as pd
 
 from alignblind_mi.intervals.clustered import exact_interval
-from alignblind_mi.measures.anchored import scale_table
+from alignblind_mi.measures.awareness import TARGET_LAYER
 from alignblind_mi.measures.qualification import (
     MOST_LAYERS,
     MOST_TUNED,
     READS,
-    instrument_table,
     judge_scores,
     measure_instruments,
 )
@@ -27,6 +25,7 @@ from alignblind_mi.measures.tuning import Scores, Setting, ask_setting, best_of,
 from alignblind_mi.models.model import HookedModel, untrained
 from alignblind_mi.stimuli.concept import Concept
 from alignblind_mi.stimuli.questions import questions
+from alignblind_mi.studies.qualified import instruments_of
 
 INSTRUMENTS = ("patchscope", "logit_lens", "probe")    # texts are slow, and say what the patchscope does
 SHUFFLES = 40    # choices an organism
@@ -37,7 +36,7 @@ WHAT = ("organism", "random weights", "shuffled senses")
 def qualify_organism(model: HookedModel, concept: Concept, cue: str, *, seed: int = 0, shuffles: int = SHUFFLES, models: int = RANDOM
                      ) -> pd.DataFrame:
     """The verdicts on one organism: a row an instrument, setting and draw. Columns: what (`WHAT`), draw, instrument, setting, auc, low,
-    high, mass, verdict, and of the organism itself and of random weights scale, scale_low, scale_high (see `scale_table`).
+    high, mass, verdict, and of the organism itself and of random weights scale, scale_low, scale_high (see `instruments_of`).
 
     seed: of the organism, another one for each, so that no two share random weights.
     """
@@ -49,16 +48,15 @@ def qualify_organism(model: HookedModel, concept: Concept, cue: str, *, seed: in
 
 
 def _verdicts(model: HookedModel, concept: Concept, cue: str, seed: int) -> pd.DataFrame:
-    rows = measure_instruments(model, concept, cue, instruments=INSTRUMENTS, seed=seed)
-    told = instrument_table(rows, seed=seed)[["instrument", "setting", "auc", "low", "high", "mass", "verdict"]]
-    placed = scale_table(rows)[["instrument", "setting", "scale", "low", "high"]]
-    return told.merge(placed.rename(columns={"low": "scale_low", "high": "scale_high"}), on=["instrument", "setting"], how="left")
+    found = instruments_of(measure_instruments(model, concept, cue, instruments=INSTRUMENTS, seed=seed), seed=seed)
+    return found[["instrument", "setting", "auc", "low", "high", "mass", "verdict", "scale", "scale_low", "scale_high"]]
 
 
 def _shuffled(model: HookedModel, concept: Concept, cue: str, shuffles: int, seed: int) -> pd.DataFrame:
     """A setting chosen on shuffled senses and tried on shuffled senses, again and again; the model is asked once a setting."""
     layers = thinned(range(model.n_layers), MOST_LAYERS)
     few, every = thinned(layers, MOST_TUNED), range(model.n_layers)
+    first = min(TARGET_LAYER, model.n_layers - 1)
     train, test = (record_contexts(model, concept, cue, every, split).once() for split in ("train", "settled"))
 
     @lru_cache(None)
@@ -69,7 +67,7 @@ def _shuffled(model: HookedModel, concept: Concept, cue: str, shuffles: int, see
     drawn, records = np.random.default_rng(seed), []
     for draw in range(shuffles):
         choosing, trying = (_relabelled(contexts, drawn) for contexts in (train, test))
-        best = best_of(tune(model, choosing, few, questions(concept), min(2, model.n_layers - 1), ask=lambda one: asked(one, False)))
+        best = best_of(tune(model, choosing, few, questions(concept), first, ask=lambda one: asked(one, False)))
         found = asked(best.setting, True)
         judged = judge_scores(by_sentence(found.score, trying.sentences), sentence_labels(trying), float(found.mass.mean()), seed)
         records.append({"instrument": "patchscope", "setting": "tuned", "draw": draw, "auc": judged.auc, "low": judged.interval.low,

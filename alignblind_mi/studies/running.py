@@ -103,7 +103,8 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute
     with interruptible(out), nullcontext(begun) if finished else StudyFolder.claim(out, identity, share_of(execute)) as folder:
         folder.refuse_taken(part.name for part in parts)
         trainings = _trainings(config, concept, out) if any(part.adapters for part in parts) else []
-        pieces = {} if finished else divided(folder, parts, shares_of(execute))
+        costs = {part.name: cost_of(part) for part in parts} if shares_of(execute) > 1 else {}    # else nothing depends on it
+        pieces = {} if finished else divided(folder, parts, shares_of(execute), costs)
         here = {part.name for part in parts}
         asked = [part for part in parts if not part.same_as or not (part.same_as in here or folder.has(part.same_as))]
         progress = Progress(sum(pieces.get(part.name, 1) for part in asked) + len(trainings))
@@ -111,7 +112,7 @@ def _run(config: StudyConfig, out: Path, parts: Sequence[Part], execute: Execute
         for model, words in split.items():
             said = ", ".join(f"{word!r} is {n}" for word, n in words.items())
             progress.note(f"note: identifiers of several tokens in {model} ({said} tokens): edits and readings use the last one.")
-        execute(_jobs(config, models, asked, trainings, split, pieces, shares_of(execute) > 1), folder, progress)
+        execute(_jobs(config, models, asked, trainings, split, pieces, costs), folder, progress)
         put_together(folder, pieces)
         for part in parts:
             if part not in asked and folder.has(part.same_as):
@@ -132,14 +133,14 @@ def _without_training(config: StudyConfig, out: Path, parts: Sequence[Part]) -> 
 
 
 def _jobs(config: StudyConfig, models: Models, parts: Sequence[Part], trainings: Sequence[Job], split: dict[str, dict[str, int]],
-          pieces: Mapping[str, int], costly: bool) -> list[Job]:
-    """A job per part, or per piece of one, in their order; the trainings stand before the first part that needs them. `costly`: it
-    matters what each asks."""
+          pieces: Mapping[str, int], costs: Mapping[str, float]) -> list[Job]:
+    """A job per part, or per piece of one, in their order; the trainings stand before the first part that needs them. `costs`: what parts
+    ask, where that matters."""
     trained = tuple(job.name for job in trainings)
     before, after = list[Job](), list[Job]()
     for part in parts:
         n = pieces.get(part.name, 1)
-        cost = cost_of(part) / n if costly else 1.0
+        cost = costs.get(part.name, 1.0) / n
         made = [_job(config, models, part, trained if part.adapters else (), split, i, n, cost) for i in range(n)]
         (after if after or part.adapters else before).extend(made)
     return [*before, *trainings, *after]
