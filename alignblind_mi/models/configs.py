@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,34 @@ def load_config(spec: ModelSpec) -> Any:
 
 def _gguf_config(spec: ModelSpec) -> Any:
     """The configuration in a GGUF file, kept as long as the file stays as it is: reading it takes seconds."""
-    path = gguf_path(spec)
-    state = path.stat() if path.is_file() else None
-    if state is None:
-        raise ModelError(f"there is no file {path}: check its name.")
-    key = (str(path), state.st_size, state.st_mtime_ns, state.st_ino)
-    if key not in _GGUF:
+    def read() -> Any:
         from transformers import AutoConfig
 
         check_gguf(spec)
-        _GGUF[key] = AutoConfig.from_pretrained(spec.source, **spec.options)
+        return AutoConfig.from_pretrained(spec.source, **spec.options)
+
+    return _kept("configuration", spec, read)
+
+
+def _gguf_tokenizer(spec: ModelSpec) -> Any:
+    """The tokenizer in a GGUF file, kept likewise."""
+    def read() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(spec.source, config=_gguf_config(spec), **spec.options)
+
+    return _kept("tokenizer", spec, read)
+
+
+def _kept(what: str, spec: ModelSpec, read: Callable[[], Any]) -> Any:
+    """A copy of what was read from a GGUF file, read anew if the file has changed. Errors: ModelError if there is no file."""
+    path = gguf_path(spec)
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}: check its name.")
+    state = path.stat()
+    key = (what, str(path), state.st_size, state.st_mtime_ns, state.st_ino)
+    if key not in _GGUF:
+        _GGUF[key] = read()
     return copy.deepcopy(_GGUF[key])
 
 
@@ -65,7 +83,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     source = spec.source
     _check_folder(spec)
     with clear_errors(spec), quiet(), without_reports():
-        tokenizer = AutoTokenizer.from_pretrained(source, **spec.options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **spec.options) if spec.gguf_file is None else _gguf_tokenizer(spec)
         tokenizer("")    # some settings that cannot be are found out only now
     return tokenizer
 

@@ -5,6 +5,7 @@ model and transformers does not read (a scaling of the rotation, a cap of the lo
 file's table of contents; does NOT load weights.
 """
 
+import contextlib
 import functools
 import struct
 from collections.abc import Iterator
@@ -55,6 +56,22 @@ def check_gguf(spec: ModelSpec) -> None:
     if said.get("tokenizer.ggml.model") == "gpt2" and split is not None and split not in _splits():
         raise ModelError(f"{path} splits texts in a way that transformers does not know from GGUF ({split!r}): they would be other tokens. "
                          "Use the checkpoint that the file was made from (safetensors).")
+
+
+@contextlib.contextmanager
+def one_table_of_names(spec: ModelSpec) -> Iterator[None]:
+    """While a GGUF file is loaded: transformers would make gguf's table of tensor names anew for every module, which takes seconds."""
+    if spec.gguf_file is None:
+        yield
+        return
+    import gguf
+
+    plain = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = functools.cache(plain)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = plain
 
 
 def check_gguf_weights(spec: ModelSpec, model: Any) -> None:
