@@ -278,24 +278,30 @@ def unembed(model: Any, hidden: Float[Tensor, "*at d_model"]) -> Float[Tensor, "
     return model.get_output_embeddings()(final_norm(model)(hidden)).float()
 
 
-def log_probs_of(model: Any, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, " target"], block: tuple[int, int]
+def log_probs_of(model: Any, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, "*row target"], block: tuple[int, int]
                  ) -> Float[Tensor, "row target"]:
-    """Exact log-probabilities of target tokens after residual streams, on the CPU.
+    """Exact log-probabilities of target tokens after residual streams, on the CPU; `ids` are those of every row, or each row's own.
 
     Logits exist for a `block` of (rows, words) at a time. A head that is more than a matrix in memory, or a part of one, is asked for all
     words at once.
     """
     head, (rows, words) = model.get_output_embeddings(), block
     whole = type(head) is not nn.Linear or hasattr(head, "_hf_hook") or hasattr(head.weight, "to_local")
-    out = torch.empty(len(hidden), len(ids))
+    out = torch.empty(len(hidden), ids.shape[-1])
     for start in range(0, len(hidden), rows):
         normed = final_norm(model)(hidden[start : start + rows])
+        asked = ids if ids.ndim == 1 else ids[start : start + rows]
         if whole:
             logits = head(normed).float()
-            wanted, total = logits[:, ids.to(logits.device)], logits.logsumexp(-1)
+            asked = asked.to(logits.device)
+            wanted, total = logits[:, asked] if asked.ndim == 1 else logits.gather(1, asked), logits.logsumexp(-1)
         else:
-            normed = normed.to(head.weight.device)
-            wanted = linear(normed, head.weight[ids], None if head.bias is None else head.bias[ids]).float()
+            normed, bias = normed.to(head.weight.device), None if head.bias is None else head.bias[asked]
+            if asked.ndim == 1:
+                wanted = linear(normed, head.weight[asked], bias).float()
+            else:
+                wanted = torch.bmm(head.weight[asked], normed[:, :, None])[..., 0]
+                wanted = (wanted if bias is None else wanted + bias).float()
             total = torch.stack([linear(normed, weight, bias).float().logsumexp(-1) for weight, bias in _parts(head, words)]).logsumexp(0)
         out[start : start + len(normed)] = (wanted - total[:, None]).cpu()
     return out

@@ -31,11 +31,14 @@ class Batch(Protocol):
     def is_finite(self) -> bool:
         """Whether what the next token is computed from, or was read, are numbers."""
 
-    def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
-        """Exact log-probabilities of some next tokens."""
+    def log_probs_of(self, ids: Int[Tensor, "*row target"]) -> Float[Tensor, "row target"]:
+        """Exact log-probabilities of some next tokens, of every row or each row's own."""
 
     def extend(self, tokens: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new vocabulary"]:
         """Read more tokens of every row and return the logits after each."""
+
+    def score(self, ids: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new-1"]:
+        """Read more tokens of every row, but the last, and return the log-probability of each but the first."""
 
     def select(self, rows: Int[Tensor, " row"]) -> "Batch":
         """The batch of these rows; this one is used up."""
@@ -145,13 +148,13 @@ def sampler(temperature: float, noise: Sequence[random.Random]) -> Callable[[Ten
     return choose
 
 
-def continuation_log_probs(batch: Batch, choices: Sequence[Sequence[Sequence[int]]], logit_rows: int) -> Float[Tensor, "row choice"]:
+def continuation_log_probs(batch: Batch, choices: Sequence[Sequence[Sequence[int]]], most: int) -> Float[Tensor, "row choice"]:
     """Log-probability of each of a row's continuations (token ids; the same number for every row), summed over tokens, on the CPU.
 
-    The batch is used up. At most `logit_rows` logit vectors over the vocabulary exist at a time, and caches of twice the batch's rows.
+    The batch is used up. At most `most` tokens are scored at a time, and there are caches of twice the batch's rows.
     """
     n, width = len(choices[0]), max(len(ids) for row in choices for ids in row)
-    size = max(1, min(logit_rows // (n * width), 2 * len(choices) // n))
+    size = max(1, min(most // (n * width), 2 * len(choices) // n))
     parts = []
     for start in range(0, len(choices), size):
         rows = torch.arange(start, min(start + size, len(choices)))
@@ -163,16 +166,12 @@ def continuation_log_probs(batch: Batch, choices: Sequence[Sequence[Sequence[int
 
 
 def _continuations(batch: Batch, choices: Sequence[Sequence[Sequence[int]]], width: int) -> Float[Tensor, "row choice"]:
-    n, first = len(choices[0]), batch.logits().log_softmax(-1)
-    flat = [list(ids) for row in choices for ids in row]
+    n, flat = len(choices[0]), [list(ids) for row in choices for ids in row]
     targets = torch.tensor([ids + [0] * (width - len(ids)) for ids in flat])
     real = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in flat])
-    log_probs = first.gather(1, targets[:, 0].view(-1, n).to(first.device)).view(-1, 1).cpu()
+    log_probs = batch.log_probs_of(targets[:, 0].view(-1, n)).view(-1, 1)
     if width > 1:
-        rows = torch.arange(len(choices)).repeat_interleave(n)    # on the CPU: an index that works on every device
-        part = batch.select(rows)
-        logits = part.extend(targets[:, :-1], real[:, :-1])
+        part = batch.select(torch.arange(len(choices)).repeat_interleave(n))    # on the CPU: an index that works on every device
+        log_probs = torch.cat([log_probs, part.score(targets, real)], 1)
         refuse_nan(part)
-        rest = logits.log_softmax(-1).gather(2, targets[:, 1:, None].to(logits.device))[..., 0]
-        log_probs = torch.cat([log_probs, rest.cpu()], 1)
-    return (log_probs * real).sum(1).view(-1, n)
+    return log_probs.sum(1).view(-1, n)

@@ -136,18 +136,28 @@ class Batch:
         """Whether what the next token is computed from, or was read, are numbers."""
         return bool((self.hidden if self.found is None else self.found).isfinite().all())
 
-    def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
-        """Exact log-probabilities of some next tokens; the vocabulary is there for a part of the rows at a time."""
+    def log_probs_of(self, ids: Int[Tensor, "*row target"]) -> Float[Tensor, "row target"]:
+        """Exact log-probabilities of some next tokens, of every row or each row's own; the vocabulary is there in parts."""
         return log_probs_of(self.engine.model, self.hidden, ids, self.engine.budget.lens_block)
 
     def extend(self, tokens: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new vocabulary"]:
         """Read more tokens of every row and return the logits after each; `real` is False in padding on the right."""
+        return unembed(self.engine.model, self._read(tokens, real))
+
+    def score(self, ids: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new-1"]:
+        """Read more tokens of every row, but the last; the log-probability of each but the first (0 in padding), on the CPU."""
+        hidden, out, then = self._read(ids[:, :-1], real[:, :-1]), torch.zeros(len(ids), ids.shape[1] - 1), real[:, 1:]
+        out[then] = log_probs_of(self.engine.model, hidden[then.to(hidden.device)], ids[:, 1:][then][:, None],
+                                 self.engine.budget.lens_block)[:, 0]
+        return out
+
+    def _read(self, tokens: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new d_model"]:
         assert self.store is not None
         self.mask = torch.cat([self.mask, real.to(self.mask.device)], 1)
         hidden = self.engine.step(tokens, self.mask, self.store, self.later.taps(tokens.shape[1]))
         self.store.columns += tokens.shape[1]
         self.hidden = hidden[:, -1]
-        return unembed(self.engine.model, hidden)
+        return hidden
 
     def select(self, rows: Int[Tensor, " row"]) -> "Batch":
         """The batch of these rows only (or of some rows more than once); this one is used up."""
@@ -173,6 +183,7 @@ class Engine:
         self.model, self.core, self.budget, self.device = model, model.model, budget, input_device(model)
         self.n_layers, self.limit = int(model.config.num_hidden_layers), position_limit(model)
         self.trims = has_own_keys(self.core.layers[-1])
+        self.scored = 1 << 30    # tokens scored at a time: their logits never exist for the whole vocabulary
 
     # ---- what is run together --------------------------------------------------------------------------------------
 

@@ -238,7 +238,7 @@ class HookedModel(View):
         out = torch.empty(len(rows), len(ids[0]) if ids else 0)
 
         def keep(batch: Batch) -> None:
-            out[batch.index] = continuation_log_probs(batch, [ids[i] for i in batch.index], self.engine.budget.logit_rows)
+            out[batch.index] = continuation_log_probs(batch, [ids[i] for i in batch.index], self.engine.scored)
 
         self._over(self.token_rows(rows), _longest(ids), keep)
         return out
@@ -268,8 +268,8 @@ class HookedModel(View):
         def work(batch: Batch) -> None:
             index = list(batch.index)
             noise = [random.Random(f"{seed}|{rows[i].prompt.text if draws is None else draws[i]}") for i in index]
-            scored = ([tuple(row) for row in continuation_log_probs(batch.copy(), [ids[i] for i in index],
-                                                                    self.engine.budget.logit_rows).tolist()] if ids else [()] * len(index))
+            scored = ([tuple(row) for row in continuation_log_probs(batch.copy(), [ids[i] for i in index], self.engine.scored).tolist()]
+                      if ids else [()] * len(index))
             made = decode(batch, self.tokenizer, max_new_tokens, Stop(self.stop_ids, tuple(stop)), sampler(temperature, noise))
             for i, generation, choices in zip(index, made, scored, strict=True):
                 out[i] = replace(generation, choices=choices)

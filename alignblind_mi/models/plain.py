@@ -35,9 +35,9 @@ class _Said:
         """Whether the logits of the next token, or what was read, are numbers; a logit may be minus infinity."""
         return bool((self.last < torch.inf).all()) if self.found is None else bool(self.found.isfinite().all())
 
-    def log_probs_of(self, ids: Int[Tensor, " target"]) -> Float[Tensor, "row target"]:
-        """Exact log-probabilities of some next tokens, on the CPU."""
-        return self.last.log_softmax(-1)[:, ids.to(self.last.device)].cpu()
+    def log_probs_of(self, ids: Int[Tensor, "*row target"]) -> Float[Tensor, "row target"]:
+        """Exact log-probabilities of some next tokens, of every row or each row's own, on the CPU."""
+        return self.last.log_softmax(-1).gather(1, ids.to(self.last.device).expand(len(self.last), -1)).cpu()
 
 
 @dataclass(eq=False)
@@ -61,6 +61,10 @@ class Batch(_Said):
         self.past, logits = out.past_key_values, out.logits.float()
         self.last = logits[:, -1]
         return logits
+
+    def score(self, ids: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new-1"]:
+        """Read more tokens of every row, but the last; the log-probability of each but the first (0 in padding), on the CPU."""
+        return _scored(self.extend(ids[:, :-1], real[:, :-1]), ids[:, 1:], real[:, 1:])
 
     def select(self, rows: Int[Tensor, " row"]) -> "Batch":
         """The batch of these rows only (or of some rows more than once); this one is used up."""
@@ -100,6 +104,10 @@ class Anew(_Said):
                     self.last[i] = of_row[-1]
         return out
 
+    def score(self, ids: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new-1"]:
+        """Read more tokens of every row, but the last; the log-probability of each but the first (0 in padding), on the CPU."""
+        return _scored(self.extend(ids[:, :-1], real[:, :-1]), ids[:, 1:], real[:, 1:])
+
     def select(self, rows: Int[Tensor, " row"]) -> "Anew":
         """The batch of these rows only (or of some rows more than once)."""
         chosen = rows.tolist()
@@ -108,6 +116,12 @@ class Anew(_Said):
     def copy(self) -> "Anew":
         """A batch that can be used up while this one stays."""
         return Anew(self.engine, list(self.index), self.last.clone(), list(self.rows))
+
+
+def _scored(logits: Float[Tensor, "row new vocabulary"], then: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]
+            ) -> Float[Tensor, "row new"]:
+    found = logits.log_softmax(-1).gather(2, then[..., None].to(logits.device))[..., 0].cpu()
+    return torch.where(real, found, 0.0)    # padding may have a probability of 0
 
 
 def _grown(row: TokenRow, new: list[int]) -> TokenRow:
@@ -128,6 +142,7 @@ class PlainEngine:
         self.model, self.budget, self.device, self.limit = model, budget, input_device(model), position_limit(model)
         self.padded = self.cached = True
         self.n_layers = int(text_config(model).num_hidden_layers)
+        self.scored = budget.logit_rows    # tokens scored at a time
         self.layers = decoder_layers(model)
         parameters = inspect.signature(model.forward).parameters.values()
         self.takes = {one.name for one in parameters}
