@@ -37,15 +37,16 @@ SAME_TEXT = ("template", "option_order", "word_order")    # what pairs must shar
 
 
 def quick_layers(n_layers: int) -> range:
-    """The first layer of each third: what --quick looks at."""
+    """The first layer of each third: what --quick looks at, with one category of words."""
     return range(0, n_layers, max(1, -(-n_layers // 3)))
 
 
 def grid(config: StudyConfig, model: HookedModel, advance: Advance) -> pd.DataFrame:
+    concept = load_concept(config.concept)
     fewer = {"parts": ("residual", "heads", "screen"), "controls": CONTROLS[:2], "layers": quick_layers(model.n_layers),
-             "max_word_pairs": 1}
+             "categories": [*concept.categories][:1], "max_word_pairs": 1}
     some = fewer if config.quick else {"parts": PARTS, "max_word_pairs": WORD_PAIRS}
-    return measure_patching(model, load_concept(config.concept), config.cue, seed=config.seed, progress=advance, **some)
+    return measure_patching(model, concept, config.cue, seed=config.seed, progress=advance, **some)
 
 
 def tokens(config: StudyConfig, model: HookedModel, advance: Advance) -> pd.DataFrame:

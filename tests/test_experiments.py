@@ -133,7 +133,7 @@ def test_activation_patching_finds_the_planted_layers_above_its_controls(shared)
     assert heads.groupby("panel")["n"].sum().nunique() == 1
     screen = table(shared, "patching_screen")
     assert screen["pearson"].between(0.3, 1).all()
-    assert set(screen["n"]) == {7 * 3 * 36, 6 * 3 * 2 * 36}, "marks or heads, layers and pairs"
+    assert set(screen["n"]) == {7 * 3 * 12, 6 * 3 * 2 * 12}, "marks or heads, layers and pairs"
     tokens = table(shared, "patching_tokens")
     assert tokens["layer"].nunique() == 8
     assert tokens["place"].str.contains("black").any()

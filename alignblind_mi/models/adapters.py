@@ -157,6 +157,12 @@ def switch(peft: Any, name: str | None) -> None:
 
 def active(peft: Any) -> str | None:
     """The adapter that is on, or None."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in peft.base_model.modules():    # all layers are alike: PEFT's own status looks at every one, which is slow
+        if isinstance(module, BaseTunerLayer):
+            names = [] if module.disable_adapters else module.active_adapters
+            return str(names[0]).removesuffix(_MARK) if names else None
     status = peft.get_model_status()
     return str(status.active_adapters[0]).removesuffix(_MARK) if status.enabled and status.active_adapters else None
 
@@ -168,6 +174,9 @@ def switched(peft: Any, name: str | None) -> Iterator[None]:
         yield
         return
     before = active(peft)
+    if before == name:
+        yield
+        return
     switch(peft, name)
     try:
         yield
