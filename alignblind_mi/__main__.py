@@ -18,6 +18,7 @@ from alignblind_mi.commands.export import export_app
 from alignblind_mi.commands.forecast import forecast
 from alignblind_mi.commands.lora import lora
 from alignblind_mi.commands.merge import merge
+from alignblind_mi.commands.options import Verb
 from alignblind_mi.commands.organism import organism_app
 from alignblind_mi.commands.patch import patch
 from alignblind_mi.commands.power import power
@@ -35,7 +36,7 @@ app.add_typer(organism_app, name="organism")
 app.add_typer(concept_app, name="concept")
 app.add_typer(export_app, name="export")
 for verb in (bias, awareness, qualify, patch, compare, steer, lora, doctor, power, study, forecast, report, calibrate, score, merge):
-    app.command()(verb)
+    app.command(cls=Verb)(verb)
 
 
 @app.callback(invoke_without_command=True)

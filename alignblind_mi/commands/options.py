@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from alignblind_mi.borders.texts import say
 from alignblind_mi.errors import AlignblindError
@@ -54,8 +55,8 @@ OutcomeName = Annotated[str, typer.Option("--outcome", help="text, probability (
                                                             "answers are valid.")]
 Shard = Annotated[str | None, typer.Option("--shard", help="One share of the run alone, as 1/3: several processes in one folder, or each "
                                                            "in its own (then alignblind merge).")]
-RayAddress = Annotated[str | None, typer.Option("--ray", help="Run on a Ray cluster: local (this machine), auto (the one it is in), or an "
-                                                              "address.")]
+RayAddress = Annotated[str | None, typer.Option("--ray", metavar="[ADDRESS]", help="Run on a Ray cluster: local (this machine; the same as "
+                                                "no word at all), auto (the one it is in), or an address.")]
 Actors = Annotated[int | None, typer.Option(help="With --ray: models in memory at the same time (default: as many as have room).")]
 GpusEach = Annotated[float | None, typer.Option("--gpus-each", help="With --ray: GPUs of each (default: 1, if there are any).")]
 CpusEach = Annotated[int | None, typer.Option("--cpus-each", help="With --ray: CPUs of each (default: 1).")]
@@ -132,6 +133,17 @@ class Loading:
         from alignblind_mi.models.spec import ModelSpec
 
         return ModelSpec(name, revision=revision, **asdict(self))
+
+
+class Verb(TyperCommand):
+    """A verb whose `--ray` needs no value: alone it is `--ray local`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click's, which knows no option that may have a value or none."""
+        given = list[str]()
+        for one, after in zip(args, [*args[1:], "--"], strict=True):
+            given += [one, "local"] if one == "--ray" and after.startswith("-") else [one]
+        return super().parse_args(ctx, given)
 
 
 @dataclass(frozen=True)

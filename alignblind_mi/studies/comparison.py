@@ -170,8 +170,12 @@ def _training(training: Training, adapters: Path) -> Job:
         adapters.mkdir(parents=True, exist_ok=True)
         training.train(adapter)
 
-    return Job(f"train {training.name}".replace("_", " "), run, lambda folder: (adapter / "adapter_config.json").is_file(),
-               makes=(f"{adapters.name}/{training.name}",))
+    return Job(_train(training.name), run, lambda folder: (adapter / "adapter_config.json").is_file(),
+               after=(_train(training.source),) if training.source else (), makes=(f"{adapters.name}/{training.name}",))
+
+
+def _train(adapter: str) -> str:
+    return f"train {adapter}".replace("_", " ")
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------

@@ -56,12 +56,13 @@ class Rival:
 
 @dataclass(frozen=True)
 class Training:
-    """An adapter that is trained for a comparison into the folder that it is given."""
+    """An adapter that is trained for a comparison into the folder that it is given; or made of another, `source`, that lies beside it."""
 
     __repr__ = one_line
 
     name: str
     train: Callable[[Path], Any]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _trained(spec: ModelSpec, concept: Concept, lora: LoraSettings, quick: bool,
     for source, curve in () if quick else curves.items():
         for scale in SCALES:
             name = f"{source}_x{scale:g}".replace(".", "p")    # an adapter's name has no full stop
-            trainings.append(Training(name, partial(_scaled, source, scale)))
+            trainings.append(Training(name, partial(_scaled, source, scale), source))
             rivals.append(Rival(name, curve, partial(given, Treatment(name, adapter=name, family=curve)), curve, scale))
     return trainings, rivals, left_out
 

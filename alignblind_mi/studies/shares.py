@@ -77,7 +77,8 @@ class Share:
         mine = self.chosen(jobs)
         needed = [job for job in jobs if job.name in {name for one in mine for name in one.after}]
         progress.total = len(mine) + len(needed)
-        free = [job for job in needed if not _alone(job, folder, progress, wait=0.0)]
+        free = [job for job in needed if any(one.name in job.after and not one.done(folder) for one in jobs)
+                or not _alone(job, folder, progress, wait=0.0)]
         for job in mine:
             if not job.after:
                 run_job(job, folder, progress)

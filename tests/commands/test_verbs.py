@@ -135,6 +135,17 @@ def test_every_verb_has_help_with_an_example():
         assert f"alignblind {verb}" in " ".join(said.split()), verb
 
 
+def test_ray_alone_is_this_machine_and_a_word_behind_it_is_an_address(tiny_folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("alignblind_mi.studies.on_ray.run_on_ray", lambda run, out, *, address, **rest: asked.append(address))
+    monkeypatch.setattr("alignblind_mi.pages.comparison_page.write_comparison", lambda out, outcome: out / "page")
+    pair = ["--base", tiny_folder, "--aligned", tiny_folder, "--out", tmp_path / "out"]
+    for given in (["--ray"], ["--ray", "auto"], ["--ray=10.0.0.1:6379"]):
+        assert run("compare", *given, *pair).exit_code == 0
+        assert run("compare", *pair, *given).exit_code == 0
+    assert asked == ["local", "local", "auto", "auto", "10.0.0.1:6379", "10.0.0.1:6379"]
+
+
 def test_log_odds_are_summarised_beside_the_parsed_answers():
     rows = pd.DataFrame({"model": "m", "treatment": "t", "kind": "implicit", "category": ["a", "a", "b", "b"],
                          "log_odds": [1.0, -1.0, 2.0, 2.0], "word_pair": ["1", "2", "1", "2"], "template": "t", "outcome": "stereotyped",

@@ -1,6 +1,8 @@
 """Shares of a run, in one folder and in several: together they are the rows of a run in one process, whatever they were cut into."""
 
 import json
+import threading
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +13,7 @@ from alignblind_mi.borders.writing import one_process
 from alignblind_mi.errors import ResultError
 from alignblind_mi.measures.behaviour import Decoding
 from alignblind_mi.mitigations.lora_settings import LoraSettings
+from alignblind_mi.progress import Progress
 from alignblind_mi.results import LOCK, PIECES, StudyFolder
 from alignblind_mi.stimuli.concept import load_concept
 from alignblind_mi.studies import pieces
@@ -163,3 +166,36 @@ def test_shares_of_a_comparison_hold_every_rival_once_and_train_before(config, t
     rivals = [job.name for job in given if not job.name.startswith("train ")]
     assert [job.name for number in (1, 2, 3) for job in Share(number, 3).chosen(given)] == rivals
     assert all(job.makes for job in given)
+
+
+def test_an_adapter_that_is_made_of_another_comes_after_it(config, tmp_path):
+    given = []
+    run_comparison(replace(config, quick=False), tmp_path / "out", execute=lambda jobs, folder, progress: given.extend(jobs))
+    made_of = {job.name: job.after for job in given if job.name.startswith("train ") and job.after}
+    assert made_of == {f"train {source} x{scale}": (f"train {source}",) for source in ("lora early", "unlearn npo")
+                       for scale in ("0p25", "0p5")}
+
+
+def test_a_share_waits_for_what_another_is_at_before_it_makes_something_of_it(tmp_path):
+    """The first step is in another share's hands: what is made of it comes only when it is there."""
+    done = []
+
+    def job(name, *after):
+        return Job(name, lambda folder, advance: done.append(name), lambda folder: name in done, after=after)
+
+    jobs = [job("train whole"), job("train half", "train whole"), job("alone"), job("measure", "train whole", "train half")]
+    with StudyFolder.claim(tmp_path / "out", {"seed": 1}, share="1-of-1") as folder:
+        held = threading.Event()
+
+        def another():
+            with one_process(folder.path / f"{LOCK}-train-whole", ShareError("busy")):
+                held.set()
+                time.sleep(1)
+                done.append("train whole")
+
+        thread = threading.Thread(target=another)
+        thread.start()
+        assert held.wait(10)
+        Share(1, 1)(jobs, folder, Progress(4))
+        thread.join()
+    assert done == ["alone", "train whole", "train half", "measure"]
