@@ -19,6 +19,7 @@ from alignblind_mi.commands.options import (
     configured,
     from_file,
     listed,
+    refuse_beside,
     with_options,
 )
 from alignblind_mi.errors import AlignblindError
@@ -43,17 +44,25 @@ def compare(
     """Compare steering, LoRA, unlearning, prompts and placebos; write OUT/comparison.json and OUT/comparison.html.
 
     Example: alignblind compare --base meta-llama/Meta-Llama-3-8B --aligned meta-llama/Meta-Llama-3-8B-Instruct --out compared
+
+    Served models are compared by their logs of Inspect: each instruction with none, each model with the first, on the same items.
+    Example: alignblind compare logs --out served
     """
     import hashlib
     from functools import partial
 
     from alignblind_mi.measures.bbq import measure_bbq, read_bbq
     from alignblind_mi.pages.comparison_page import write_comparison
+    from alignblind_mi.pages.served_page import are_logs, write_served
     from alignblind_mi.statistics.log_odds import check_outcome
     from alignblind_mi.stimuli.concept import load_concept
     from alignblind_mi.studies.comparison import run_comparison
 
     beside = ("out", "bbq", "bbq_items", "skip", "outcome", *SPREAD)
+    if file is not None and are_logs(file):
+        refuse_beside(file, context, allowed=("out", "outcome"), logs=True)
+        say(f"The page is {write_served(file, out, outcome).resolve()}")
+        return
     config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=beside)
     check_outcome(outcome)
     spread.check(config)

@@ -302,8 +302,8 @@ def from_file(file: Path, context: Any, *, allowed: Sequence[str]) -> "StudyConf
     return read_study_file(file)
 
 
-def refuse_beside(file: Path, context: Any, *, allowed: Sequence[str]) -> None:
-    """Errors: AlignblindError for an option that is given beside a study file: a study's settings stand in one place.
+def refuse_beside(file: Path, context: Any, *, allowed: Sequence[str], logs: bool = False) -> None:
+    """Errors: AlignblindError for an option that is given beside a study file (or Inspect's `logs`): a study's settings stand in one place.
 
     `context` is typer's (of a class of its own that is not the one it documents, so that functions which take one are not type-checked).
     """
@@ -311,5 +311,7 @@ def refuse_beside(file: Path, context: Any, *, allowed: Sequence[str]) -> None:
     given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if given:
         option = f"--{given[0].replace('_', '-')}"
+        if logs:
+            raise AlignblindError(f"{option} was given beside Inspect's logs {file}, whose models have answered already: leave it out.")
         raise AlignblindError(f"{option} was given beside the study file {file}, which holds all settings: write it into the file, or give "
                               "options alone.")

@@ -55,6 +55,16 @@ def test_the_page_of_logs_says_what_their_rows_say(logs, race, tmp_path):
     assert (out / "tables" / "rates.csv").is_file()
 
 
+def test_the_verb_compare_takes_logs_and_no_model_beside_them(logs, tmp_path):
+    out = tmp_path / "page"
+    done = CliRunner().invoke(app, ["compare", str(logs), "--out", str(out)], catch_exceptions=False)
+    assert f"The page is {out / 'report.html'}" in done.output
+    assert CliRunner().invoke(app, ["report", str(logs), "--out", str(tmp_path / "other")]).exit_code == 0
+    assert (out / "tables" / "differences.csv").read_text() == (tmp_path / "other" / "tables" / "differences.csv").read_text()
+    done = CliRunner().invoke(app, ["compare", str(logs), "--base", "one"])
+    assert "--base was given beside Inspect's logs" in str(done.exception)
+
+
 def test_a_page_of_logs_goes_into_no_foreign_folder(logs, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ResultError, match="no results folder"):
