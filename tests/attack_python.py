@@ -110,7 +110,20 @@ def settings_cases(to: Attack) -> None:
     """Everything that is a frozen set of settings, one field at a time."""
     import torch
 
-    from alignblind_mi import Chat, Decoding, Edit, LoraSettings, ModelSpec, Plan, Prompt, Row, Site, Treatment, UnlearningSettings
+    from alignblind_mi import (
+        Chat,
+        Decoding,
+        Edit,
+        LoraSettings,
+        ModelSpec,
+        Plan,
+        Prompt,
+        Row,
+        Site,
+        Treatment,
+        UnlearningSettings,
+        load_model,
+    )
 
     to.each("ModelSpec", "name", (*TEXT, ""), lambda v: ModelSpec(v), sound=[value for value in (*TEXT, "") if isinstance(value, str)])
     for name in ("dtype", "quantization", "engine"):
@@ -128,7 +141,10 @@ def settings_cases(to: Attack) -> None:
         lambda v: ModelSpec("organism:aligned", revision=v),
         sound=[v for v in TEXT if isinstance(v, str)] + [""],
     )
-    to.each("ModelSpec", "trust_remote_code", ("abc", 7, None, []), lambda v: ModelSpec("organism:aligned", trust_remote_code=v))
+    for name in ("trust_remote_code", "tensor_parallel", "allow_pickle"):
+        to.each("ModelSpec", name, ("abc", 7, None, []), lambda v, name=name: ModelSpec("organism:aligned", **{name: v}))
+    outside = (True,)    # of torchrun
+    to.each("ModelSpec", "tensor_parallel", outside, lambda v: load_model(ModelSpec("organism:aligned", tensor_parallel=v)), named=())
     to.each("Decoding", "max_new_tokens", (*WHOLE, 0), lambda v: Decoding(max_new_tokens=v))
     to.each("Decoding", "temperature", REAL, lambda v: Decoding(temperature=v))
     to.each("Decoding", "seed", SEED, lambda v: Decoding(seed=v))
@@ -515,6 +531,7 @@ def file_cases(to: Attack) -> None:
     from alignblind_mi.borders.writing import write_bytes, write_text
     from alignblind_mi.pages.report import write_report
     from alignblind_mi.pages.scoring import score
+    from alignblind_mi.pages.served_page import write_served
     from alignblind_mi.studies.config import StudyConfig
 
     frame = pd.DataFrame({"a": [1]})
@@ -529,6 +546,7 @@ def file_cases(to: Attack) -> None:
         "load_study": load_study,
         "read_comparison": read_comparison,
         "write_report": write_report,
+        "write_served": lambda path: write_served(path, path.with_name("page")),
         "trained_treatment": trained_treatment,
         "score": lambda path: score([path]),
     }
@@ -551,6 +569,10 @@ def file_cases(to: Attack) -> None:
                 return lambda: read(place.folder / "thelog.eval")
 
             to.call(name, "damage", label, log, named=("thelog",))
+    for value in (*TEXT, ""):
+        to.call("write_served", "outcome", value, lambda place, value=value: lambda: write_served(place.inputs / "tiny", place.out, value))
+    for value in (None, 7, (), [None]):
+        to.call("write_served", "logs", value, lambda place, value=value: lambda: write_served(value, place.out), named=())
     for label, damage in {**MISSING, **TENSORS}.items():
 
         def load(place: Place, damage: Callable[[Path], None] = damage) -> Call:

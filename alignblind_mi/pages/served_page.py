@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from alignblind_mi.borders.reading import is_file, is_folder
+from alignblind_mi.borders.reading import is_file, is_folder, named
 from alignblind_mi.borders.settings import File, Files, many, takes
 from alignblind_mi.errors import ResultError
 from alignblind_mi.exchange.inspect_logs import ENDING, read_inspect_logs
@@ -54,6 +54,9 @@ def write_served(logs: Files, out: File, outcome: str = "both") -> Path:
     check_outcome(outcome)
     paths: tuple[Path | str, ...] = many(logs)
     files = [file for path in map(Path, paths) for file in (sorted(path.rglob(f"*{ENDING}")) if is_folder(path) else [path])]
+    if paths and not files:
+        raise ResultError(f"{named('', Path(paths[0]))} holds no log (*{ENDING}): give a log that `inspect eval alignblind/...` wrote, "
+                          "or the folder of such logs.")
     rows, folder = read_inspect_logs(files), Path(out)
     found = served_tables(rows, outcome)
     save_shown(folder, found, {})
