@@ -183,7 +183,7 @@ class Engine:
         self.model, self.core, self.budget, self.device = model, model.model, budget, input_device(model)
         self.n_layers, self.limit = int(model.config.num_hidden_layers), position_limit(model)
         self.trims = has_own_keys(self.core.layers[-1])
-        self.scored = 1 << 30    # tokens scored at a time: their logits never exist for the whole vocabulary
+        self.scored = budget.tokens    # scored at a time: as many as run at a time, since their logits exist for a part of the vocabulary
 
     # ---- what is run together --------------------------------------------------------------------------------------
 
