@@ -326,7 +326,7 @@ def advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
     acting = [record for record in records if record["measures"] == "behaviour" and record["causal_separated"] is not None]
     following = [r for r in readings if _at_least(r["spearman"], FOLLOWS)]
     lines = [_sentence("How is the word read? Believe", [r for r in following if _at_most(r["false_alarm_low"], ALARMS)],
-                       "rose with the planted reading, and no more than 5 % of false alarms were shown (exact interval)"),
+                       "rose with the planted reading, and its false alarms may be 5 % or fewer (exact interval)"),
              _sentence("To rank models, not to claim a reading where there may be none:",
                        [r for r in following if r["false_alarm_low"] is not None and r["false_alarm_low"] > ALARMS],
                        "rose with the planted reading, but said something of words that have neither sense"),
