@@ -4,12 +4,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from doubles import make_adapter
 from oracle import Oracle
 
+from alignblind_mi.models.blocks import log_probs_of
 from alignblind_mi.models.edits import Edit, EditError, Row, Site, Treatment
 from alignblind_mi.models.model import HookedModel, load_model
 from alignblind_mi.models.spec import ModelError, ModelSpec
@@ -242,3 +244,31 @@ def test_loading_says_nothing(engine, tiny_folder):
     done = subprocess.run([sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, check=True,
                           cwd=Path(__file__).parents[2])
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("of", ["every row", "each row"])
+def test_log_probabilities_in_parts_of_the_vocabulary_are_those_of_the_whole(bias, of):
+    torch.manual_seed(0)
+    norm, head, hidden = torch.nn.LayerNorm(8), torch.nn.Linear(8, 50, bias=bias).requires_grad_(False), 5 * torch.randn(7, 8)
+    model = SimpleNamespace(base_model=SimpleNamespace(norm=norm.requires_grad_(False)), get_output_embeddings=lambda: head)
+    ids = torch.tensor([3, 11, 0]) if of == "every row" else torch.arange(21).view(7, 3) * 5 % 50
+    whole = head(norm(hidden)).log_softmax(-1)
+    expected = whole[:, ids] if of == "every row" else whole.gather(1, ids)
+    for block in ((2, 7), (100, 10_000)):
+        torch.testing.assert_close(log_probs_of(model, hidden, ids, block), expected, atol=1e-5, rtol=1e-5)
+    head._hf_hook = object()    # as of a head that is not wholly in memory
+    torch.testing.assert_close(log_probs_of(model, hidden, ids, (2, 7)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+def test_continuations_of_any_lengths_are_scored_alike_however_many_at_a_time(race, tiny_folder, engine, monkeypatch):
+    model = load_model(ModelSpec(str(tiny_folder), engine=engine))
+    rows = model.rows(implicit_prompts(race, "default", max_word_pairs=1)[:9])
+    choices = [(" wallet - white, revolver - black", " wallet", " revolver - black")] * 9
+    whole = model.continuation_log_probs(rows, choices)
+    for at_a_time in (1, 7, 50):
+        monkeypatch.setattr(model.engine, "scored", at_a_time)
+        torch.testing.assert_close(model.continuation_log_probs(rows, choices), whole, atol=1e-5, rtol=1e-5)
+    alone = [[float(model.continuation_log_probs([row], [[choice]])[0, 0]) for choice in choices[0]] for row in rows]
+    torch.testing.assert_close(whole, torch.tensor(alone), atol=1e-5, rtol=1e-5)
