@@ -115,6 +115,7 @@ BAD: dict[str | tuple[str, str], Sequence[str]] = {
     "patience": WHOLE,
     "kind": (*NAMES, "AWARE", "aware,blind"),
     "revision": (*NAMES, "nothing"),
+    ("power", "treatment"): tuple(value for value in NAMES if value),
     "untreated": SHARE,
     "treated": SHARE,
     "discordant": SHARE,
@@ -145,7 +146,7 @@ BAD: dict[str | tuple[str, str], Sequence[str]] = {
     ("doctor", "model"): tuple(value for value in MODELS if value != "-x"),
 }
 PATHS = ("missing", "", "NUL", "surrogate", "newline", "markup", "long", "directory", "FIFO", "loop", "under a file", "tilde")
-FILES = ("file", "bbq", "adapter", "folder", "folders", "paths", "vectors")  # arguments and options that name something to read
+FILES = ("file", "bbq", "adapter", "folder", "folders", "paths", "vectors", "pilot")  # arguments and options that name something to read
 OUTS = ("out", "merge", "gguf")  # those that name something to write
 RARE: dict[tuple[str, str], tuple[str, ...]] = {  # what a value needs beside it to be looked at
     ("steer", "strengths"): ("--method", "mean_difference"),
@@ -220,7 +221,7 @@ def sound(verb: str, place: Place, without: str = "") -> list[str]:
         "concept show": ["race"],
         "": [],
     }
-    line = lines[verb]
+    line = [] if without == "pilot" else lines[verb]
     if without in ("model", "folder", "folders", "paths", "source", "file", "name", "vectors") and line and not line[0].startswith("-"):
         line = line[1:]
     return [*verb.split(), *line]
@@ -311,7 +312,8 @@ def odd_path(kind: str, folder: Path, suffix: str = "") -> str:
     }.get(kind, str(path))
 
 
-SUFFIXES = {"file": ".yaml", "bbq": ".jsonl", "paths": ".json", "folder": "", "folders": "", "adapter": "", "vectors": ".safetensors"}
+SUFFIXES = {"file": ".yaml", "bbq": ".jsonl", "paths": ".json", "folder": "", "folders": "", "adapter": "", "vectors": ".safetensors",
+            "pilot": ".parquet"}
 
 
 def _read_cases(verb: str, option: Any) -> Iterator[Case]:
@@ -320,7 +322,7 @@ def _read_cases(verb: str, option: Any) -> Iterator[Case]:
         def run(place: Place, kind: str = kind) -> list[str]:
             value = odd_path(kind, place.folder, SUFFIXES[option.name])
             if option.param_type_name == "option":
-                return [*sound(verb, place), f"{option.opts[0]}={value}"]
+                return [*sound(verb, place, option.name), f"{option.opts[0]}={value}"]
             beside = ["--out", f"{place.out}.pt"] if verb == "export steered" else (
                 ["--out", str(place.out)] if verb in ("study", "compare") else [])
             return [*verb.split(), *beside, "--", value]
@@ -1120,6 +1122,7 @@ def odd_lines() -> Iterator[Case]:
     yield case("power", "no difference", "--untreated", ".5", "--treated", ".5", named=("0.5", ".5"))
     yield case("power", "impossible share", "--discordant", "0.01", named=("0.01",))
     yield case("power", "shares above one", "--icc", ".9", "--template-icc", ".9", named=("0.9",))
+    yield case("power", "beside a pilot", "--pilot", "{inputs}/steered", named=("--untreated", "steered"))
     yield case("power", "one word pair", "--word-pairs", "1", named=("1",))
     yield case("study", "option beside a file", "--seed", "7", "--", "{inputs}/study.yaml", named=("--seed", "--base"))
     yield case("doctor", "revision of a folder", "--revision", "main", named=("revision", "main"))

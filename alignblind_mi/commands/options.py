@@ -141,7 +141,7 @@ class Verb(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As click's, which knows no option that may have a value or none."""
         given = list[str]()
-        for one, after in zip(args, [*args[1:], "--"], strict=True):
+        for one, after in zip(args, [*args, "--"][1:], strict=True):
             given += [one, "local"] if one == "--ray" and after.startswith("-") else [one]
         return super().parse_args(ctx, given)
 

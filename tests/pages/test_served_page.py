@@ -65,6 +65,13 @@ def test_the_verb_compare_takes_logs_and_no_model_beside_them(logs, tmp_path):
     assert "--base was given beside Inspect's logs" in str(done.exception)
 
 
+def test_the_verb_power_plans_from_logs(logs):
+    done = CliRunner().invoke(app, ["power", "--pilot", str(logs)])
+    assert done.exit_code == 0, done.exception
+    assert "100.0% -> 0.0%, discordant 100.0%" in done.stderr
+    assert re.search(r"1 -> 0 needs \d+ word pairs x 3 templates", done.stdout)
+
+
 def test_a_page_of_logs_goes_into_no_foreign_folder(logs, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ResultError, match="no results folder"):

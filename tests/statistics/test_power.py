@@ -10,7 +10,11 @@ from typer.testing import CliRunner
 from alignblind_mi.__main__ import app
 from alignblind_mi.errors import AlignblindError
 from alignblind_mi.intervals.clustered import StatisticsError, change_test
+from alignblind_mi.pages.scoring import judge_rows
+from alignblind_mi.results import Result, save_result
 from alignblind_mi.statistics.power import Plan, _at_the_median, connor_items, items_needed, plan_from_pilot, power_of, smallest_difference
+from alignblind_mi.stimuli.concept import load_concept
+from alignblind_mi.stimuli.prompts import assignments, implicit_prompts
 
 
 def changes(random: np.random.Generator, plan: Plan) -> np.ndarray:
@@ -145,3 +149,36 @@ def test_the_command_prints_a_sentence_or_json_and_one_sentence_for_an_error() -
     assert have["items"] == 80
     assert have["smallest_fall"] == pytest.approx(smallest_difference(Plan(0.95, 0.9, word_pairs=20)))
     assert isinstance(run(app, ["power", "--untreated", "2", "--treated", ".6"]).exception, AlignblindError)
+
+
+def saved_pilot(folder, **more) -> pd.DataFrame:
+    """Answers of a model without and with a treatment, as results of this project; under another cue there are fewer of them."""
+    prompts = implicit_prompts(load_concept("race"), "default", max_word_pairs=3)
+    rows = [{**prompt.labels, "prompt": prompt.text, "kind": "implicit", "model": "m", "treatment": treatment, "cue": cue,
+             "answer": assignments(load_concept("race"), prompt)[int(treatment != "untreated" and i % 3 > 0)]}
+            for cue, some in (("default", prompts), ("other", prompts[:5])) for treatment in ("untreated", "steered")
+            for i, prompt in enumerate(some)]
+    found = pd.DataFrame(rows).assign(**more)
+    found["outcome"] = judge_rows(found)["outcome"]
+    save_result(Result(found, {}), folder / "answers.parquet")
+    return found[found["cue"] == "default"]
+
+
+def test_the_command_plans_from_a_pilot_s_answers(tmp_path) -> None:
+    run = CliRunner().invoke
+    rows = saved_pilot(tmp_path)
+    plan = plan_from_pilot(rows, "steered")
+    done = run(app, ["power", "--pilot", str(tmp_path), "--json"])
+    found = json.loads(done.stdout)
+    needed = items_needed(replace(plan, word_pairs=0))
+    assert (found["untreated"], found["treated"]) == (1.0, round(plan.treated, 4))
+    assert (found["word_pairs"], found["items"], found["orders"]) == (needed.word_pairs, needed.items, plan.orders)
+    assert "The pilot (steered race default balanced): 100.0% -> " in done.stderr
+    for more, said in (([], "there are no rates"), (["--pilot", str(tmp_path), "--icc", ".1"], "--icc was given beside the pilot"),
+                       (["--pilot", str(tmp_path), "--treatment", "x"], "--treatment x: .* has steered"),
+                       (["--untreated", ".9", "--treated", ".5", "--treatment", "x"], "without --pilot")):
+        error = run(app, ["power", *more]).exception
+        assert isinstance(error, AlignblindError), more
+        assert re.search(said, str(error))
+    saved_pilot(tmp_path, treatment="untreated")
+    assert "treatments of 0 models" in str(run(app, ["power", "--pilot", str(tmp_path)]).exception)
