@@ -86,7 +86,11 @@ class _Driver:
         left = [job for job in jobs if not job.done(folder)]
         if left:
             with counted("jobs", len(left), "jobs") as advance:
-                _Crew(self, left, jobs, folder, progress, min(self.shares, len(left))).work(advance)
+                crew = _Crew(self, left, jobs, folder, progress, min(self.shares, len(left)))
+                try:
+                    crew.work(advance)
+                finally:
+                    crew.leave()
 
 
 @dataclass
@@ -135,6 +139,12 @@ class _Crew:
             advance(1)
             self.progress.begun += 1
             self.progress.note(f"[{self.progress.begun}/{self.progress.total}] {job.name}: done")
+
+    def leave(self) -> None:
+        """Have the actors that are idle clear their scratch folders away; one that is killed, or at work when a run ends, cannot."""
+        ray = _ray()
+        with contextlib.suppress(ray.exceptions.RayError):    # an actor that is lost just now
+            ray.get([actor.leave.remote() for actor, _ in self.idle], timeout=PATIENCE)
 
     def _actor(self) -> Any:
         shipped = {name: (self.folder.path / name).read_bytes() for name in SHIPPED if (self.folder.path / name).is_file()}
@@ -196,6 +206,10 @@ class _Worker:
 
     def ready(self) -> None:
         """Say that it is there."""
+
+    def leave(self) -> None:
+        """Clear the scratch folder away."""
+        self.scratch.cleanup()
 
     def do(self, name: str, files: Files) -> dict[str, bytes]:
         """Do a job, with what others have made for it. Returns the files that it made."""

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -99,10 +100,12 @@ def test_a_killed_actor_and_a_lost_node_cost_nothing_but_time(config, serial, cl
     watch.join()
     assert killed
     assert same(tmp_path / "out", serial)
+    scratch = {*Path(tempfile.gettempdir()).glob("alignblind-*")}
     watch = after(tmp_path / "again", 1, lambda: cluster.remove_node(cluster.second))
     run_on_ray(run, tmp_path / "again", address=cluster.address, actors=2)
     watch.join()
     assert same(tmp_path / "again", serial)
+    assert len({*Path(tempfile.gettempdir()).glob("alignblind-*")} - scratch) <= 1, "only the lost node's actor leaves something behind"
     said = capfd.readouterr().err
     assert "its actor was lost; it is done again" in said
 
