@@ -19,7 +19,7 @@ from alignblind_mi.commands.options import (
     configured,
     from_file,
     listed,
-    refuse_beside,
+    typed,
     with_options,
 )
 from alignblind_mi.errors import AlignblindError
@@ -60,7 +60,9 @@ def compare(
 
     beside = ("out", "bbq", "bbq_items", "skip", "outcome", *SPREAD)
     if file is not None and are_logs(file):
-        refuse_beside(file, context, allowed=("out", "outcome"), logs=True)
+        given = typed(context, [name for name in context.params if name not in ("file", "out", "outcome")])
+        if given:
+            raise AlignblindError(f"{given[0]} was given beside Inspect's logs {file}, whose models have answered already: leave it out.")
         say(f"The page is {write_served(file, out, outcome).resolve()}")
         return
     config = configured(pair, asking, loading) if file is None else from_file(file, context, allowed=beside)

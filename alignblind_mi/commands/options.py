@@ -5,7 +5,7 @@ A verb takes a kind as one parameter (`loading: Loading`), and `with_options` pu
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -302,16 +302,18 @@ def from_file(file: Path, context: Any, *, allowed: Sequence[str]) -> "StudyConf
     return read_study_file(file)
 
 
-def refuse_beside(file: Path, context: Any, *, allowed: Sequence[str], logs: bool = False) -> None:
-    """Errors: AlignblindError for an option that is given beside a study file (or Inspect's `logs`): a study's settings stand in one place.
+def refuse_beside(file: Path, context: Any, *, allowed: Sequence[str]) -> None:
+    """Errors: AlignblindError for an option that is given beside a study file: a study's settings stand in one place."""
+    given = typed(context, [name for name in context.params if name not in ("file", *allowed)])
+    if given:
+        raise AlignblindError(f"{given[0]} was given beside the study file {file}, which holds all settings: write it into the file, or "
+                              "give options alone.")
+
+
+def typed(context: Any, names: Iterable[str]) -> list[str]:
+    """Those of some options that stand on the command line, as they are typed there; the others have their defaults.
 
     `context` is typer's (of a class of its own that is not the one it documents, so that functions which take one are not type-checked).
     """
-    sources = {name: context.get_parameter_source(name) for name in context.params if name not in ("file", *allowed)}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if given:
-        option = f"--{given[0].replace('_', '-')}"
-        if logs:
-            raise AlignblindError(f"{option} was given beside Inspect's logs {file}, whose models have answered already: leave it out.")
-        raise AlignblindError(f"{option} was given beside the study file {file}, which holds all settings: write it into the file, or give "
-                              "options alone.")
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [f"--{name.replace('_', '-')}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, no_type_check
 import typer
 
 from alignblind_mi.borders.texts import json_text, say
-from alignblind_mi.commands.options import AsOneJson
+from alignblind_mi.commands.options import AsOneJson, typed
 from alignblind_mi.errors import AlignblindError
 
 if TYPE_CHECKING:
@@ -42,10 +42,9 @@ def power(
     from alignblind_mi.statistics.power import Plan, connor_items, items_needed, power_of, smallest_difference
 
     if pilot is not None:
-        given = [name for name in OF_A_PILOT if context.get_parameter_source(name).name == "COMMANDLINE"]
+        given = typed(context, OF_A_PILOT)
         if given:
-            raise AlignblindError(f"--{given[0].replace('_', '-')} was given beside the pilot {pilot}, whose answers say it: leave one of "
-                                  "the two out.")
+            raise AlignblindError(f"{given[0]} was given beside the pilot {pilot}, whose answers say it: leave one of the two out.")
         of, plan = _of_pilot(pilot, treatment, alpha)
         plan = replace(plan, word_pairs=word_pairs, fixed_templates=fixed_templates)
         untreated, treated, templates, orders, icc, template_icc = (round(value, 4) for value in (

@@ -19,6 +19,7 @@ from alignblind_mi.commands.options import (
     configured,
     from_file,
     listed,
+    typed,
     with_options,
 )
 
@@ -54,6 +55,6 @@ def study(
     if not spread.carry_out(partial(run_study, config, skip=listed(skip)), out) or not leads():
         return
     page = out / "report.html"
-    if not is_drawn(out, page.name) or context.get_parameter_source("outcome").name == "COMMANDLINE":
+    if not is_drawn(out, page.name) or typed(context, ["outcome"]):
         write_report(out, outcome)
     say(f"The report is {page.resolve()}")

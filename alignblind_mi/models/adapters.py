@@ -159,12 +159,10 @@ def active(peft: Any) -> str | None:
     """The adapter that is on, or None."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for module in peft.base_model.modules():    # all layers are alike: PEFT's own status looks at every one, which is slow
-        if isinstance(module, BaseTunerLayer):
-            names = [] if module.disable_adapters else module.active_adapters
-            return str(names[0]).removesuffix(_MARK) if names else None
-    status = peft.get_model_status()
-    return str(status.active_adapters[0]).removesuffix(_MARK) if status.enabled and status.active_adapters else None
+    # All layers are alike, and PEFT refuses an adapter that finds none; its own status looks at every one, which is slow.
+    layer = next(module for module in peft.base_model.modules() if isinstance(module, BaseTunerLayer))
+    names = [] if layer.disable_adapters else layer.active_adapters
+    return str(names[0]).removesuffix(_MARK) if names else None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignblind_mi.borders.reading import NOTE, TABLE, check_file, foreign, is_file, is_folder, is_panic, read_object, said
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.models.gguf import check_gguf, gguf_path
+from alignblind_mi.models.gguf import check_gguf, file_state, gguf_path
 from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec
 
 SIZES = {"num_hidden_layers": 1000, "hidden_size": 1 << 17, "intermediate_size": 1 << 20, "num_attention_heads": 1 << 12,
@@ -61,8 +61,7 @@ def _kept(what: str, spec: ModelSpec, read: Callable[[], Any]) -> Any:
     path = gguf_path(spec)
     if not path.is_file():
         raise ModelError(f"there is no file {path}: check its name.")
-    state = path.stat()
-    key = (what, str(path), state.st_size, state.st_mtime_ns, state.st_ino)
+    key = (what, path, *file_state(path))
     if key not in _GGUF:
         _GGUF[key] = read()
     return copy.deepcopy(_GGUF[key])

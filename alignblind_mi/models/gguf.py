@@ -86,9 +86,15 @@ def check_gguf_weights(spec: ModelSpec, model: Any) -> None:
 
 def _contents(path: Path) -> tuple[dict[str, Any], list[str]]:
     """What a file says of its model, and the names of its tensors; kept as long as the file stays as it is. Errors: ModelError."""
-    state = path.stat()
+    state = file_state(path)
     with foreign(f"{path} is damaged", ModelError, "fetch it again"):
-        return _read(path, (state.st_size, state.st_mtime_ns, state.st_ino))
+        return _read(path, state)
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """What changes when a file does: for what is kept as long as it stays as it is."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns, state.st_ino
 
 
 @functools.lru_cache(maxsize=4)

@@ -6,7 +6,7 @@ time), it runs any causal language model whose layers can be hooked, and it is t
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -26,6 +26,7 @@ class _Said:
 
     last: Float[Tensor, "row vocabulary"]
     found: Float[Tensor, "row read value"] | None
+    extend: Callable[[Tensor, Tensor], Tensor]
 
     def logits(self) -> Float[Tensor, "row vocabulary"]:
         """Logits after the last column, in float32."""
@@ -38,6 +39,12 @@ class _Said:
     def log_probs_of(self, ids: Int[Tensor, "*row target"]) -> Float[Tensor, "row target"]:
         """Exact log-probabilities of some next tokens, of every row or each row's own, on the CPU."""
         return self.last.log_softmax(-1).gather(1, ids.to(self.last.device).expand(len(self.last), -1)).cpu()
+
+    def score(self, ids: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new-1"]:
+        """Read more tokens of every row, but the last; the log-probability of each but the first (0 in padding), on the CPU."""
+        logits = self.extend(ids[:, :-1], real[:, :-1])
+        found = logits.log_softmax(-1).gather(2, ids[:, 1:, None].to(logits.device))[..., 0].cpu()
+        return torch.where(real[:, 1:], found, 0.0)    # padding may have a probability of 0
 
 
 @dataclass(eq=False)
@@ -61,10 +68,6 @@ class Batch(_Said):
         self.past, logits = out.past_key_values, out.logits.float()
         self.last = logits[:, -1]
         return logits
-
-    def score(self, ids: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new-1"]:
-        """Read more tokens of every row, but the last; the log-probability of each but the first (0 in padding), on the CPU."""
-        return _scored(self.extend(ids[:, :-1], real[:, :-1]), ids[:, 1:], real[:, 1:])
 
     def select(self, rows: Int[Tensor, " row"]) -> "Batch":
         """The batch of these rows only (or of some rows more than once); this one is used up."""
@@ -104,10 +107,6 @@ class Anew(_Said):
                     self.last[i] = of_row[-1]
         return out
 
-    def score(self, ids: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]) -> Float[Tensor, "row new-1"]:
-        """Read more tokens of every row, but the last; the log-probability of each but the first (0 in padding), on the CPU."""
-        return _scored(self.extend(ids[:, :-1], real[:, :-1]), ids[:, 1:], real[:, 1:])
-
     def select(self, rows: Int[Tensor, " row"]) -> "Anew":
         """The batch of these rows only (or of some rows more than once)."""
         chosen = rows.tolist()
@@ -116,12 +115,6 @@ class Anew(_Said):
     def copy(self) -> "Anew":
         """A batch that can be used up while this one stays."""
         return Anew(self.engine, list(self.index), self.last.clone(), list(self.rows))
-
-
-def _scored(logits: Float[Tensor, "row new vocabulary"], then: Int[Tensor, "row new"], real: Bool[Tensor, "row new"]
-            ) -> Float[Tensor, "row new"]:
-    found = logits.log_softmax(-1).gather(2, then[..., None].to(logits.device))[..., 0].cpu()
-    return torch.where(real, found, 0.0)    # padding may have a probability of 0
 
 
 def _grown(row: TokenRow, new: list[int]) -> TokenRow:
