@@ -28,6 +28,9 @@ check: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# Compiled modules are kept, whatever the environment says: the tests start many processes.
+test quick: export PYTHONDONTWRITEBYTECODE =
+
 test: check
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

@@ -3,8 +3,9 @@
 jaxtyping's import hook wraps every function for shapes, also the many whose arguments hold no array; binding their arguments at each call
 more than doubled the time of the tests. Here only functions and dataclasses that name an array are wrapped by jaxtyping; the others get
 beartype's own check of the same annotations. A function that is called more than `ALWAYS` times is checked at each `THEN`-th call from
-there on: what differs between thousands of calls of one function is seldom a type, and their checks took a fifth of the time. To be
-imported before the package.
+there on: what differs between thousands of calls of one function is seldom a type, and their checks took a fifth of the time. A function
+within a function is made anew at each call of the outer one; its checks are made for the first `ALWAYS` of them. To be imported before the
+package.
 """
 
 import dataclasses
@@ -13,11 +14,14 @@ import inspect
 import itertools
 import re
 import typing
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from types import CodeType
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-ALWAYS, THEN = 100, 20
+ALWAYS, THEN = 50, 100
 _jaxtyped = jaxtyping.jaxtyped
 _beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
@@ -43,10 +47,8 @@ def _names_an_array(annotations: dict, known: dict) -> bool:
     return any("jaxtyping" in repr(part) for part in parts)
 
 
-def _often(function, tested):
+def _often(function, tested, calls):
     """`tested` for the first calls and some of the later ones, `function` itself for the others."""
-    calls = itertools.count()
-
     @functools.wraps(function)
     def called(*args, **kwargs):
         number = next(calls)
@@ -58,6 +60,11 @@ def _often(function, tested):
 def checked(*, typechecker):
     """The decorator that jaxtyping's import hook puts on every function and class, cheaper where no array is named."""
     shaped = _jaxtyped(typechecker=typechecker)
+    made: Counter[CodeType] = Counter()
+    calls: defaultdict[CodeType, Iterator[int]] = defaultdict(itertools.count)
+
+    def tested(function):
+        return shaped(function) if _names_an_array(function.__annotations__, function.__globals__) else _plain(function)
 
     def decorate(thing):
         if isinstance(thing, (classmethod, staticmethod)):
@@ -65,12 +72,14 @@ def checked(*, typechecker):
         if isinstance(thing, property):
             return property(*(one and decorate(one) for one in (thing.fget, thing.fset, thing.fdel)))
         if inspect.isclass(thing):
-            init = vars(thing).get("__init__")
-            if not dataclasses.is_dataclass(thing) or init is None or _names_an_array(init.__annotations__, init.__globals__):
-                return shaped(thing)
-            thing.__init__ = _often(init, _plain(init))
+            if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
+                thing.__init__ = _often(thing.__init__, tested(thing.__init__), itertools.count())
             return thing
-        return _often(thing, shaped(thing) if _names_an_array(thing.__annotations__, thing.__globals__) else _plain(thing))
+        if "<locals>" in thing.__qualname__:
+            made[thing.__code__] += 1
+            if made[thing.__code__] > ALWAYS:
+                return thing
+        return _often(thing, tested(thing), calls[thing.__code__])
 
     return decorate
 

@@ -30,6 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> None:
+    """What is there when a file begins, libraries above all, is not looked through by each collection of garbage in it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def race() -> Concept:
     return load_concept("race")

@@ -5,6 +5,7 @@ A server imports everything once, does nothing else, and each process is forked 
 interpreter's own options or about memory wants a true start: `subprocess`.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -15,6 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,12 +27,34 @@ LIBRARIES = ("matplotlib.backends.backend_agg", "matplotlib.pyplot", "pandas", "
 
 
 def import_everything() -> None:
-    """In the server, once: the libraries, and every module of the package but those that run when they are imported."""
+    """In the server, once: the libraries, and every module of the package but those that run when they are imported.
+
+    What is there then stays, and no collection of garbage in a process that is forked looks through it.
+    """
     import alignblind_mi
 
     for name in (*LIBRARIES, *(found.name for found in pkgutil.walk_packages(alignblind_mi.__path__, "alignblind_mi."))):
         if not name.endswith("__main__"):
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
+@cache
+def _server() -> ForkServerContext:
+    """The server at work. It finds `preloaded` by PYTHONPATH alone: the path that multiprocessing gives it is lost (CPython 3.11)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
+    try:
+        ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 def _child(arguments: Sequence[str], environment: Mapping[str, str], cwd: str, files: Sequence[str]) -> None:
@@ -56,8 +82,7 @@ class Forked:
     """A process at work; what it says is kept in files, so that it never waits for a reader."""
 
     def __init__(self, arguments: Sequence[object], *, env: Mapping[str, str] | None = None, cwd: Path | None = None):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["preloaded"])
+        context = _server()
         self.folder = tempfile.TemporaryDirectory()
         self.files = [str(Path(self.folder.name) / name) for name in ("out", "err")]
         self.arguments = [str(one) for one in arguments]

@@ -49,8 +49,9 @@ class Models:
     def get(self, role: str, adapters: Sequence[Path] = ()) -> HookedModel:
         """The untreated model of a role (`base`; any other is the aligned one) with these adapters on it, in the chat of the study."""
         if self.model is None or self.key != (role, tuple(adapters)):
-            self.model = None
-            gc.collect()
+            if self.model is not None:
+                self.model = None
+                gc.collect()    # before the next is loaded: a model is freed with the cycles that hold it
             spec = self.config.base if role == "base" else self.config.aligned
             loaded = kept_model(None if adapters else spec)
             loaded = load_model(spec, adapters=adapters) if loaded is None else loaded
