@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pkgutil
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
@@ -95,9 +94,8 @@ class Forked:
         return self.process.exitcode
 
     def kill(self) -> None:
-        """SIGKILL, at once."""
-        assert self.process.pid
-        os.kill(self.process.pid, signal.SIGKILL)
+        """SIGKILL, at once, to a process that has not ended."""
+        self.process.kill()
         self.process.join()
 
     def communicate(self, timeout: float) -> tuple[str, str]:

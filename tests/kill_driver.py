@@ -18,13 +18,9 @@ from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import pandas  # noqa: F401 - imported before any fork
-import peft  # noqa: F401
-import pyarrow.parquet  # noqa: F401
 import torch
-import transformers  # noqa: F401
+from forked import import_everything
 
-import alignblind_mi.mitigations.finetuning
 from alignblind_mi import (
     AlignblindError,
     Decoding,
@@ -43,7 +39,7 @@ from alignblind_mi.studies.rivals import Plan, plan_rivals
 from alignblind_mi.studies.single import SteeringPlan, awareness_parts, bias_parts, measure_parts, steer_parts
 
 torch.set_num_threads(1)
-assert alignblind_mi.mitigations.finetuning
+import_everything()    # before any fork
 
 
 def config_of(model: str) -> StudyConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignblind_mi.borders.reading import NOTE, TABLE, check_file, foreign, is_file, is_folder, is_panic, read_object, said
 from alignblind_mi.errors import AlignblindError
-from alignblind_mi.models.gguf import check_gguf, file_state, gguf_path
+from alignblind_mi.models.gguf import check_gguf, file_state, gguf_path, read_once
 from alignblind_mi.models.spec import EMBEDDED, ModelError, ModelSpec
 
 SIZES = {"num_hidden_layers": 1000, "hidden_size": 1 << 17, "intermediate_size": 1 << 20, "num_attention_heads": 1 << 12,
@@ -63,7 +63,8 @@ def _kept(what: str, spec: ModelSpec, read: Callable[[], Any]) -> Any:
         raise ModelError(f"there is no file {path}: check its name.")
     key = (what, path, *file_state(path))
     if key not in _GGUF:
-        _GGUF[key] = read()
+        with read_once(spec):
+            _GGUF[key] = read()
     return copy.deepcopy(_GGUF[key])
 
 

@@ -59,19 +59,25 @@ def check_gguf(spec: ModelSpec) -> None:
 
 
 @contextlib.contextmanager
-def one_table_of_names(spec: ModelSpec) -> Iterator[None]:
-    """While a GGUF file is loaded: transformers would make gguf's table of tensor names anew for every module, which takes seconds."""
+def read_once(spec: ModelSpec) -> Iterator[None]:
+    """While transformers reads a GGUF file: its header is parsed once for all that is read from it, gguf's table of tensor names made once
+    and not for every module. Either takes seconds."""
     if spec.gguf_file is None:
         yield
         return
     import gguf
 
-    plain = gguf.get_tensor_name_map
-    gguf.get_tensor_name_map = functools.cache(plain)
+    plain = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = (lambda path, *_: _header(Path(path))), functools.cache(plain[1])
     try:
         yield
     finally:
-        gguf.get_tensor_name_map = plain
+        gguf.GGUFReader, gguf.get_tensor_name_map = plain
+
+
+def forget_header() -> None:
+    """Free the header that is kept: of a large vocabulary it takes hundreds of MiB."""
+    _parsed.cache_clear()
 
 
 def check_gguf_weights(spec: ModelSpec, model: Any) -> None:
@@ -99,11 +105,20 @@ def file_state(path: Path) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Any], list[str]]:
-    from gguf import GGUFReader
+    header = _header(path)
+    return ({name: field.contents() for name, field in header.fields.items() if len(field.types) == 1},
+            [tensor.name for tensor in header.tensors])
 
-    reader = GGUFReader(path)
-    return ({name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1},
-            [tensor.name for tensor in reader.tensors])
+
+def _header(path: Path) -> Any:
+    return _parsed(path, file_state(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: Path, state: tuple[int, ...]) -> Any:
+    from gguf.gguf_reader import GGUFReader
+
+    return GGUFReader(path)
 
 
 def _entries_left_out(said: dict[str, Any]) -> Iterator[str]:

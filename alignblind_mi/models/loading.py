@@ -9,7 +9,7 @@ from typing import Any
 from alignblind_mi.borders import ranks
 from alignblind_mi.borders.reading import foreign
 from alignblind_mi.models.configs import clear_errors, load_config, load_tokenizer, quiet, without_reports
-from alignblind_mi.models.gguf import check_gguf_weights, one_table_of_names
+from alignblind_mi.models.gguf import check_gguf_weights, forget_header, read_once
 from alignblind_mi.models.spec import DTYPES, EMBEDDED, ModelError, ModelSpec, check_device
 from alignblind_mi.models.tokens import word_ids
 
@@ -111,13 +111,14 @@ def load_huggingface(spec: ModelSpec) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(spec)
     if spec.gguf_file is not None:
         options["config"] = load_config(spec)    # transformers would read the file for it once more
-    with clear_errors(spec), quiet(), without_reports(), one_table_of_names(spec):
+    with clear_errors(spec), quiet(), without_reports(), read_once(spec):
         model, found = AutoModelForCausalLM.from_pretrained(spec.source, dtype=DTYPES[spec.dtype],
                                                             output_loading_info=True, ignore_mismatched_sizes=True, **options)
     check_loaded(spec, model, found)
     if spec.gguf_file is not None:
         check_gguf_weights(spec, model)
         _forget_the_file(model)
+        forget_header()
     check_vocabulary_size(model, tokenizer, spec.name)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {spec.name} gives no character offsets (it is not a fast one): marks cannot be placed.")

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 from dataclasses import replace
@@ -68,8 +69,9 @@ def test_killed_at_any_moment_and_started_again_gives_the_same_rows(undisturbed,
     out, moments = tmp_path / "killed", random.Random(0)
     for _ in range(4):
         process = small_study(tiny_folder, out, brief)
-        time.sleep(moments.uniform(0.3, 4.0))
+        time.sleep(moments.uniform(0.1, 0.8))
         process.kill()
+        assert process.returncode == -signal.SIGKILL, "it ended before"
     process = small_study(tiny_folder, out, brief)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
