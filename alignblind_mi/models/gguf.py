@@ -65,14 +65,13 @@ def read_once(spec: ModelSpec) -> Iterator[None]:
     if spec.gguf_file is None:
         yield
         return
+    from unittest.mock import patch
+
     import gguf
 
-    plain = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = (lambda path, *_: _header(Path(path))), functools.cache(plain[1])
-    try:
+    with patch.multiple(gguf, GGUFReader=lambda path, *_: _header(Path(path)),
+                        get_tensor_name_map=functools.cache(gguf.get_tensor_name_map)):
         yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = plain
 
 
 def forget_header() -> None:
