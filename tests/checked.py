@@ -3,9 +3,9 @@
 jaxtyping's import hook wraps every function for shapes, also the many whose arguments hold no array; binding their arguments at each call
 more than doubled the time of the tests. Here only functions and dataclasses that name an array are wrapped by jaxtyping; the others get
 beartype's own check of the same annotations. A function that is called more than `ALWAYS` times is checked at each `THEN`-th call from
-there on: what differs between thousands of calls of one function is seldom a type, and their checks took a fifth of the time. A check is
-made when it is first wanted, and of a function within a function, which is made anew at each call of the outer one, for the first `WITHIN`
-of them: making one takes milliseconds. To be imported before the package.
+there on: what differs between thousands of calls of one function is seldom a type, and their checks took a fifth of the time. A function
+within a function is made anew at each call of the outer one, and making its check takes milliseconds: the first `WITHIN` have one. To be
+imported before the package.
 """
 
 import dataclasses
@@ -47,18 +47,12 @@ def _names_an_array(annotations: dict, known: dict) -> bool:
     return any("jaxtyping" in repr(part) for part in parts)
 
 
-def _often(function, make_tested, calls):
-    """The tested function for the first calls and some of the later ones, `function` itself for the others."""
-    tested = None
-
+def _often(function, tested, calls):
+    """`tested` for the first calls and some of the later ones, `function` itself for the others."""
     @functools.wraps(function)
     def called(*args, **kwargs):
-        nonlocal tested
         number = next(calls)
-        if number >= ALWAYS and number % THEN:
-            return function(*args, **kwargs)
-        tested = tested or make_tested(function)
-        return tested(*args, **kwargs)
+        return (tested if number < ALWAYS or number % THEN == 0 else function)(*args, **kwargs)
 
     return called
 
@@ -79,13 +73,13 @@ def checked(*, typechecker):
             return property(*(one and decorate(one) for one in (thing.fget, thing.fset, thing.fdel)))
         if inspect.isclass(thing):
             if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
-                thing.__init__ = _often(thing.__init__, tested, itertools.count())
+                thing.__init__ = _often(thing.__init__, tested(thing.__init__), itertools.count())
             return thing
         if "<locals>" in thing.__qualname__:
             made[thing.__code__] += 1
             if made[thing.__code__] > WITHIN:
                 return thing
-        return _often(thing, tested, calls[thing.__code__])
+        return _often(thing, tested(thing), calls[thing.__code__])
 
     return decorate
 

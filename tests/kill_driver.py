@@ -1,7 +1,8 @@
 """Runs small studies in forked processes and kills them (SIGKILL) at random moments; each is begun again where it was, until all is done.
 
-Usage: python kill_driver.py MODEL OUT KILLS SEED. Writes OUT/undisturbed/KIND and OUT/killed/KIND-N (N: how often that kind was finished
-before), and prints JSON: kills and finished runs by kind. Forking spares every run the imports, which take longer than all the rest.
+Usage: python kill_driver.py MODEL CONCEPT OUT KILLS SEED. Writes OUT/undisturbed/KIND and OUT/killed/KIND-N (N: how often that kind was
+finished before), and prints JSON: kills and finished runs by kind. Forking spares every run the imports, which take longer than all the
+rest.
 """
 
 import json
@@ -42,10 +43,10 @@ torch.set_num_threads(1)
 import_everything()    # before any fork
 
 
-def config_of(model: str) -> StudyConfig:
-    config = StudyConfig.create(model, model, quick=True, protocol="best")
+def config_of(model: str, concept: str) -> StudyConfig:
+    config = StudyConfig.create(model, model, concept=concept, quick=True, protocol="best")
     return replace(config, balanced_pairs=1, published_pairs=1, target_layer=1, decoding=Decoding(max_new_tokens=3, temperature=1.0),
-                   lora=LoraSettings(epochs=2, batch_size=64, accumulation=1))
+                   lora=LoraSettings(epochs=2, batch_size=8, accumulation=1))
 
 
 def patched(config: StudyConfig) -> list[Part]:
@@ -54,7 +55,7 @@ def patched(config: StudyConfig) -> list[Part]:
 
     def part(layer: int) -> Part:
         return Part(f"patching_{layer}", "model", False, lambda model, advance: measure_patching(
-            model, load_concept("race"), config.cue, parts=["residual"], layers=[layer], marks=["last_token"], controls=["random"],
+            model, load_concept(config.concept), config.cue, parts=["residual"], layers=[layer], marks=["last_token"], controls=["random"],
             categories=["guilt"], max_word_pairs=1, seed=config.seed, progress=advance))
 
     return [part(layer) for layer in range(2)]
@@ -68,7 +69,7 @@ def run(kind: str, config: StudyConfig, out: Path) -> None:
     elif kind == "patch":
         run_parts(config, out, patched(config))
     elif kind == "lora":
-        run_parts(config, out, [part for part in study_parts(config, load_concept("race")) if part.name.startswith("lora_early")])
+        run_parts(config, out, [part for part in study_parts(config, load_concept(config.concept)) if part.name.startswith("lora_early")])
     elif kind == "steer":
         measure_parts(config, out, steer_parts(config, SteeringPlan.create(config, method="mean_difference", strengths="0.5,1"), out))
     elif kind == "compare":
@@ -100,7 +101,7 @@ def train(config: StudyConfig, out: Path) -> None:
             (scratch / name).write_text(f"the user's own {name}")
         out.mkdir(exist_ok=True)
         scratch.rename(mine)
-    examples = awareness_examples(load_concept("race"))[:128]
+    examples = awareness_examples(load_concept(config.concept))
     train_lora(config.aligned, examples, "early", mine / "early", settings=config.lora)
     for taken in ("taken", "half"):    # a folder of the user's; a folder beside it that bears the name of an unfinished training
         try:
@@ -139,8 +140,8 @@ def finish(kind: str, config: StudyConfig, out: Path) -> float:
 
 
 def main() -> None:
-    model, out, kills, moments = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), random.Random(int(sys.argv[4]))
-    config = config_of(model)
+    model, concept, out, kills, moments = *sys.argv[1:3], Path(sys.argv[3]), int(sys.argv[4]), random.Random(int(sys.argv[5]))
+    config = config_of(model, concept)
     (out / "undisturbed").mkdir(parents=True)
     (out / "killed").mkdir()
     seconds = {kind: finish(kind, config, out / "undisturbed" / kind) for kind in KINDS}

@@ -44,8 +44,8 @@ def small(tmp_path_factory, texts) -> Path:
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments_change_no_row(small, tmp_path):
-    command = [sys.executable, str(TESTS / "kill_driver.py"), str(small), str(tmp_path), "50", "0"]
+def test_fifty_kills_at_random_moments_change_no_row(small, brief, tmp_path):
+    command = [sys.executable, str(TESTS / "kill_driver.py"), str(small), brief, str(tmp_path), "50", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])

@@ -30,15 +30,15 @@ NAMES = ("behaviour_base", "behaviour_aligned", "awareness_aligned_paper", "stee
 
 
 @pytest.fixture(scope="module")
-def config(tiny_folder) -> StudyConfig:
-    made = StudyConfig.create(str(tiny_folder), str(tiny_folder), quick=True)
+def config(tiny_folder, brief) -> StudyConfig:
+    made = StudyConfig.create(str(tiny_folder), str(tiny_folder), concept=brief, quick=True)
     few = {"balanced_pairs": 1, "published_pairs": 1, "decoding": Decoding(max_new_tokens=2)}
-    return replace(made, lora=LoraSettings(epochs=1, batch_size=32), **few)
+    return replace(made, lora=LoraSettings(epochs=1, batch_size=8), **few)
 
 
 def chosen(config: StudyConfig) -> list[Part]:
     """Some parts, of both models and of adapters; none is a copy of another."""
-    return [replace(part, same_as="", piece=None) for part in study_parts(config, load_concept("race")) if part.name in NAMES]
+    return [replace(part, same_as="", piece=None) for part in study_parts(config, load_concept(config.concept)) if part.name in NAMES]
 
 
 @pytest.fixture(scope="module")
