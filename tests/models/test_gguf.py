@@ -5,18 +5,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 
+from alignblind_mi.models import gguf
 from alignblind_mi.models.fingerprints import fingerprint
 from alignblind_mi.models.gguf import check_gguf
-from alignblind_mi.models.loading import check_model
+from alignblind_mi.models.loading import check_model, load_huggingface
 from alignblind_mi.models.spec import ModelError, ModelSpec
 
-TOKENS = ["<unk>", "<s>", "</s>", *(chr(i) for i in range(33, 127))]
+TOKENS = ["<unk>", "<s>", "</s>", *(chr(i) for i in range(33, 127)), "ab", "<|endoftext|>"]    # the last one is added where it is not there
+
+
+SHAPES = {"token_embd.weight": (len(TOKENS), 16), **dict.fromkeys(("blk.0.attn_q.weight", "blk.0.attn_output.weight"), (16, 16)),
+          **dict.fromkeys(("blk.0.attn_k.weight", "blk.0.attn_v.weight"), (16, 16)), "blk.0.ffn_down.weight": (16, 24),
+          **dict.fromkeys(("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"), (24, 16))}    # all others: (16,)
+WHOLE = (*SHAPES, "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight")
 
 
 def write(path: Path, *, family: str = "llama", pre: str = "llama-bpe", more: dict[str, Any] | None = None,
-          tensors: tuple[str, ...] = ()) -> Path:
+          tensors: tuple[str, ...] = (), fill: float = 1.0) -> Path:
     """A file that says what a small Llama's says, and something more."""
     writer = GGUFWriter(path, family)
     for name, value in {"context_length": 64, "block_count": 1, "embedding_length": 16, "feed_forward_length": 24,
@@ -30,12 +37,12 @@ def write(path: Path, *, family: str = "llama", pre: str = "llama-bpe", more: di
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3, *[1] * (len(TOKENS) - 3)])
+    writer.add_token_types([3, 3, 3, *[1] * (len(TOKENS) - 4), 3])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    for name in ("token_embd.weight", "output_norm.weight", *tensors):
-        writer.add_tensor(name, np.ones((len(TOKENS), 16) if name == "token_embd.weight" else 16, np.float32))
+    for name in dict.fromkeys(("token_embd.weight", "output_norm.weight", *tensors)):
+        writer.add_tensor(name, np.full(SHAPES.get(name, (16,)), fill, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -104,3 +111,22 @@ def test_its_fingerprint_follows_its_content_alone(tmp_path):
     assert fingerprint(spec(path), None) == before
     write(path, more={"rope.scaling.type": "none"})
     assert fingerprint(spec(path), None) != before
+
+
+def test_a_header_is_parsed_once_a_load_and_not_kept(tmp_path, monkeypatch):
+    """Of a large vocabulary parsing takes seconds and the parsed header hundreds of MiB; a file that has changed is parsed anew."""
+    parsed = []
+
+    def counted(path):
+        parsed.append(path)
+        return GGUFReader(path)
+
+    monkeypatch.setattr("gguf.gguf_reader.GGUFReader", counted)
+    path = tmp_path / "x.gguf"
+    for times, fill in enumerate((0.5, 0.25), 1):
+        write(path, tensors=WHOLE, fill=fill)
+        check_model(spec(path))
+        model, _ = load_huggingface(spec(path).resolved())
+        assert float(model.get_input_embeddings().weight.mean()) == fill
+        assert parsed == [path] * times
+        assert gguf._parsed.cache_info().currsize == 0
