@@ -65,13 +65,14 @@ def read_once(spec: ModelSpec) -> Iterator[None]:
     if spec.gguf_file is None:
         yield
         return
-    from unittest.mock import patch
-
     import gguf
 
-    with patch.multiple(gguf, GGUFReader=lambda path, *_: _header(Path(path)),
-                        get_tensor_name_map=functools.cache(gguf.get_tensor_name_map)):
+    plain = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
+    vars(gguf).update(GGUFReader=lambda path, *_: _header(Path(path)), get_tensor_name_map=functools.cache(gguf.get_tensor_name_map))
+    try:
         yield
+    finally:
+        vars(gguf).update(plain)
 
 
 def forget_header() -> None:
