@@ -66,13 +66,14 @@ def read_once(spec: ModelSpec) -> Iterator[None]:
         yield
         return
     import gguf
+    from gguf import gguf_reader, tensor_mapping
 
-    plain = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
-    vars(gguf).update(GGUFReader=lambda path, *_: _header(Path(path)), get_tensor_name_map=functools.cache(gguf.get_tensor_name_map))
+    names = functools.cache(tensor_mapping.get_tensor_name_map)
+    vars(gguf).update(GGUFReader=lambda path, *_: _header(Path(path)), get_tensor_name_map=names)
     try:
         yield
-    finally:
-        vars(gguf).update(plain)
+    finally:    # from where they are defined: another thread may be loading too
+        vars(gguf).update(GGUFReader=gguf_reader.GGUFReader, get_tensor_name_map=tensor_mapping.get_tensor_name_map)
 
 
 def forget_header() -> None:

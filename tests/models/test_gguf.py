@@ -121,7 +121,8 @@ def test_a_header_is_parsed_once_a_load_and_not_kept(tmp_path, monkeypatch):
         parsed.append(path)
         return GGUFReader(path)
 
-    monkeypatch.setattr("gguf.gguf_reader.GGUFReader", counted)
+    for name in ("gguf.gguf_reader.GGUFReader", "gguf.GGUFReader"):
+        monkeypatch.setattr(name, counted)
     path = tmp_path / "x.gguf"
     for times, fill in enumerate((0.5, 0.25), 1):
         write(path, tensors=WHOLE, fill=fill)
