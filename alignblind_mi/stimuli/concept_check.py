@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from alignblind_mi.borders.texts import visible
 from alignblind_mi.borders.writing import name_problem
 from alignblind_mi.stimuli.concept_fields import _FIELDS, FILE, entries, fits, list_place, shown, size_problems, table_problems
 
@@ -43,7 +44,7 @@ def concept_problems(data: Mapping[str, Any]) -> list[str]:
               _question_problems, _context_problems, _instruction_problems, _competence_problems, _awareness_problems)
     for check in checks:
         found += check(_Sound(sound))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(visible(one, lines=False) for one in found))    # names in a file may hold line breaks
 
 
 def template_fields(text: str) -> set[str]:

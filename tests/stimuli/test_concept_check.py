@@ -138,6 +138,13 @@ def test_senses_and_what_is_asked_about_them_belong_together():
     assert {problem.split(":")[0] for problem in concept_problems(lacking)} == {"group_sense", "[interpretations.paper]"}
 
 
+def test_a_name_with_a_line_break_is_said_in_one_line():
+    data = copy.deepcopy(RACE)
+    data["explicit"][2]["published"] = {"a\nb": None}
+    assert all("\n" not in problem for problem in concept_problems(data))
+    assert any(r"a\nb" in problem for problem in concept_problems(data))
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_whatever_stands_in_a_file_is_a_sentence_never_an_error(data):
