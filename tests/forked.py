@@ -19,6 +19,7 @@ from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("matplotlib.backends.backend_agg", "matplotlib.pyplot", "pandas", "peft", "pyarrow.parquet", "scipy.stats", "torch",
@@ -44,15 +45,8 @@ def _server() -> ForkServerContext:
     """The server at work. It finds `preloaded` by PYTHONPATH alone: the path that multiprocessing gives it is lost (CPython 3.11)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
-    try:
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))):
         ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
     return context
 
 

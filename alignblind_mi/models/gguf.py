@@ -69,7 +69,7 @@ def read_once(spec: ModelSpec) -> Iterator[None]:
     from gguf import gguf_reader, tensor_mapping
 
     names = functools.cache(tensor_mapping.get_tensor_name_map)
-    vars(gguf).update(GGUFReader=lambda path, *_: _header(Path(path)), get_tensor_name_map=names)
+    vars(gguf).update(GGUFReader=lambda path, *_: _header(Path(path), file_state(Path(path))), get_tensor_name_map=names)
     try:
         yield
     finally:    # from where they are defined: another thread may be loading too
@@ -78,7 +78,7 @@ def read_once(spec: ModelSpec) -> Iterator[None]:
 
 def forget_header() -> None:
     """Free the header that is kept: of a large vocabulary it takes hundreds of MiB."""
-    _parsed.cache_clear()
+    _header.cache_clear()
 
 
 def check_gguf_weights(spec: ModelSpec, model: Any) -> None:
@@ -106,17 +106,13 @@ def file_state(path: Path) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Any], list[str]]:
-    header = _header(path)
+    header = _header(path, state)
     return ({name: field.contents() for name, field in header.fields.items() if len(field.types) == 1},
             [tensor.name for tensor in header.tensors])
 
 
-def _header(path: Path) -> Any:
-    return _parsed(path, file_state(path))
-
-
 @functools.lru_cache(maxsize=1)
-def _parsed(path: Path, state: tuple[int, ...]) -> Any:
+def _header(path: Path, state: tuple[int, ...]) -> Any:
     from gguf.gguf_reader import GGUFReader
 
     return GGUFReader(path)

@@ -32,9 +32,11 @@ def concept_problems(data: Mapping[str, Any]) -> list[str]:
     Each is one sentence without its full stop that begins with the place: "[cues.default] marked: ...". What is missing, misspelt or of
     a wrong type is said once, and what depends on it is not judged.
     """
-    too_large = size_problems("", data, 0)
-    if too_large:
-        return too_large    # nothing else is looked at: it could take for ever
+    found = size_problems("", data, 0) or _content_problems(data)    # nothing else of what is too large: it could take for ever
+    return list(dict.fromkeys(visible(one, lines=False) for one in found))    # names in a file may hold line breaks
+
+
+def _content_problems(data: Mapping[str, Any]) -> list[str]:
     found = table_problems("", data, FILE)
     sound = {name: value for name, value in data.items() if name in FILE and fits(value, FILE[name].kind)}
     for name, value in sound.items():
@@ -44,7 +46,7 @@ def concept_problems(data: Mapping[str, Any]) -> list[str]:
               _question_problems, _context_problems, _instruction_problems, _competence_problems, _awareness_problems)
     for check in checks:
         found += check(_Sound(sound))
-    return list(dict.fromkeys(visible(one, lines=False) for one in found))    # names in a file may hold line breaks
+    return found
 
 
 def template_fields(text: str) -> set[str]:

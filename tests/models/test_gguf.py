@@ -15,9 +15,8 @@ from alignblind_mi.models.spec import ModelError, ModelSpec
 
 TOKENS = ["<unk>", "<s>", "</s>", *(chr(i) for i in range(33, 127)), "ab", "<|endoftext|>"]    # the last one is added where it is not there
 
-
-SHAPES = {"token_embd.weight": (len(TOKENS), 16), **dict.fromkeys(("blk.0.attn_q.weight", "blk.0.attn_output.weight"), (16, 16)),
-          **dict.fromkeys(("blk.0.attn_k.weight", "blk.0.attn_v.weight"), (16, 16)), "blk.0.ffn_down.weight": (16, 24),
+SHAPES = {"token_embd.weight": (len(TOKENS), 16), "blk.0.ffn_down.weight": (16, 24),
+          **{f"blk.0.attn_{name}.weight": (16, 16) for name in ("q", "k", "v", "output")},
           **dict.fromkeys(("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"), (24, 16))}    # all others: (16,)
 WHOLE = (*SHAPES, "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight")
 
@@ -130,4 +129,4 @@ def test_a_header_is_parsed_once_a_load_and_not_kept(tmp_path, monkeypatch):
         model, _ = load_huggingface(spec(path).resolved())
         assert float(model.get_input_embeddings().weight.mean()) == fill
         assert parsed == [path] * times
-        assert gguf._parsed.cache_info().currsize == 0
+        assert gguf._header.cache_info().currsize == 0
